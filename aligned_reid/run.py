@@ -1,0 +1,195 @@
+"""One run from settings to results.json: open device and data, train, evaluate, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aligned_reid.accelerator import Accelerator, open_accelerator
+from aligned_reid.config import Config, format_option
+from aligned_reid.data.sampler import IdentityBatchSampler
+from aligned_reid.distributed import World, close_group, open_group, read_world, sum_over_ranks
+from aligned_reid.evaluation.extract import extract_features
+from aligned_reid.evaluation.protocol import evaluate_features
+from aligned_reid.model import AlignedReID, load_weights
+from aligned_reid.preflight import RunData, check_run_dir, check_weight_files, open_run_data
+from aligned_reid.training.checkpoint import set_aside
+from aligned_reid.training.log import Log
+from aligned_reid.training.trainer import Speed, Trainer
+from aligned_reid.weights import CHECKPOINT_NAME, find_state_dict, read_weight_file
+
+RESULTS_NAME = "results.json"
+MARK_NAMES = ("query", "gallery", "multi-query")
+SCORE_NAMES = ("global", "global_re_ranked", "local", "local_re_ranked", "global_local", "global_local_re_ranked")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train and evaluate, or with --only_test evaluate, as `config` says; returns what results.json holds.
+
+    Under a launcher every process calls it; rank 0 writes. Raises InputError for a user's mistake, RunStopped where the
+    loss is not finite.
+    """
+    world = read_world()
+    data = open_run_data(config)
+    check_weight_files(config)
+    check_run_dir(config)
+    accelerator = open_accelerator(config.device, config.npu, world.local_rank, mixed_precision=config.amp == "O1")
+    with process_group(world, accelerator, config):
+        config = settle_seed(config, world, accelerator)
+        with run_folder(config, world) as log:
+            log_settings(config, world, accelerator, data, log)
+            return train_and_evaluate(config, world, accelerator, data, log)
+
+
+@contextmanager
+def process_group(world: World, accelerator: Accelerator, config: Config) -> Iterator[None]:
+    open_group(world, accelerator.backend, config.addr)
+    try:
+        yield
+    finally:
+        close_group()
+
+
+@contextmanager
+def run_folder(config: Config, world: World) -> Iterator[Log]:
+    """The run's log. A former run's files in the folder are renamed, so that nothing is lost."""
+    folder = config.run_dir
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        former = [folder / RESULTS_NAME, folder / "config.json"]
+        if not (config.resume or config.only_test):
+            former += [folder / CHECKPOINT_NAME, folder / "log.txt", folder / "tensorboard"]
+        renamed = [set_aside(path) for path in former] if not config.resume else []
+        log = Log(folder if config.log_to_file else None)
+        if any(renamed):
+            log(f"files of a former run in {folder} are kept as {', '.join(path.name for path in renamed if path)}")
+        write_json(folder / "config.json", config.to_dict())
+    else:
+        log = Log(None, is_main=False)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def settle_seed(config: Config, world: World, accelerator: Accelerator) -> Config:
+    """The config with a seed that all ranks share: given, the resumed run's, or drawn by rank 0."""
+    seed = config.seed
+    if seed is None and config.resume:
+        seed = int(read_weight_file(config.run_dir)["sampler"]["seed"])
+    if seed is None:
+        drawn = torch.tensor(secrets.randbelow(2**31) if world.is_main else 0, device=accelerator.device)
+        seed = int(sum_over_ranks(drawn).item())
+    torch.manual_seed(seed)
+    return dataclasses.replace(config, seed=seed)
+
+
+def log_settings(config: Config, world: World, accelerator: Accelerator, data: RunData, log: Log) -> None:
+    """What runs where, on what, with which settings."""
+    log(f"device {accelerator.describe()}, {world.size} process{'es' if world.size > 1 else ''}, seed {config.seed}")
+    log(
+        "settings: "
+        + " ".join(f"--{name}={format_option(value)}" for name, value in vars(config).items() if value != "")
+    )
+    if data.train is not None:
+        log(f"{config.trainset_part}: {len(data.train):,} images of {data.train.num_classes:,} identities")
+    counts = ", ".join(f"{(data.test.marks == mark).sum():,} {name}" for mark, name in enumerate(MARK_NAMES))
+    log(f"test: {counts} images")
+
+
+def train_and_evaluate(
+    config: Config, world: World, accelerator: Accelerator, data: RunData, log: Log
+) -> dict[str, Any]:
+    """The run itself; returns what results.json holds."""
+    start = time.monotonic()
+    local_was_trained = config.l_loss_weight > 0
+    speed = Speed()
+    if data.train is None:
+        model, local_was_trained = load_for_test(config, log)
+    else:
+        model, speed = train(config, world, accelerator, data, log)
+    train_seconds = time.monotonic() - start
+    use_local = local_was_trained if config.use_local_distance is None else config.use_local_distance
+
+    start = time.monotonic()
+    features = extract_features(model, data.test, accelerator, world, local=use_local, workers=config.workers)
+    if not world.is_main:
+        return {}
+    extract_seconds = time.monotonic() - start
+    rate = len(data.test) / extract_seconds
+    log(f"features of {len(data.test):,} images in {extract_seconds:.1f}s ({rate:.1f} images/s)")
+    scores = evaluate_features(features, data.test, log, normalize_feature=config.normalize_feature)
+    results = {
+        **{name: scores.get(name) for name in SCORE_NAMES},
+        "FPS": speed.fps,
+        "ids_per_second": speed.fps / config.ims_per_id if speed.fps else None,
+        "train_seconds": train_seconds if data.train is not None else None,
+        "extract_seconds": extract_seconds,
+        "evaluate_seconds": time.monotonic() - start,
+        "device": accelerator.describe(),
+        "num_processes": world.size,
+        "config": config.to_dict(),
+    }
+    write_json(config.run_dir / RESULTS_NAME, results)
+    return results
+
+
+def train(config: Config, world: World, accelerator: Accelerator, data: RunData, log: Log) -> tuple[AlignedReID, Speed]:
+    """Train the epochs that are left; returns the model and its speed."""
+    images = data.train
+    assert images is not None
+    sampler = IdentityBatchSampler(
+        images.person_ids,
+        config.ids_per_batch,
+        config.ims_per_id,
+        config.train_final_batch,
+        config.seed or 0,
+        world.rank,
+    )
+    if sampler.ids_with_few_images:
+        log(
+            f"{len(sampler.ids_with_few_images)} identities have fewer than {config.ims_per_id} images "
+            f"(the first is {sampler.ids_with_few_images[0]}): theirs are drawn with repetition"
+        )
+    start_elsewhere = config.resume or config.model_weight_file
+    model = AlignedReID(images.num_classes, pretrained="none" if start_elsewhere else config.pretrained)
+    if config.model_weight_file and not config.resume:
+        weights = find_state_dict(read_weight_file(config.model_weight_file), config.model_weight_file)
+        log(load_weights(model, weights, config.model_weight_file, need_local=False))
+    elif not config.resume:
+        log(model.trunk_report)
+    trainer = Trainer(config, model, images, sampler, accelerator, world, log, config.run_dir)
+    if config.resume:
+        trainer.resume()
+    trainer.train()
+    return model, trainer.speed
+
+
+def load_for_test(config: Config, log: Log) -> tuple[AlignedReID, bool]:
+    """The model to evaluate, and whether its local branch was trained: as its checkpoint says, else as the flags do."""
+    source = config.model_weight_file or str(config.run_dir)
+    content = read_weight_file(source)
+    weights = find_state_dict(content, source)
+    trained = config.l_loss_weight > 0
+    if isinstance(content, dict) and isinstance(content.get("config"), dict):
+        trained = trained or content["config"].get("l_loss_weight", 0.0) > 0
+    local_channels = len(weights["local_bn.weight"]) if "local_bn.weight" in weights else 128
+    model = AlignedReID(None, local_channels, pretrained="none")
+    need_local = trained if config.use_local_distance is None else config.use_local_distance
+    log(load_weights(model, weights, source, need_local=need_local))
+    return model, trained
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,132 @@
+"""The run's ckpt.pth: everything that `--resume` goes on from, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from aligned_reid.accelerator import Accelerator, LossScaler
+from aligned_reid.config import Config
+from aligned_reid.errors import InputError
+from aligned_reid.weights import CHECKPOINT_NAME, read_weight_file
+
+FORMAT = 1
+WRITING_SHARE = 0.1  # of a run's time at most goes into writing checkpoints
+
+
+class Checkpoints:
+    """Writes and reads the checkpoint of one run folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: LossScaler,
+        accelerator: Accelerator,
+    ) -> None:
+        self.path = folder / CHECKPOINT_NAME
+        self.model, self.optimizer, self.scaler, self.accelerator = model, optimizer, scaler, accelerator
+        self.last_end, self.last_duration = -float("inf"), 0.0
+
+    def is_due(self) -> bool:
+        """Whether writing now keeps to WRITING_SHARE: an epoch of seconds shall not wait for each of its files."""
+        return time.monotonic() - self.last_end >= self.last_duration / WRITING_SHARE
+
+    def save(self, epoch: int, config: Config) -> None:
+        """Write the state after `epoch`; raises OSError where that fails, and then the former file is still there."""
+        start = time.monotonic()
+        content = {
+            "format": FORMAT,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "sampler": {"seed": config.seed, "epoch": epoch},
+            "epoch": epoch,
+            "random": random_states(self.accelerator),
+            "config": config.to_dict(),
+        }
+        write_atomically(self.path, content)
+        self.last_end = time.monotonic()
+        self.last_duration = self.last_end - start
+
+    def load(self) -> dict[str, Any]:
+        """Bring model, optimiser, scaler and random states to those of the file; returns its content.
+
+        Raises InputError where there is no file, it is damaged, or belongs to another model.
+        """
+        content = read_weight_file(self.path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputError(f"{self.path} holds no run that --resume could go on from: use it as --model_weight_file")
+        try:
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(
+                f"{self.path} is of another model or other losses than the flags give ({reason})"
+            ) from error
+        self.scaler.load_state_dict(content["scaler"])
+        set_random_states(content["random"], self.accelerator)
+        return content
+
+
+def write_atomically(path: Path, content: Any) -> None:
+    """torch.save into a file beside `path`, then rename: `path` is the old or the new content, never a part of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename an existing file to <stem>.old<N><suffix>, so that a new run in the same folder loses nothing."""
+    if not path.exists():
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.old{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def random_states(accelerator: Accelerator) -> dict[str, Any]:
+    """Random states as tensors, numbers and lists of them, which weights_only reads back."""
+    version, internal, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    device_state = accelerator.random_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "device": device_state if device_state is not None else torch.empty(0, dtype=torch.uint8),
+        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
+    }
+
+
+def set_random_states(states: dict[str, Any], accelerator: Accelerator) -> None:
+    """Undo `random_states`; a state of another kind of device is left out."""
+    torch.set_rng_state(states["torch"])
+    device_state = accelerator.random_state()
+    if device_state is not None and device_state.shape == states["device"].shape:
+        accelerator.set_random_state(states["device"])
+    keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss))

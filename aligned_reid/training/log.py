@@ -1,0 +1,115 @@
+"""What a run says: console, log.txt, tensorboard, and the means of an epoch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+
+class Log:
+    """Lines for the console and, in a run folder, log.txt; scalars for tensorboard. Silent on ranks other than 0."""
+
+    def __init__(self, folder: Path | None, *, is_main: bool = True) -> None:
+        self.is_main = is_main
+        self.file: TextIO | None = None
+        self.writer: Any = None
+        if is_main and folder is not None:
+            self.file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+            self.folder = folder
+
+    def __call__(self, line: str = "") -> None:
+        if not self.is_main:
+            return
+        print(line, flush=True)
+        if self.file:
+            self.file.write(line + "\n")
+            self.file.flush()
+
+    def scalars(self, values: Mapping[str, float], epoch: int) -> None:
+        """Write an epoch's means to tensorboard."""
+        if self.file is None:
+            return
+        if self.writer is None:
+            from tensorboardX import SummaryWriter  # half a second to import, and only training needs it
+
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, epoch)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        if self.file is not None:
+            self.file.close()
+
+
+class Meters:
+    """Means of named scalars over an epoch's steps, kept on the device: nothing waits for it until `means`."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        self.names: list[str] = []
+        self.count = 0
+
+    def update(self, values: Mapping[str, Tensor]) -> None:
+        """Add one step's scalars; every step has the same names."""
+        self.names = list(values)
+        step = torch.stack([value.detach().to(torch.float32) for value in values.values()])
+        self.sums = step if self.sums is None else self.sums + step
+        self.count += 1
+
+    def means(self) -> dict[str, float]:
+        if self.sums is None:
+            return {}
+        return dict(zip(self.names, (self.sums / self.count).tolist(), strict=True))
+
+
+class Throughput:
+    """Images per second over wall time; the process's first steps, which warm up caches and kernels, are left out."""
+
+    WARM_UP_STEPS = 2
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.epoch_start = self.timed_start = time.monotonic()
+        self.epoch_images = self.timed_images = 0
+
+    def start_epoch(self) -> None:
+        self.epoch_start = self.timed_start = time.monotonic()
+        self.epoch_images = self.timed_images = 0
+
+    def add(self, num_images: int, synchronize: Any) -> None:
+        """Count one step's images."""
+        self.steps += 1
+        self.epoch_images += num_images
+        self.timed_images += num_images
+        if self.steps == self.WARM_UP_STEPS:
+            synchronize()
+            self.timed_start, self.timed_images = time.monotonic(), 0
+
+    def end_epoch(self) -> tuple[float, float, int]:
+        """Seconds of the epoch, seconds that were timed, and images in these; all of it where it was warm-up only."""
+        now = time.monotonic()
+        if self.timed_images == 0:
+            return now - self.epoch_start, now - self.epoch_start, self.epoch_images
+        return now - self.epoch_start, now - self.timed_start, self.timed_images
+
+
+def format_epoch(epoch: int, seconds: float, fps: float, ids_per_second: float, means: Mapping[str, float]) -> str:
+    """The line of an epoch, as the reference writes it, with throughput: tools read its fields by position."""
+    parts = [f"Ep {epoch}", f"{seconds:.2f}s", f"FPS {fps:.2f}", f"ids/s {ids_per_second:.2f}"]
+    for name, value in means.items():
+        is_share = name in ("gp", "gm", "lp", "lm")
+        parts.append(f"{name} {value:.2%}" if is_share else f"{name} {value:.4f}")
+    return ", ".join(parts)
+
+
+def is_terminal() -> bool:
+    """Whether a progress bar can be drawn."""
+    return sys.stderr.isatty()

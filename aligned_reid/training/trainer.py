@@ -1,0 +1,191 @@
+"""Training: epochs of batch, forward, losses, backward, step, log; a checkpoint after each."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from aligned_reid.accelerator import Accelerator
+from aligned_reid.config import Config
+from aligned_reid.data.dataset import TrainImages, make_loader
+from aligned_reid.data.sampler import IdentityBatchSampler
+from aligned_reid.data.transforms import normalize_images
+from aligned_reid.distributed import World, sum_over_ranks
+from aligned_reid.errors import InputError, RunStopped
+from aligned_reid.losses import check_batch_labels
+from aligned_reid.model import AlignedReID
+from aligned_reid.training.checkpoint import Checkpoints
+from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
+from aligned_reid.training.objective import Objective
+from aligned_reid.training.schedule import learning_rate
+
+WEIGHT_DECAY = 5e-4
+LOSS_CHECK_LAG = 3  # steps: reading a loss at once would make a device wait for the host
+
+
+@dataclass
+class Speed:
+    """What was timed over all epochs."""
+
+    seconds: float = 0.0
+    images: int = 0
+
+    @property
+    def fps(self) -> float | None:
+        return self.images / self.seconds if self.seconds else None
+
+
+class Trainer:
+    """One model, its data, its optimiser, and the loop over them."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: AlignedReID,
+        images: TrainImages,
+        sampler: IdentityBatchSampler,
+        accelerator: Accelerator,
+        world: World,
+        log: Log,
+        folder: Path,
+    ) -> None:
+        self.config, self.images, self.sampler = config, images, sampler
+        self.accelerator, self.world, self.log = accelerator, world, log
+        self.epoch = 0  # the last one that is done
+        self.speed = Speed()
+        self.throughput = Throughput()
+        model.train_heads(local=config.l_loss_weight > 0, identity=config.id_loss_weight > 0)
+        self.model = model.to(accelerator.device).to(memory_format=accelerator.memory_format)
+        self.objective = Objective(config)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = accelerator.adam(self.parameters, config.base_lr, WEIGHT_DECAY)
+        self.scaler = accelerator.loss_scaler(config.loss_scale)
+        self.checkpoints = Checkpoints(folder, self.model, self.optimizer, self.scaler, accelerator)
+        self.loader = make_loader(images, sampler, workers=config.workers, pin_memory=accelerator.pin_memory)
+        self.network: nn.Module = self.model
+        if world.size > 1:
+            self.network = DistributedDataParallel(self.model, **accelerator.data_parallel_arguments())
+
+    def resume(self) -> None:
+        """Go on from the run folder's checkpoint."""
+        content = self.checkpoints.load()
+        self.epoch = content["epoch"]
+        self.log(f"resumed from {self.checkpoints.path} after epoch {self.epoch}")
+        changed = [
+            line for line in self.config.differences(content["config"]) if not line.startswith(("resume:", "seed:"))
+        ]
+        if changed:
+            self.log(f"flags that differ from those of the checkpoint: {'; '.join(changed)}")
+
+    def train(self) -> None:
+        """Train the epochs that are left; a checkpoint after the last, and after each before it as far as due."""
+        while self.epoch < self.config.total_epochs:
+            self.train_epoch(self.epoch + 1)
+            self.epoch += 1
+            if self.world.is_main and (self.epoch == self.config.total_epochs or self.checkpoints.is_due()):
+                self.save()
+
+    def train_epoch(self, epoch: int) -> None:
+        """One epoch: every identity once."""
+        self.set_learning_rate(learning_rate(epoch, self.config))
+        self.sampler.set_epoch(epoch)
+        self.network.train()
+        meters, watch = Meters(), LossWatch(self.accelerator, self.describe_batch(epoch))
+        self.throughput.start_epoch()
+        for step, batch in enumerate(self.progress(epoch), start=1):
+            check_batch_labels(batch.labels)  # on the host's copy: no wait for the device
+            pixels = batch.images.to(self.accelerator.device, non_blocking=True)
+            labels = batch.labels.to(self.accelerator.device, non_blocking=True)
+
+            with self.accelerator.autocast():
+                features = self.network(normalize_images(pixels))
+            loss, figures = self.objective(features, labels)
+
+            self.optimizer.zero_grad()
+            self.scaler.backward(loss)
+            watch.add(step, loss, batch.indices)
+            if self.scaler.step(self.optimizer):
+                watch.flush()  # a loss that is not finite stops the run; a gradient alone skips its step
+                scale = self.scaler.current
+                self.log(f"epoch {epoch}, step {step}: a gradient is not finite, step skipped (loss scale {scale:g})")
+
+            meters.update(figures)
+            self.throughput.add(len(labels), self.accelerator.synchronize)
+        watch.flush()
+        self.accelerator.synchronize()
+        self.finish_epoch(epoch, meters)
+
+    def finish_epoch(self, epoch: int, meters: Meters) -> None:
+        """Log the epoch: rank 0's means, all ranks' images."""
+        seconds, timed_seconds, timed_images = self.throughput.end_epoch()
+        count = torch.tensor(float(timed_images), device=self.accelerator.device)
+        all_images = int(sum_over_ranks(count).item())
+        self.speed.seconds += timed_seconds
+        self.speed.images += all_images
+        fps = all_images / timed_seconds
+        means = meters.means()
+        self.log(format_epoch(epoch, seconds, fps, fps / self.config.ims_per_id, means))
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.log.scalars(means | {"learning_rate": rate, "images_per_second": fps}, epoch)
+
+    def progress(self, epoch: int) -> tqdm:
+        """The epoch's batches, with a bar on a terminal."""
+        hidden = None if self.world.is_main else True
+        return tqdm(self.loader, desc=f"epoch {epoch}", unit="step", leave=False, disable=hidden)
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def save(self) -> None:
+        """Write the checkpoint; a full or read-only folder ends the run with the former checkpoint in place."""
+        try:
+            self.checkpoints.save(self.epoch, self.config)
+        except OSError as error:
+            raise InputError(f"{error}; {self.last_checkpoint()}") from error
+
+    def last_checkpoint(self) -> str:
+        """Where the last good checkpoint is, for a message."""
+        if self.checkpoints.path.is_file():
+            return f"the last good checkpoint is {self.checkpoints.path}"
+        return "no checkpoint was written yet"
+
+    def describe_batch(self, epoch: int) -> Callable[[int, Tensor], str]:
+        """For LossWatch: a step and its images in words."""
+
+        def describe(step: int, indices: Tensor) -> str:
+            names = " ".join(self.images.image_names[index] for index in indices.tolist())
+            return f"step {step} of epoch {epoch}; {self.last_checkpoint()}; images of the step: {names}"
+
+        return describe
+
+
+class LossWatch:
+    """Stops the run at a loss that is not finite, at most LOSS_CHECK_LAG steps late, without waiting for the device."""
+
+    def __init__(self, accelerator: Accelerator, describe: Callable[[int, Tensor], str]) -> None:
+        self.accelerator, self.describe = accelerator, describe
+        self.pending: deque[tuple[int, Callable[[], Tensor], Tensor]] = deque()
+
+    def add(self, step: int, loss: Tensor, indices: Tensor) -> None:
+        self.pending.append((step, self.accelerator.read_later(loss.detach()), indices))
+        while len(self.pending) > LOSS_CHECK_LAG:
+            self.check_oldest()
+
+    def flush(self) -> None:
+        """Check what is left; nothing is written to disk before."""
+        while self.pending:
+            self.check_oldest()
+
+    def check_oldest(self) -> None:
+        step, read, indices = self.pending.popleft()
+        value = float(read())
+        if not torch.isfinite(torch.tensor(value)):
+            raise RunStopped(f"the loss is {value} at {self.describe(step, indices)}")

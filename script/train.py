@@ -1,0 +1,20 @@
+"""Train AlignedReID and evaluate it, or with --only_test true evaluate only: python script/train.py --data_path=..."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
+
+from aligned_reid.command import run_command  # noqa: E402
+from aligned_reid.config import Config  # noqa: E402
+
+
+def main() -> None:
+    config = Config.from_arguments()
+    from aligned_reid.run import run  # torch takes seconds to import; a mistyped flag is told at once
+
+    run(config)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,34 @@
+"""Installation of the library: `pip install .` (the commands in script/ run from the checkout)."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "aligned_reid" / "__init__.py").read_text(encoding="utf-8"))
+assert VERSION is not None
+
+setup(
+    name="aligned_reid",
+    version=VERSION[1],
+    description="AlignedReID: training and evaluation of person re-identification on Ascend NPUs, GPUs and CPUs",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["aligned_reid", "aligned_reid.*"]),
+    package_data={"aligned_reid": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.1",
+        "torchvision>=0.16",
+        "numpy>=1.24",
+        "scipy>=1.10",
+        "numba>=0.59",
+        "h5py>=3.8",
+        "opencv-python-headless>=4.8",
+        "simplejpeg>=1.7",
+        "tensorboardX>=2.6",
+        "tqdm>=4.65",
+    ],
+)
