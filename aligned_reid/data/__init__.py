@@ -1,0 +1,57 @@
+"""Data sets: the layout on disk and everything between it and a batch."""
+
+from aligned_reid.data.checks import check_images, check_protocol
+from aligned_reid.data.dataset import (
+    EvaluationBatch,
+    ReidData,
+    TestImages,
+    TrainBatch,
+    TrainImages,
+    make_loader,
+    open_data,
+)
+from aligned_reid.data.market1501 import is_raw_market1501, prepare_market1501
+from aligned_reid.data.partitions import (
+    ImageName,
+    Partitions,
+    build_partitions,
+    format_image_name,
+    parse_image_name,
+    read_partitions,
+    split_train_val,
+    write_partitions,
+)
+from aligned_reid.data.sampler import IdentityBatchSampler, SampleRequest
+from aligned_reid.data.synthetic import make_synthetic
+from aligned_reid.data.transforms import IM_MEAN, IM_STD, decode_image, normalize_images, preprocess, resize_image
+
+__all__ = [
+    "IM_MEAN",
+    "IM_STD",
+    "EvaluationBatch",
+    "IdentityBatchSampler",
+    "ImageName",
+    "Partitions",
+    "ReidData",
+    "SampleRequest",
+    "TestImages",
+    "TrainBatch",
+    "TrainImages",
+    "build_partitions",
+    "check_images",
+    "check_protocol",
+    "decode_image",
+    "format_image_name",
+    "is_raw_market1501",
+    "make_loader",
+    "make_synthetic",
+    "normalize_images",
+    "open_data",
+    "parse_image_name",
+    "prepare_market1501",
+    "preprocess",
+    "read_partitions",
+    "resize_image",
+    "split_train_val",
+    "write_partitions",
+]

@@ -1,0 +1,233 @@
+"""A prepared data set: opening it, its training and test images, and the loader that brings them as uint8 batches."""
+
+import dataclasses
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from aligned_reid.data.market1501 import find_raw_market1501, prepare_command
+from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_name, read_partitions
+from aligned_reid.data.sampler import SampleRequest
+from aligned_reid.data.transforms import decode_image, mirror_image, random_crop, resize_image
+from aligned_reid.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class ReidData:
+    """A prepared data set: its folder, the folder of its images, and which image is in which part."""
+
+    root: Path
+    images_dir: Path
+    partitions: Partitions
+
+
+class TrainBatch(NamedTuple):
+    """images uint8 [N, H, W, 3] (RGB), labels int64 [N], indices int64 [N] into the data set's image_names."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class EvaluationBatch(NamedTuple):
+    """images uint8 [N, H, W, 3] (RGB), indices int64 [N] into the data set's image_names."""
+
+    images: Tensor
+    indices: Tensor
+
+
+def open_data(data_path: str | Path, partition_file: str | Path | None = None) -> ReidData:
+    """Open the folder that --data_path names; `partition_file` replaces its partitions.pkl.
+
+    Raises InputError that says what to do: no such path, a Market-1501 not prepared yet, no images/, no or a bad
+    partitions.pkl.
+    """
+    root = Path(data_path).expanduser()
+    images_dir = root / "images"
+    partitions_path = Path(partition_file).expanduser() if partition_file else root / "partitions.pkl"
+    if not root.exists():
+        raise InputError(f"--data_path {root} does not exist")
+    if not images_dir.is_dir() or not partitions_path.is_file():
+        raise InputError(_not_prepared(root, partitions_path))
+    return ReidData(root, images_dir, read_partitions(partitions_path))
+
+
+def _not_prepared(root: Path, partitions_path: Path) -> str:
+    raw = find_raw_market1501(root)
+    if raw is not None:
+        return f"--data_path {root} is the original Market-1501; prepare it first: {prepare_command(raw)}"
+    if not root.is_dir():
+        return f"--data_path {root} is no folder; it takes a prepared data set"
+    if not (root / "images").is_dir():
+        return f"--data_path {root} has no images/; it takes a prepared data set with images/ and partitions.pkl"
+    if partitions_path.parent != root:
+        return f"--partition_file {partitions_path} does not exist"
+    return f"--data_path {root} has no {partitions_path.name}; if its preparation was interrupted, run it again"
+
+
+class _Images(Dataset[Any]):
+    """What training and test images share: names, folder, size, loading."""
+
+    def __init__(self, data: ReidData, part: str, image_names: list[str], size: tuple[int, int]) -> None:
+        if not image_names:
+            raise InputError(f"{data.root}: partitions.pkl has no {part} images")
+        self.images_dir = str(data.images_dir)
+        self.image_names = image_names
+        self.size = size
+        parsed = [parse_image_name(name) for name in image_names]
+        self.person_ids = np.array([image.person_id for image in parsed], dtype=np.int64)
+        self.cameras = np.array([image.camera for image in parsed], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.image_names)
+
+    def decode(self, index: int) -> np.ndarray:
+        """The image as the file holds it, uint8 [h, w, 3]. Raises InputError with its path."""
+        return decode_image(f"{self.images_dir}/{self.image_names[index]}")
+
+    def __getitems__(self, requests: Sequence[Any]) -> list[Any] | InputError:
+        # A worker's exception would arrive as a traceback in a string. As a value it stays whole; the loader raises it.
+        try:
+            return [self[request] for request in requests]
+        except InputError as error:
+            return error
+
+
+class TrainImages(_Images):
+    """The images of part "trainval" or "train", with class labels 0 ... num_classes - 1.
+
+    `self[SampleRequest(index, seed)]` -> (uint8 [H, W, 3], label, index): with probability `crop_prob` a random crop to
+    shares of height and width in [crop_ratio, 1], resized to `size` (height, width), mirrored every second time when
+    `mirror`. All chance comes from the request's seed, so it is the same in whatever worker and after a resume.
+    """
+
+    def __init__(
+        self,
+        data: ReidData,
+        part: str = "trainval",
+        size: tuple[int, int] = (256, 128),
+        crop_prob: float = 0.0,
+        crop_ratio: float = 1.0,
+        mirror: bool = True,
+    ) -> None:
+        super().__init__(data, part, getattr(data.partitions, f"{part}_im_names"), size)
+        ids2labels: dict[int, int] = getattr(data.partitions, f"{part}_ids2labels")
+        self.labels = np.array([ids2labels[person_id] for person_id in self.person_ids.tolist()], dtype=np.int64)
+        self.num_classes = len(ids2labels)
+        self.crop_prob = crop_prob
+        self.crop_ratio = crop_ratio
+        self.mirror = mirror
+
+    def __getitem__(self, request: SampleRequest) -> tuple[np.ndarray, int, int]:
+        random = Random(request.seed)
+        image = self.decode(request.index)
+        if random.random() < self.crop_prob:
+            image = random_crop(image, self.crop_ratio, random)
+        image = resize_image(image, self.size)
+        if self.mirror and random.random() < 0.5:
+            image = mirror_image(image)
+        return image, int(self.labels[request.index]), request.index
+
+    @staticmethod
+    def collate(samples: list[Any] | InputError) -> TrainBatch | InputError:
+        """Samples to a batch; an error passes."""
+        if isinstance(samples, InputError):
+            return samples
+        images, labels, indices = zip(*samples, strict=True)
+        return TrainBatch(torch.from_numpy(np.stack(images)), torch.tensor(labels), torch.tensor(indices))
+
+
+class TestImages(_Images):
+    """The images of part "test" or "val" with `marks` [N] (0 query, 1 gallery; 2 multi-query, only when asked for).
+
+    `self[index]` -> (uint8 [H, W, 3], index).
+    """
+
+    __test__ = False  # it is no test, whatever pytest thinks of its name
+
+    def __init__(
+        self,
+        data: ReidData,
+        part: str = "test",
+        include_multi_query: bool = False,
+        size: tuple[int, int] = (256, 128),
+    ) -> None:
+        names: list[str] = getattr(data.partitions, f"{part}_im_names")
+        marks: list[int] = getattr(data.partitions, f"{part}_marks")
+        chosen = [index for index, mark in enumerate(marks) if mark != MULTI_QUERY or include_multi_query]
+        super().__init__(data, part, [names[index] for index in chosen], size)
+        self.marks = np.array([marks[index] for index in chosen], dtype=np.int64)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return resize_image(self.decode(index), self.size), index
+
+    @staticmethod
+    def collate(samples: list[Any] | InputError) -> EvaluationBatch | InputError:
+        """Samples to a batch; an error passes."""
+        if isinstance(samples, InputError):
+            return samples
+        images, indices = zip(*samples, strict=True)
+        return EvaluationBatch(torch.from_numpy(np.stack(images)), torch.tensor(indices))
+
+
+class ImageLoader(DataLoader[Any]):
+    """A DataLoader whose workers' InputErrors are raised here as they are."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return _raise_errors(super().__iter__())  # not itself a generator: workers start now, not at the first batch
+
+
+def _raise_errors(batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+def make_loader(
+    images: TrainImages | TestImages,
+    batches: Iterable[Sequence[Any]] | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> ImageLoader:
+    """The loader of TrainBatch or EvaluationBatch.
+
+    batches: what each batch holds: an IdentityBatchSampler for TrainImages, lists of indices for TestImages (None: all
+    of them in order, `batch_size` at a time). `workers` processes stay for the loader's life; 0 loads in this process.
+    """
+    if batches is None:
+        batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
+    context = None
+    if workers > 0:
+        # Forking a process whose threads compute (torch's, a device driver's) can hang the child. A fork server is
+        # forked from nothing; it imports torch once for all workers.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", "aligned_reid.data"])
+    return ImageLoader(
+        images,
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences will do
+        num_workers=workers,
+        collate_fn=images.collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=context,
+        generator=torch.Generator(),  # else it draws from the global one, and more often with workers than without
+        persistent_workers=workers > 0,
+    )
+
+
+def _start_worker(_: int) -> None:
+    """One core a worker, and Ctrl-C is the main process's to answer."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

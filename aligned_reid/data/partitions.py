@@ -1,0 +1,229 @@
+"""partitions.pkl, which says what image is in what part: reading (from anywhere, not trusted), writing, splitting."""
+
+import dataclasses
+import os
+import pickle
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aligned_reid.data.plain_pickle import RefusedPickleError, load_plain
+from aligned_reid.errors import InputError
+
+QUERY, GALLERY, MULTI_QUERY = 0, 1, 2  # the marks of val_marks and test_marks
+
+_IMAGE_NAME = re.compile(r"([0-9]{8})_([0-9]{4})_([0-9]{8})\.jpg")
+
+
+class ImageName(NamedTuple):
+    """What an image's name says: the person, the camera, and which of their images it is (from 0)."""
+
+    person_id: int
+    camera: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+
+
+def parse_image_name(name: str) -> ImageName:
+    """`00000002_0001_00000000.jpg` -> ImageName(2, 1, 0). Raises InputError naming the file when it does not parse."""
+    match = _IMAGE_NAME.fullmatch(name)
+    if match is None:
+        raise InputError(f"image name {ascii(name)[:100]} is not {{person:08d}}_{{camera:04d}}_{{index:08d}}.jpg")
+    return ImageName(*map(int, match.groups()))
+
+
+def format_image_name(person_id: int, camera: int, index: int) -> str:
+    """(2, 1, 0) -> `00000002_0001_00000000.jpg`. Raises InputError when a number does not fit into its digits."""
+    name = f"{person_id:08d}_{camera:04d}_{index:08d}.jpg"
+    parse_image_name(name)
+    return name
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitions:
+    """The parts of a data set, with the names that partitions.pkl gives them.
+
+    trainval is for the final model; train and val are trainval split by identity; test is apart. `*_ids2labels` maps
+    person id -> class label (0 ... number of identities - 1). A mark is 0 for query, 1 for gallery, 2 for multi-query.
+    """
+
+    trainval_im_names: list[str]
+    trainval_ids2labels: dict[int, int]
+    train_im_names: list[str]
+    train_ids2labels: dict[int, int]
+    val_im_names: list[str]
+    val_marks: list[int]
+    test_im_names: list[str]
+    test_marks: list[int]
+
+
+_KEYS = tuple(field.name for field in dataclasses.fields(Partitions))
+
+
+def build_partitions(
+    trainval: Sequence[str],
+    query: Sequence[str],
+    gallery: Sequence[str],
+    multi_query: Sequence[str] = (),
+    num_val_ids: int = 100,
+) -> Partitions:
+    """The partitions of a new data set from its image names; test_im_names in the order query, multi-query, gallery."""
+    train, val_query, val_gallery = split_train_val(trainval, num_val_ids)
+    return Partitions(
+        trainval_im_names=list(trainval),
+        trainval_ids2labels=_labels_of(trainval),
+        train_im_names=train,
+        train_ids2labels=_labels_of(train),
+        val_im_names=val_query + val_gallery,
+        val_marks=[QUERY] * len(val_query) + [GALLERY] * len(val_gallery),
+        test_im_names=[*query, *multi_query, *gallery],
+        test_marks=[QUERY] * len(query) + [MULTI_QUERY] * len(multi_query) + [GALLERY] * len(gallery),
+    )
+
+
+def _labels_of(image_names: Iterable[str]) -> dict[int, int]:
+    ids = sorted({parse_image_name(name).person_id for name in image_names})
+    return {person_id: label for label, person_id in enumerate(ids)}
+
+
+def split_train_val(
+    image_names: Sequence[str], num_val_ids: int, seed: int | None = 1
+) -> tuple[list[str], list[str], list[str]]:
+    """Split by identity: `num_val_ids` random identities that have a query become the validation set.
+
+    Of each validation identity one random image per camera is a query, unless the gallery would then hold no image of
+    that identity under another camera. The result is the reference implementation's to the letter, for figures on val
+    to be comparable. Returns (train_im_names, val_query_im_names, val_gallery_im_names), each in shuffled order.
+    """
+    random_state = np.random.RandomState(seed)
+    names = np.array(image_names, dtype=str)
+    random_state.shuffle(names)
+    parsed = [parse_image_name(str(name)) for name in names]
+    cameras = np.array([image.camera for image in parsed], dtype=np.int64)
+    images_of: dict[int, list[int]] = {}
+    for index, image in enumerate(parsed):
+        images_of.setdefault(image.person_id, []).append(index)
+    ids = np.array(sorted(images_of), dtype=np.int64)
+    random_state.shuffle(ids)
+
+    query: list[int] = []
+    gallery: list[int] = []
+    num_left = num_val_ids
+    for person_id in ids.tolist():
+        if num_left <= 0:
+            break
+        id_query, id_gallery = _query_and_gallery(images_of[person_id], cameras)
+        if id_query:
+            query += id_query
+            gallery += id_gallery
+            num_left -= 1
+    train = sorted(set(range(len(names))) - {*query, *gallery})
+    return names[train].tolist(), names[sorted(query)].tolist(), names[sorted(gallery)].tolist()
+
+
+def _query_and_gallery(images: list[int], cameras: np.ndarray) -> tuple[list[int], list[int]]:
+    """Divide one identity's images (indices into `cameras`): the first of each camera is a query, the rest gallery."""
+    first_of_camera: dict[int, int] = {}
+    for image in images:
+        first_of_camera.setdefault(int(cameras[image]), image)
+    query = [first_of_camera[camera] for camera in sorted(first_of_camera)]
+    gallery = [image for image in images if image not in query]
+    # A query without a match goes to the gallery. The position moves on also when a query is taken out, so the one
+    # after it is passed over: the reference removes from the list it iterates over, and published splits show it.
+    position = 0
+    while position < len(query):
+        if all(cameras[image] == cameras[query[position]] for image in gallery):
+            gallery.append(query.pop(position))
+        position += 1
+    return query, gallery
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment it is either not there (or as before) or complete. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:  # Ctrl-C too: nothing half-written stays behind
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_partitions(path: str | Path, partitions: Partitions) -> None:
+    """Write partitions.pkl, whole or not at all. Protocol 2, which Python 2 and the reference implementation read."""
+    content = pickle.dumps({key: getattr(partitions, key) for key in _KEYS}, protocol=2)
+    try:
+        write_atomically(Path(path), content)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_partitions(path: str | Path) -> Partitions:
+    """Read a partition file that any Python wrote.
+
+    Raises InputError when it cannot be read, is cut off, names a function or class (nothing is run), misses a key,
+    holds values of another type, an image name that does not parse, other marks than 0, 1, 2 or an unlabelled identity.
+    """
+    try:
+        value = load_plain(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except RefusedPickleError as error:
+        raise InputError(
+            f"{path} names {error.what}; a partition file holds only containers, numbers, strings and numpy arrays of "
+            "them, so it was refused and nothing in it was run: take one that you trust or prepare the data again"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path} is cut off or no pickle file; prepare the data again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, not a dict with {', '.join(_KEYS)}")
+    missing = [key for key in _KEYS if key not in value]
+    if missing:
+        raise InputError(f"{path} has no {', '.join(missing)}; prepare the data again")
+    partitions = Partitions(**{key: _field(path, key, value[key]) for key in _KEYS})
+    _check(path, partitions)
+    return partitions
+
+
+def _field(path: str | Path, key: str, value: Any) -> Any:
+    """The value of one key as Partitions holds it; InputError when it is of another type."""
+    if key.endswith("_im_names"):
+        if isinstance(value, list | tuple):
+            names = [name.decode("latin-1") if isinstance(name, bytes) else name for name in value]
+            if all(isinstance(name, str) for name in names):
+                return names
+        raise InputError(f"{path}: {key} is not a list of image names")
+    if key.endswith("_marks"):
+        if isinstance(value, list | tuple) and all(_is_int(mark) and mark in (0, 1, 2) for mark in value):
+            return list(value)
+        raise InputError(f"{path}: {key} is not a list of 0 (query), 1 (gallery) and 2 (multi-query)")
+    if isinstance(value, dict) and all(_is_int(number) for pair in value.items() for number in pair):
+        return value
+    raise InputError(f"{path}: {key} is not a dict of person id to label")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(path: str | Path, partitions: Partitions) -> None:
+    """Raise InputError unless names parse, marks go with names and labels with identities."""
+    for part in ("trainval", "train", "val", "test"):
+        names = getattr(partitions, f"{part}_im_names")
+        try:
+            ids = {parse_image_name(name).person_id for name in names}
+        except InputError as error:
+            raise InputError(f"{path}: {part}_im_names: {error}") from error
+        if part in ("val", "test"):
+            marks = getattr(partitions, f"{part}_marks")
+            if len(marks) != len(names):
+                raise InputError(f"{path}: {len(marks)} {part}_marks for {len(names)} {part}_im_names")
+            continue
+        labels = getattr(partitions, f"{part}_ids2labels")
+        unlabelled = sorted(ids - labels.keys())
+        if unlabelled:
+            raise InputError(f"{path}: {part}_ids2labels has no label for person {unlabelled[0]}")
+        if sorted(labels.values()) != list(range(len(labels))):
+            raise InputError(f"{path}: the labels in {part}_ids2labels are not 0 to {len(labels) - 1}, each once")

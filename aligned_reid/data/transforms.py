@@ -1,0 +1,101 @@
+"""From a JPEG file to the network's input: decode, crop, resize (uint8, in workers), normalise (on the device)."""
+
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+
+import cv2
+import numpy as np
+import simplejpeg  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+
+from aligned_reid.errors import InputError
+
+IM_MEAN = (0.486, 0.459, 0.408)  # R, G, B of images in [0, 1]; ImageNet's as the reference rounds it
+IM_STD = (0.229, 0.224, 0.225)
+
+
+def decode_image(path: str | Path) -> np.ndarray:
+    """Decode a JPEG file to uint8 [h, w, 3], RGB: the same bytes as PIL gives. Gray images become RGB.
+
+    Raises InputError with the path when the file is missing, empty, cut off or no JPEG.
+    """
+    try:
+        # Path.open costs as much as decoding a small image does.
+        with open(path, "rb") as file:
+            content = file.read()
+    except FileNotFoundError:
+        raise InputError(f"image {path} is missing") from None
+    except OSError as error:
+        raise InputError(f"image {path} cannot be read: {error.strerror}") from error
+    if not content:
+        raise InputError(f"image {path} is empty")
+    if content[:2] != b"\xff\xd8":
+        raise InputError(f"image {path} is no JPEG file")
+    return _decode(path, content)
+
+
+def _decode(path: str | Path, content: bytes) -> np.ndarray:
+    # simplejpeg decodes 1.5 times as fast as OpenCV and, like PIL and unlike OpenCV, does not turn by EXIF orientation.
+    try:
+        return simplejpeg.decode_jpeg(content, colorspace="RGB")
+    except ValueError as error:
+        reason = str(error)
+    if "extraneous bytes" in reason:  # padding before a marker: libjpeg warns, the image is whole
+        return simplejpeg.decode_jpeg(content, colorspace="RGB", strict=False)
+    if "premature end" in reason.lower():
+        raise InputError(f"image {path} is cut off")
+    raise InputError(f"image {path} cannot be decoded: {' '.join(reason.split())[:100]}")
+
+
+def random_crop(image: np.ndarray, crop_ratio: float, random: Random) -> np.ndarray:
+    """A random part of an image [h, w, 3], a view: its height and width are random shares of it in [crop_ratio, 1]."""
+    height, width = image.shape[:2]
+    crop_height = max(1, int(height * random.uniform(crop_ratio, 1)))
+    crop_width = max(1, int(width * random.uniform(crop_ratio, 1)))
+    top = random.randint(0, height - crop_height)
+    left = random.randint(0, width - crop_width)
+    return image[top : top + crop_height, left : left + crop_width]
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize uint8 [h, w, 3] to [height, width, 3]: bilinear without antialiasing, as the reference does."""
+    height, width = size
+    if image.shape[:2] == (height, width):
+        return image
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def mirror_image(image: np.ndarray) -> np.ndarray:
+    """Left and right exchanged, [h, w, 3] in new memory."""
+    return cv2.flip(image, 1)
+
+
+def normalize_images(images: Tensor) -> Tensor:
+    """(image / 255 - IM_MEAN) / IM_STD for uint8 [N, H, W, 3] on any device -> float32 [N, 3, H, W], channels_last.
+
+    A row of W * 3 values is one vector: broadcasting over an innermost axis of 3 is several times slower on a CPU.
+    """
+    num_images, height, width, _ = images.shape
+    mean, inverse_std = _mean_and_inverse_std(width, images.device)
+    rows = images.reshape(num_images, height, width * 3).to(torch.float32)
+    rows.sub_(mean).mul_(inverse_std)
+    return rows.view(num_images, height, width, 3).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=8)
+def _mean_and_inverse_std(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """255 * IM_MEAN and 1 / (255 * IM_STD), each repeated for a row of pixels [W * 3]."""
+    mean = 255 * torch.tensor(IM_MEAN, dtype=torch.float64).repeat(width)
+    inverse_std = 1 / (255 * torch.tensor(IM_STD, dtype=torch.float64).repeat(width))
+    return mean.to(device, torch.float32), inverse_std.to(device, torch.float32)
+
+
+def preprocess(image: np.ndarray, size: tuple[int, int] = (256, 128), mirror: bool = False) -> Tensor:
+    """One image as the network sees it: uint8 [h, w, 3], RGB -> float32 [3, height, width]."""
+    resized = resize_image(image, size)
+    if mirror:
+        resized = mirror_image(resized)
+    batch = torch.from_numpy(np.ascontiguousarray(resized)[None])
+    return normalize_images(batch)[0].contiguous()

@@ -1,0 +1,116 @@
+"""Devices: which one is taken, why one is not, and the step that a bad gradient skips."""
+
+import sys
+
+import pytest
+import torch
+
+from aligned_reid import InputError
+from aligned_reid import accelerator as accelerator_module
+from aligned_reid.accelerator import Accelerator, LossScaler, NativeScaler, import_torch_npu, open_accelerator
+
+
+def parameter_with_gradient(gradient):
+    parameter = torch.nn.Parameter(torch.zeros(len(gradient)))
+    parameter.grad = torch.tensor(gradient)
+    return parameter
+
+
+def test_auto_takes_the_cpu_where_there_is_nothing_else(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_npu", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert open_accelerator("auto", None, 0, mixed_precision=True).device == torch.device("cpu")
+    with pytest.raises(InputError, match="--device cuda: torch sees no CUDA GPU"):
+        open_accelerator("cuda", None, 0, mixed_precision=True)
+    with pytest.raises(InputError, match="torch_npu is not installed"):
+        open_accelerator("npu", None, 0, mixed_precision=True)
+    with pytest.raises(InputError, match="--npu 9: there is no such device"):
+        open_accelerator("auto", 9, 0, mixed_precision=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise ImportError('libhccl.so: cannot open shared object file')", "libhccl.so"),
+        ("raise RuntimeError('made for another torch')", "made for another torch"),
+        ("import a_missing_helper", "a_missing_helper"),
+    ],
+)
+def test_a_torch_npu_that_does_not_import_says_why(tmp_path, monkeypatch, source, reason):
+    (tmp_path / "torch_npu.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    module, why = import_torch_npu()
+    assert module is None
+    assert reason in why
+    assert "\n" not in why
+
+
+def test_a_cuda_index_out_of_range(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match=r"cuda:9 is not there: this machine has 2"):
+        open_accelerator("cuda", 9, 0, mixed_precision=True)
+
+
+def test_mixed_precision_needs_units_for_it(monkeypatch):
+    monkeypatch.setattr(accelerator_module, "cpu_has_bfloat16", lambda: True)
+    assert Accelerator().half is torch.bfloat16
+    assert "bfloat16" in Accelerator().describe()
+    assert Accelerator(mixed_precision=False).half is None
+    monkeypatch.setattr(accelerator_module, "cpu_has_bfloat16", lambda: False)
+    assert Accelerator().half is None
+    assert "float32" in Accelerator().describe()
+
+
+def test_autocast_follows_the_half_type(monkeypatch):
+    monkeypatch.setattr(accelerator_module, "cpu_has_bfloat16", lambda: True)
+    layer = torch.nn.Linear(2, 2)
+    with Accelerator().autocast():
+        assert layer(torch.ones(1, 2)).dtype is torch.bfloat16
+    with Accelerator(mixed_precision=False).autocast():
+        assert layer(torch.ones(1, 2)).dtype is torch.float32
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), -float("inf")])
+def test_a_gradient_that_is_not_finite_skips_the_step(bad):
+    good, broken = parameter_with_gradient([1.0, 1.0]), parameter_with_gradient([0.0, bad])
+    optimizer = torch.optim.SGD([good, broken], lr=1.0)
+    assert LossScaler().step(optimizer) is True
+    assert torch.equal(good.detach(), torch.zeros(2))
+    broken.grad.zero_()
+    assert LossScaler().step(optimizer) is False
+    assert torch.equal(good.detach(), -torch.ones(2))
+
+
+def test_scaling_leaves_the_step_as_it_was():
+    steps = []
+    for scale in (1.0, 128.0):
+        parameter = torch.nn.Parameter(torch.tensor([3.0]))
+        optimizer = torch.optim.SGD([parameter], lr=0.1)
+        scaler = LossScaler(scale)
+        scaler.backward(parameter.square().sum())
+        assert parameter.grad.item() == 6.0 * scale
+        scaler.step(optimizer)
+        steps.append(parameter.item())
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="torch < 2.3 has no GradScaler for the CPU")
+@pytest.mark.parametrize("static", [128.0, None])
+def test_a_devices_own_scaler_keeps_a_static_scale_and_moves_a_dynamic_one(static):
+    native = torch.amp.GradScaler("cpu", init_scale=128.0)
+    scaler = NativeScaler(native, static=static)
+    parameter = torch.nn.Parameter(torch.tensor([3.0]))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scaler.backward(parameter.square().sum() * float("inf"))
+    assert scaler.step(optimizer) is True
+    assert parameter.item() == 3.0
+    assert scaler.current == (128.0 if static else 64.0)
+    optimizer.zero_grad()
+    scaler.backward(parameter.square().sum())
+    assert scaler.step(optimizer) is False
+    assert parameter.item() == pytest.approx(3.0 - 0.6)
+    restored = NativeScaler(torch.amp.GradScaler("cpu"), static=static)
+    restored.load_state_dict(scaler.state_dict())
+    assert restored.current == scaler.current

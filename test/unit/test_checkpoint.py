@@ -1,0 +1,113 @@
+"""ckpt.pth: whole or not at all, read back to the bit, nothing of a former run lost."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from aligned_reid import InputError
+from aligned_reid.accelerator import Accelerator
+from aligned_reid.config import Config
+from aligned_reid.training import checkpoint as checkpoint_module
+from aligned_reid.training.checkpoint import Checkpoints, random_states, set_aside, set_random_states
+from aligned_reid.weights import read_weight_file
+
+
+class Parts:
+    """A small model with what a checkpoint holds."""
+
+    def __init__(self, folder, width=3):
+        torch.manual_seed(0)
+        accelerator = Accelerator()
+        self.model = torch.nn.Linear(width, 2)
+        self.optimizer = accelerator.adam(self.model.parameters(), 0.1, 5e-4)
+        self.checkpoints = Checkpoints(folder, self.model, self.optimizer, accelerator.loss_scaler(128.0), accelerator)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        self.model(torch.ones(1, self.model.in_features)).sum().backward()
+        self.optimizer.step()
+        return [parameter.detach().clone() for parameter in self.model.parameters()]
+
+
+def test_what_is_read_goes_on_to_the_bit(tmp_path):
+    config = Config(seed=3)
+    first = Parts(tmp_path)
+    first.step()
+    first.checkpoints.save(1, config)
+    drawn = torch.rand(3), np.random.rand(3), random.random()
+    expected = first.step()
+
+    second = Parts(tmp_path)
+    content = second.checkpoints.load()
+    assert (content["epoch"], content["sampler"]) == (1, {"seed": 3, "epoch": 1})
+    assert content["config"] == config.to_dict()
+    assert torch.equal(torch.rand(3), drawn[0])
+    assert np.array_equal(np.random.rand(3), drawn[1])
+    assert random.random() == drawn[2]
+    for ours, theirs in zip(second.step(), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_it_holds_tensors_numbers_and_strings_only(tmp_path):
+    parts = Parts(tmp_path)
+    parts.step()
+    parts.checkpoints.save(1, Config(seed=3))
+    with open(tmp_path / "ckpt.pth", "rb") as file:
+        assert torch.load(file, weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 1 vs 2")])
+def test_a_failed_write_leaves_the_former_file(tmp_path, monkeypatch, failure):
+    parts = Parts(tmp_path)
+    parts.checkpoints.save(1, Config(seed=3))
+
+    def fail(content, file):
+        file.write(b"a part")
+        raise failure
+
+    monkeypatch.setattr(checkpoint_module.torch, "save", fail)
+    with pytest.raises(OSError):
+        parts.checkpoints.save(2, Config(seed=3))
+    assert read_weight_file(tmp_path)["epoch"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pth"]
+
+
+def test_a_file_that_is_no_run_or_another_model_is_refused(tmp_path):
+    parts = Parts(tmp_path)
+    torch.save(parts.model.state_dict(), tmp_path / "ckpt.pth")
+    with pytest.raises(InputError, match="--model_weight_file"):
+        parts.checkpoints.load()
+    Parts(tmp_path, width=5).checkpoints.save(1, Config(seed=3))
+    with pytest.raises(InputError, match="another model"):
+        parts.checkpoints.load()
+
+
+def test_writing_takes_a_bounded_share_of_the_time(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(checkpoint_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checkpoint_module, "write_atomically", lambda *_: clock.__setitem__(0, clock[0] + 2))
+    parts = Parts(tmp_path)
+    assert parts.checkpoints.is_due()
+    parts.checkpoints.save(1, Config(seed=3))
+    clock[0] += 19
+    assert not parts.checkpoints.is_due()
+    clock[0] += 2
+    assert parts.checkpoints.is_due()
+
+
+def test_set_aside_never_overwrites(tmp_path):
+    for content in ("first", "second", "third"):
+        (tmp_path / "ckpt.pth").write_text(content)
+        set_aside(tmp_path / "ckpt.pth")
+    assert set_aside(tmp_path / "ckpt.pth") is None
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert kept == {"ckpt.old1.pth": "first", "ckpt.old2.pth": "second", "ckpt.old3.pth": "third"}
+
+
+def test_states_of_another_kind_of_device_are_left_out():
+    states = random_states(Accelerator())
+    states["device"] = torch.ones(16, dtype=torch.uint8)
+    set_random_states(states, Accelerator())  # a CPU has no random state besides torch's
+    assert torch.equal(torch.get_rng_state(), states["torch"])

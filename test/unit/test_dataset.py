@@ -1,0 +1,347 @@
+"""A prepared data set: opening, checking, samples that a seed fixes, and loaders in this and other processes."""
+
+import dataclasses
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+
+from aligned_reid import InputError
+from aligned_reid.data import checks
+from aligned_reid.data.checks import check_images, check_protocol
+from aligned_reid.data.dataset import ReidData, TestImages, TrainImages, make_loader, open_data
+from aligned_reid.data.partitions import build_partitions, format_image_name, read_partitions, write_partitions
+from aligned_reid.data.sampler import IdentityBatchSampler, SampleRequest
+from aligned_reid.data.transforms import decode_image, resize_image
+
+SIZE = (64, 32)
+
+
+def write_data(root: Path) -> Path:
+    """Six training identities and three test ones under two cameras, in noise that tells the images apart."""
+
+    def names(persons, cameras=(1, 2), indices=(0, 1)) -> list[str]:
+        return [format_image_name(person, camera, i) for person in persons for camera in cameras for i in indices]
+
+    query, gallery = names((20, 21, 22), indices=(0,)), names((0, 20, 21, 22), indices=(2, 3))
+    partitions = build_partitions(names(range(2, 8)), query, gallery, names((20,), indices=(1,)), num_val_ids=2)
+    (root / "images").mkdir(parents=True)
+    random = np.random.RandomState(0)
+    for name in partitions.trainval_im_names + partitions.test_im_names:
+        image = random.randint(0, 256, (int(random.randint(30, 70)), 24, 3)).astype(np.uint8)
+        (root / "images" / name).write_bytes(simplejpeg.encode_jpeg(image, quality=80))
+    write_partitions(root / "partitions.pkl", partitions)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> ReidData:
+    """A data set that no test changes."""
+    return open_data(write_data(tmp_path_factory.mktemp("data") / "prepared"))
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> ReidData:
+    """A data set to break, and a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return open_data(write_data(tmp_path / "prepared"))
+
+
+# Opening
+
+
+def test_open_data(shared):
+    assert shared.images_dir == shared.root / "images"
+    assert shared.partitions == read_partitions(shared.root / "partitions.pkl")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        shared.root = Path()
+
+
+def test_partition_file_replaces_the_folders_own(data, tmp_path):
+    other = build_partitions(data.partitions.trainval_im_names[:8], [], [], num_val_ids=0)
+    write_partitions(tmp_path / "other.pkl", other)
+    assert open_data(data.root, tmp_path / "other.pkl").partitions == other
+    (data.root / "partitions.pkl").unlink()
+    assert open_data(str(data.root), str(tmp_path / "other.pkl")).partitions == other
+    assert "does not exist" in opening_refused(data.root, tmp_path / "none.pkl")
+
+
+def opening_refused(path: Path, partition_file: Path | None = None) -> str:
+    with pytest.raises(InputError) as caught:
+        open_data(path, partition_file)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_paths_that_are_no_data_set(data, tmp_path):
+    assert opening_refused(tmp_path / "none") == f"--data_path {tmp_path / 'none'} does not exist"
+    assert "is no folder" in opening_refused(data.root / "partitions.pkl")
+    assert "has no images/" in opening_refused(tmp_path)
+    (data.root / "partitions.pkl").write_bytes(b"")
+    assert "cut off" in opening_refused(data.root)
+    (data.root / "partitions.pkl").unlink()
+    assert "has no partitions.pkl" in opening_refused(data.root)
+
+
+@pytest.mark.parametrize("given", ["Market-1501-v15.09.15", ".", "market.zip"])
+def test_raw_market1501_is_told_the_command(tmp_path, given):
+    for folder in ("bounding_box_train", "bounding_box_test", "query"):
+        (tmp_path / "Market-1501-v15.09.15" / folder).mkdir(parents=True)
+    shutil.make_archive(str(tmp_path / "market"), "zip", tmp_path, "Market-1501-v15.09.15")
+    message = opening_refused(tmp_path / given)
+    source = tmp_path / (given if given != "." else "Market-1501-v15.09.15")
+    assert message.endswith(
+        f"python script/prepare_market1501.py --source {source} --save_dir {tmp_path / 'market1501'}"
+    )
+
+
+def test_prepared_data_beside_the_raw_folder_opens(data):
+    (data.root / "Market-1501-v15.09.15" / "bounding_box_train").mkdir(parents=True)
+    assert open_data(data.root).partitions == data.partitions
+
+
+# Images
+
+
+def test_train_images_have_labels_of_their_part(shared):
+    trainval, train = TrainImages(shared, "trainval", SIZE), TrainImages(shared, "train", SIZE)
+    assert (len(trainval), trainval.num_classes) == (24, 6)
+    assert trainval.image_names == shared.partitions.trainval_im_names
+    assert trainval.labels.tolist() == [person - 2 for person in trainval.person_ids]
+    assert train.num_classes == 4 and set(train.labels) == {0, 1, 2, 3}
+    image, label, index = train[SampleRequest(5, 0)]
+    assert image.shape == (*SIZE, 3) and image.dtype == np.uint8
+    assert (label, index) == (train.labels[5], 5)
+
+
+def test_part_without_images_is_an_error(shared):
+    empty = dataclasses.replace(
+        shared.partitions, train_im_names=[], train_ids2labels={}, val_im_names=[], val_marks=[]
+    )
+    with pytest.raises(InputError, match="no train images"):
+        TrainImages(dataclasses.replace(shared, partitions=empty), "train")
+    with pytest.raises(InputError, match="no val images"):
+        TestImages(dataclasses.replace(shared, partitions=empty), "val")
+
+
+def test_test_images_leave_multi_query_out_unless_asked_for(shared):
+    images = TestImages(shared, "test", size=SIZE)
+    assert set(images.marks) == {0, 1} and len(images) == 6 + 16
+    everything = TestImages(shared, "test", include_multi_query=True, size=SIZE)
+    assert everything.image_names == shared.partitions.test_im_names
+    assert everything.marks.tolist() == shared.partitions.test_marks
+    assert images.image_names == [
+        name for name, mark in zip(everything.image_names, everything.marks, strict=True) if mark != 2
+    ]
+    assert images.person_ids.tolist() == [int(name[:8]) for name in images.image_names]
+    assert images.cameras.tolist() == [int(name[9:13]) for name in images.image_names]
+    image, index = images[3]
+    expected = resize_image(decode_image(shared.images_dir / images.image_names[3]), SIZE)
+    assert index == 3 and np.array_equal(image, expected)
+    assert TestImages(shared, "val").marks.tolist() == shared.partitions.val_marks
+
+
+def test_half_the_samples_are_mirrored(shared):
+    images = TrainImages(shared, "trainval", SIZE)
+    plain = TrainImages(shared, "trainval", SIZE, mirror=False)[SampleRequest(0, 0)][0]
+    samples = [images[SampleRequest(0, seed)][0] for seed in range(1000)]
+    num_plain = sum(np.array_equal(sample, plain) for sample in samples)
+    num_mirrored = sum(np.array_equal(sample, plain[:, ::-1]) for sample in samples)
+    assert num_plain + num_mirrored == 1000
+    assert 430 < num_mirrored < 570
+
+
+def test_share_of_cropped_samples_is_crop_prob(shared):
+    plain = TrainImages(shared, "trainval", SIZE, mirror=False)[SampleRequest(0, 0)][0]
+
+    def share_changed(crop_prob: float, crop_ratio: float) -> float:
+        images = TrainImages(shared, "trainval", SIZE, crop_prob, crop_ratio, mirror=False)
+        return np.mean([not np.array_equal(images[SampleRequest(0, seed)][0], plain) for seed in range(500)])
+
+    assert share_changed(0.0, 0.8) == 0
+    assert share_changed(1.0, 1.0) == 0
+    assert share_changed(1.0, 0.8) > 0.95
+    assert 0.22 < share_changed(0.3, 0.8) < 0.38
+
+
+def test_a_seed_fixes_a_sample(shared):
+    images = TrainImages(shared, "trainval", SIZE, crop_prob=0.5, crop_ratio=0.7)
+    again = TrainImages(shared, "trainval", SIZE, crop_prob=0.5, crop_ratio=0.7)
+    for seed in (0, 1, 2**62):
+        assert np.array_equal(images[SampleRequest(1, seed)][0], again[SampleRequest(1, seed)][0])
+    assert len({images[SampleRequest(1, seed)][0].tobytes() for seed in range(20)}) > 8
+
+
+# Loaders
+
+
+def epoch(images: TrainImages, workers: int, epochs: int = 1) -> list:
+    sampler = IdentityBatchSampler(images.person_ids, 4, 4, final_batch=True, seed=1)
+    loader = make_loader(images, sampler, workers=workers)
+    batches = []
+    for number in range(epochs):
+        sampler.set_epoch(number)
+        batches += list(loader)
+    return batches
+
+
+def test_batches_are_uint8_and_the_same_from_workers(shared):
+    images = TrainImages(shared, "trainval", SIZE, crop_prob=0.5, crop_ratio=0.7)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    here, workers = epoch(images, workers=0, epochs=2), epoch(images, workers=2, epochs=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [len(batch.images) for batch in here] == [16, 8, 16, 8]
+    for batch, other in zip(here, workers, strict=True):
+        assert batch.images.dtype == torch.uint8 and batch.images.shape[1:] == (*SIZE, 3)
+        assert batch.labels.dtype == batch.indices.dtype == torch.int64
+        assert batch.labels.tolist() == images.labels[batch.indices].tolist()
+        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+    assert here[0].indices.tolist() != here[2].indices.tolist()
+
+
+def test_test_loader_goes_through_in_order_or_as_told(shared):
+    images = TestImages(shared, "test", size=SIZE)
+    batches = list(make_loader(images, batch_size=5))
+    assert [len(batch.images) for batch in batches] == [5, 5, 5, 5, 2]
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(22))
+    assert np.array_equal(batches[1].images[2].numpy(), images[7][0])
+    loader = make_loader(images, [[3, 1], [7]])
+    assert len(loader) == 2
+    assert [batch.indices.tolist() for batch in loader] == [[3, 1], [7]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_image_in_a_loader_is_one_line_with_its_name(data, workers):
+    images = TestImages(data, "test", size=SIZE)
+    bad = data.images_dir / images.image_names[7]
+    bad.write_bytes(bad.read_bytes()[:-30])
+    batches = iter(make_loader(images, batch_size=5, workers=workers))
+    next(batches)
+    with pytest.raises(InputError) as caught:
+        next(batches)
+    assert str(caught.value) == f"image {bad} is cut off"
+    del caught  # it refers to this frame: the cycle would keep the workers until some later test collects it
+
+
+# Checks
+
+
+def checked_files(monkeypatch) -> list[str]:
+    """The names of the images that are decoded from now on."""
+    names: list[str] = []
+    decode = decode_image
+
+    def count(path: Path) -> np.ndarray:
+        names.append(path.name)
+        return decode(path)
+
+    monkeypatch.setattr(checks, "decode_image", count)
+    return names
+
+
+def test_each_image_is_checked_once(data, monkeypatch):
+    decoded = checked_files(monkeypatch)
+    train, test = data.partitions.trainval_im_names, data.partitions.test_im_names
+    check_images(data, train)
+    assert sorted(decoded) == sorted(train)
+    check_images(data, train + test)
+    assert sorted(decoded) == sorted(train + test)
+    changed = data.images_dir / train[3]
+    os.utime(changed, ns=(1, 1))
+    check_images(data, [*test, *train, *train])
+    assert decoded[len(train + test) :] == [train[3]]
+    assert not list(data.root.glob("*.tmp")) and not list(data.root.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "no JPEG file"])
+def test_bad_images_are_named_also_after_they_were_good(data, damage):
+    names = data.partitions.trainval_im_names
+    check_images(data, names)
+    for name in (names[4], names[9]):
+        path = data.images_dir / name
+        content = {"missing": None, "empty": b"", "cut off": path.read_bytes()[:-20], "no JPEG file": b"<html>"}[damage]
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    for _ in range(2):  # a bad image gets no stamp
+        with pytest.raises(InputError) as caught:
+            check_images(data, names)
+        assert str(caught.value).startswith(f"image {data.images_dir / names[4]} is {damage}; 2 of 24 images are")
+    with pytest.raises(InputError, match=f"{names[9]} is {damage}; 1 of 1 images is"):
+        check_images(data, [names[9]])
+    check_images(data, names[:4])
+
+
+def test_stamps_of_a_read_only_folder_are_in_the_cache(data, tmp_path, monkeypatch):
+    write = checks.write_atomically
+
+    def read_only(path: Path, content: bytes) -> None:
+        if data.root in path.parents:
+            raise PermissionError(13, "Permission denied")
+        write(path, content)
+
+    monkeypatch.setattr(checks, "write_atomically", read_only)
+    decoded = checked_files(monkeypatch)
+    for _ in range(2):
+        check_images(data, data.partitions.trainval_im_names)
+    assert len(decoded) == 24
+    assert len(list((tmp_path / "cache" / "aligned_reid").iterdir())) == 1
+    assert sorted(path.name for path in data.root.iterdir()) == ["images", "partitions.pkl"]
+
+
+def test_nowhere_to_write_and_a_spoilt_stamp_are_no_errors(data, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file where the cache folder should be")
+    (data.root / ".checked_images").mkdir()
+    decoded = checked_files(monkeypatch)
+    check_images(data, data.partitions.trainval_im_names)
+    (data.root / ".checked_images").rmdir()
+    (data.root / ".checked_images").write_bytes(b"\xff\x00spoilt")
+    check_images(data, data.partitions.trainval_im_names)
+    assert len(decoded) == 48
+    check_images(data, data.partitions.trainval_im_names)
+    assert len(decoded) == 48
+
+
+def test_processes_may_check_at_the_same_time(data):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["aligned_reid.data"])
+    arguments = (data, data.partitions.test_im_names)
+    running = [context.Process(target=check_images, args=arguments) for _ in range(3)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(timeout=60)
+    assert [process.exitcode for process in running] == [0, 0, 0]
+    assert len((data.root / ".checked_images").read_text().split()) == len(data.partitions.test_im_names)
+    assert not list(data.root.glob(".*.tmp"))
+
+
+def test_protocol_that_can_be_measured_passes(shared):
+    images = TestImages(shared, "test")
+    check_protocol(images.person_ids, images.cameras, images.marks)
+    check_protocol([1, 2, 1], [1, 1, 2], [0, 0, 1])  # person 2 has no match: it counts nowhere
+
+
+@pytest.mark.parametrize(
+    ("person_ids", "cameras", "marks", "said"),
+    [
+        ([1, 1, 2], [1, 1, 2], [0, 1, 1], "no query has a match"),
+        ([1, 2], [1, 2], [0, 1], "no query has a match"),
+        ([1, 1, 2], [1, 2, 2], [0, 2, 1], "no query has a match"),  # the match is a multi-query image
+        ([1, 1, 2], [3, 3, 3], [0, 1, 1], "one camera"),
+        ([1, 1], [1, 2], [0, 0], "no gallery"),
+        ([1, 1], [1, 2], [1, 1], "no query"),
+        ([], [], [], "no query"),
+    ],
+)
+def test_protocol_that_cannot_be_measured_is_refused(person_ids, cameras, marks, said):
+    with pytest.raises(InputError) as caught:
+        check_protocol(np.array(person_ids), np.array(cameras), np.array(marks))
+    assert said in str(caught.value)
+    assert "needs each query person in the gallery, seen by another camera" in str(caught.value)

@@ -1,0 +1,76 @@
+"""What a run says, in the form that tools read."""
+
+import pytest
+import torch
+
+from aligned_reid.training import log as log_module
+from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
+
+
+def test_the_epoch_line_reads_by_position():
+    means = {"gp": 0.8731, "gm": 0.6211, "gd_ap": 1.25, "gd_an": 2.5, "gL": 0.1234, "loss": 0.1234}
+    line = format_epoch(12, 27.03, 118.2, 29.55, means)
+    assert line == (
+        "Ep 12, 27.03s, FPS 118.20, ids/s 29.55, gp 87.31%, gm 62.11%, gd_ap 1.2500, gd_an 2.5000, gL 0.1234, loss 0.1234"
+    )
+    assert float(line.split()[4].rstrip(",")) == 118.2
+    assert line.rsplit("loss", 1)[1].strip() == "0.1234"
+
+
+def test_meters_average_by_name():
+    meters = Meters()
+    meters.update({"a": torch.tensor(1.0), "b": torch.tensor(0.0, dtype=torch.float64)})
+    meters.update({"a": torch.tensor(2.0), "b": torch.tensor(1.0, dtype=torch.float64)})
+    assert meters.means() == {"a": 1.5, "b": 0.5}
+    assert Meters().means() == {}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(log_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def run_epoch(throughput, clock, durations, images=10):
+    throughput.start_epoch()
+    for duration in durations:
+        clock[0] += duration
+        throughput.add(images, lambda: None)
+    return throughput.end_epoch()
+
+
+def test_throughput_leaves_out_the_first_two_steps_of_the_process(clock):
+    throughput = Throughput()
+    assert run_epoch(throughput, clock, [50, 30, 1, 1, 1]) == (83, 3, 30)
+    assert run_epoch(throughput, clock, [2, 2, 2]) == (6, 6, 30)
+
+
+def test_throughput_of_nothing_but_warm_up_is_still_a_figure(clock):
+    throughput = Throughput()
+    assert run_epoch(throughput, clock, [4, 4]) == (8, 8, 20)
+    assert run_epoch(throughput, clock, [1, 1]) == (2, 2, 20)
+    assert run_epoch(Throughput(), clock, [5]) == (5, 5, 10)
+
+
+def test_log_writes_console_file_and_tensorboard(tmp_path, capsys):
+    log = Log(tmp_path)
+    log("one line")
+    log.scalars({"loss": 0.5}, 1)
+    log.close()
+    assert capsys.readouterr().out == "one line\n"
+    assert (tmp_path / "log.txt").read_text() == "one line\n"
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    again = Log(tmp_path)  # a resumed run goes on in the same file
+    again("another")
+    again.close()
+    assert (tmp_path / "log.txt").read_text() == "one line\nanother\n"
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    log = Log(None, is_main=False)
+    log("nobody hears it")
+    log.scalars({"loss": 0.5}, 1)
+    log.close()
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []

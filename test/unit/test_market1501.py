@@ -1,0 +1,333 @@
+"""Preparing Market-1501, on a made-up one: names, order, parts, interruption, and sources that cannot be used."""
+
+import errno
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from aligned_reid import InputError
+from aligned_reid.data import market1501
+from aligned_reid.data.market1501 import find_raw_market1501, is_raw_market1501, prepare_command, prepare_market1501
+from aligned_reid.data.partitions import read_partitions, split_train_val, write_atomically
+
+SCRIPT = Path(__file__).parents[2] / "script" / "prepare_market1501.py"
+
+FILES = {
+    "bounding_box_train": [
+        "0007_c2s1_000001_01.jpg",
+        "0007_c1s2_000009_01.jpg",
+        "0007_c1s1_000001_01.jpg",
+        "0002_c1s1_000451_03.jpg",
+        "Thumbs.db",
+        "._0002_c1s1_000451_03.jpg",
+    ],
+    "bounding_box_test": [
+        "0001_c2s1_000301_00.jpg",
+        "0001_c1s1_001051_00.jpg",  # the same base name as in query
+        "0000_c1s1_000151_01.jpg",
+        "-1_c1s1_000401_03.jpg",
+        "Thumbs.db",
+    ],
+    "query": ["0001_c1s1_001051_00.jpg", "0003_c6s4_000001_00.jpg"],
+    "gt_bbox": [
+        "0001_c1s1_001051_00.jpg",
+        "0001_c1s1_001126_00.jpg.jpg",
+        "0001_c2s1_000301_00.jpg",  # no query of person 1 under camera 2
+        "0007_c1s1_000001_01.jpg",  # a training identity
+        "0003_c6s4_000002_00.jpg",
+    ],
+    "gt_query": ["0001_c1s1_001051_00_good.mat"],
+}
+
+NEW_NAMES = {
+    "bounding_box_train/0002_c1s1_000451_03.jpg": "00000002_0001_00000000.jpg",
+    "bounding_box_train/0007_c1s1_000001_01.jpg": "00000007_0001_00000000.jpg",
+    "bounding_box_train/0007_c1s2_000009_01.jpg": "00000007_0001_00000001.jpg",
+    "bounding_box_train/0007_c2s1_000001_01.jpg": "00000007_0002_00000000.jpg",
+    "bounding_box_test/0000_c1s1_000151_01.jpg": "00000000_0001_00000000.jpg",
+    "bounding_box_test/0001_c1s1_001051_00.jpg": "00000001_0001_00000000.jpg",
+    "bounding_box_test/0001_c2s1_000301_00.jpg": "00000001_0002_00000000.jpg",
+    "query/0001_c1s1_001051_00.jpg": "00000001_0001_00000001.jpg",
+    "query/0003_c6s4_000001_00.jpg": "00000003_0006_00000000.jpg",
+    "gt_bbox/0001_c1s1_001051_00.jpg": "00000001_0001_00000002.jpg",
+    "gt_bbox/0001_c1s1_001126_00.jpg.jpg": "00000001_0001_00000003.jpg",
+    "gt_bbox/0003_c6s4_000002_00.jpg": "00000003_0006_00000001.jpg",
+}
+
+
+def content_of(folder: str, name: str) -> bytes:
+    return f"\xff\xd8 {folder}/{name} ".encode("latin-1") * 9
+
+
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    """A made-up Market-1501 folder."""
+    root = tmp_path / "Market-1501-v15.09.15"
+    for folder, names in FILES.items():
+        (root / folder).mkdir(parents=True)
+        for name in names:
+            (root / folder / name).write_bytes(content_of(folder, name))
+    (root / "readme.txt").write_text("made up")
+    return root
+
+
+def zip_of(raw: Path, prefix: str) -> Path:
+    path = raw.parent / "market.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("__MACOSX/bounding_box_train/._0002_c1s1_000451_03.jpg", b"not an image")
+        for file in sorted(raw.rglob("*"), reverse=True):
+            archive.write(file, prefix + str(file.relative_to(raw)))
+    return path
+
+
+def tree(root: Path) -> dict[str, tuple[int, str]]:
+    """Each file's modification time and digest."""
+    files = [file for file in root.rglob("*") if file.is_file()]
+    return {str(file): (file.stat().st_mtime_ns, sha256(file.read_bytes()).hexdigest()) for file in files}
+
+
+def assert_prepared(save_dir: Path) -> None:
+    assert sorted(path.name for path in save_dir.iterdir()) == ["images", "ori_to_new_im_name.pkl", "partitions.pkl"]
+    new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
+    assert new_names == NEW_NAMES
+    assert {path.name for path in (save_dir / "images").iterdir()} == set(NEW_NAMES.values())
+    for original, new in NEW_NAMES.items():
+        assert (save_dir / "images" / new).read_bytes() == content_of(*original.split("/"))
+    partitions = read_partitions(save_dir / "partitions.pkl")
+    named = {
+        folder: [new for original, new in NEW_NAMES.items() if original.startswith(f"{folder}/")] for folder in FILES
+    }
+    assert partitions.trainval_im_names == named["bounding_box_train"]
+    assert partitions.trainval_ids2labels == {2: 0, 7: 1}
+    assert partitions.test_im_names == named["query"] + named["gt_bbox"] + named["bounding_box_test"]
+    assert partitions.test_marks == [0] * 2 + [2] * 3 + [1] * 3
+    train, query, gallery = split_train_val(partitions.trainval_im_names, 100)
+    assert partitions.train_im_names == train
+    assert partitions.val_im_names == query + gallery
+
+
+def test_folder_is_prepared_and_not_changed(raw, tmp_path):
+    before = tree(raw)
+    assert prepare_market1501(raw, tmp_path / "new" / "market1501") == tmp_path / "new" / "market1501"
+    assert_prepared(tmp_path / "new" / "market1501")
+    assert tree(raw) == before
+
+
+def test_folder_around_the_root_is_prepared(raw, tmp_path):
+    around = tmp_path / "download"
+    around.mkdir()
+    (around / "another folder").mkdir()
+    raw.rename(around / raw.name)
+    assert_prepared(prepare_market1501(str(around), str(tmp_path / "market1501")))
+
+
+def test_save_dir_around_the_source_is_fine(raw):
+    save_dir = raw.parent / "data"
+    save_dir.mkdir()
+    source = raw.rename(save_dir / raw.name)
+    prepare_market1501(source, save_dir)
+    assert (save_dir / "partitions.pkl").is_file()
+
+
+@pytest.mark.parametrize("prefix", ["", "Market-1501-v15.09.15/", "a/b/"])
+def test_zip_with_any_root_is_prepared(raw, tmp_path, prefix):
+    source = zip_of(raw, prefix)
+    before = source.read_bytes()
+    assert_prepared(prepare_market1501(source, tmp_path / "market1501"))
+    assert source.read_bytes() == before
+
+
+def test_without_gt_bbox_there_is_no_multi_query(raw, tmp_path):
+    for file in (raw / "gt_bbox").iterdir():
+        file.unlink()
+    (raw / "gt_bbox").rmdir()
+    partitions = read_partitions(prepare_market1501(raw, tmp_path / "market1501") / "partitions.pkl")
+    assert partitions.test_marks == [0, 0, 1, 1, 1]
+
+
+class Interruption:
+    """Stands in for write_atomically: passes `num_files` on, then fails; counts what was written."""
+
+    def __init__(self, num_files: int, error: BaseException) -> None:
+        self.num_files = num_files
+        self.error = error
+        self.written: list[str] = []
+
+    def __call__(self, path: Path, content: bytes) -> None:
+        if len(self.written) == self.num_files:
+            raise self.error
+        write_atomically(path, content)
+        self.written.append(path.name)
+
+
+def test_interrupted_preparation_goes_on(raw, tmp_path, monkeypatch):
+    save_dir = tmp_path / "market1501"
+    first = Interruption(5, KeyboardInterrupt())
+    monkeypatch.setattr(market1501, "write_atomically", first)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_market1501(raw, save_dir)
+    assert len(list((save_dir / "images").iterdir())) == 5
+    assert not (save_dir / "partitions.pkl").exists()
+    # A power failure can leave an image short, a killed process its temporary file.
+    (save_dir / "images" / first.written[0]).write_bytes(b"")
+    (save_dir / "images" / ".00000007_0001_00000000.jpg.123.tmp").write_bytes(b"half")
+
+    second = Interruption(100, KeyboardInterrupt())
+    monkeypatch.setattr(market1501, "write_atomically", second)
+    prepare_market1501(raw, save_dir)
+    assert_prepared(save_dir)
+    assert not set(first.written[1:]) & set(second.written)
+
+    third = Interruption(100, KeyboardInterrupt())
+    monkeypatch.setattr(market1501, "write_atomically", third)
+    prepare_market1501(raw, save_dir)
+    assert third.written == []
+
+
+def test_write_stopped_in_the_middle_leaves_nothing(raw, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_market1501(raw, tmp_path / "market1501")
+    assert list((tmp_path / "market1501" / "images").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_full_or_read_only_disk_is_one_line(raw, tmp_path, monkeypatch, number):
+    monkeypatch.setattr(market1501, "write_atomically", Interruption(3, OSError(number, os.strerror(number))))
+    with pytest.raises(InputError) as caught:
+        prepare_market1501(raw, tmp_path / "market1501")
+    expected = "Read-only" if number == errno.EROFS else "no space left"
+    assert expected in str(caught.value) and str(tmp_path / "market1501") in str(caught.value)
+    assert not (tmp_path / "market1501" / "partitions.pkl").exists()
+
+
+def refusal(source: Path, save_dir: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        prepare_market1501(source, save_dir)
+    assert "\n" not in str(caught.value)
+    assert not (save_dir / "partitions.pkl").exists()
+    return str(caught.value)
+
+
+def test_sources_that_cannot_be_used(raw, tmp_path):
+    save_dir = tmp_path / "market1501"
+    assert "does not exist" in refusal(tmp_path / "none", save_dir)
+    assert "no zip file" in refusal(raw / "readme.txt", save_dir)
+    assert "holds no bounding_box_train/" in refusal(raw / "query", save_dir)
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("readme.txt", "something else")
+    assert "holds no bounding_box_train/" in refusal(tmp_path / "other.zip", save_dir)
+    assert not save_dir.exists()
+
+
+def test_damaged_zips(raw, tmp_path):
+    source = zip_of(raw, "")
+    content = bytearray(source.read_bytes())
+    source.write_bytes(content[: len(content) // 2])
+    assert "cut off" in refusal(source, tmp_path / "market1501")
+    content[content.index(b"bounding_box_train/0002") + 50] ^= 0xFF
+    source.write_bytes(content)
+    message = refusal(source, tmp_path / "market1501")
+    assert "damaged at bounding_box_train/0002_c1s1_000451_03.jpg" in message
+
+
+@pytest.mark.parametrize("folder", ["bounding_box_train", "bounding_box_test", "query"])
+def test_empty_folder_is_named(raw, tmp_path, folder):
+    for file in (raw / folder).iterdir():
+        file.unlink()
+    assert f"no images in {folder}/" in refusal(raw, tmp_path / "market1501")
+
+
+def test_strange_image_name_is_named(raw, tmp_path):
+    (raw / "query" / "holiday.jpg").write_bytes(b"")
+    assert "query/holiday.jpg is no image name" in refusal(raw, tmp_path / "market1501")
+
+
+def test_save_dirs_that_cannot_be_used(raw, tmp_path):
+    before = tree(raw)
+    assert "is in the source" in refusal(raw, raw)
+    assert "is in the source" in refusal(raw, raw / "new" / "market1501")
+    assert "is in the source" in refusal(tmp_path, tmp_path / "market1501")
+    (tmp_path / "link").symlink_to(raw)
+    assert "is in the source" in refusal(raw, tmp_path / "link" / "market1501")
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refusal(raw, tmp_path / "file")
+    assert tree(raw) == before
+
+
+def test_another_data_set_in_save_dir_is_left_alone(raw, tmp_path):
+    other = tmp_path / "market1501" / "images" / "00000099_0001_00000000.jpg"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"another image")
+    assert "another data set (00000099_0001_00000000.jpg)" in refusal(raw, tmp_path / "market1501")
+    assert [path.name for path in other.parent.iterdir()] == [other.name]
+
+
+def test_raw_data_is_recognised(raw, tmp_path):
+    assert is_raw_market1501(raw) and find_raw_market1501(raw) == raw
+    assert find_raw_market1501(tmp_path) == raw
+    assert is_raw_market1501(zip_of(raw, "x/"))
+    for path in (raw / "query", raw / "readme.txt", tmp_path / "none"):
+        assert not is_raw_market1501(path)
+    prepared = prepare_market1501(raw, tmp_path / "p" / "market1501")
+    assert not is_raw_market1501(prepared)
+    command = "python script/prepare_market1501.py --source '/a b/Market' --save_dir '/a b/market1501'"
+    assert prepare_command(Path("/a b/Market")) == command
+
+
+def test_script_prints_counts_and_the_next_command(raw, tmp_path):
+    save_dir = tmp_path / "market1501"
+    command = [sys.executable, str(SCRIPT), "--source", str(raw), "--save_dir", str(save_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 0
+    assert_prepared(save_dir)
+    assert done.stderr.splitlines()[-1] == "copied 12 of 12 images"
+    assert len(done.stderr.splitlines()) <= 10
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["trainval", "4", "images,", "2", "identities"]
+    assert [line.split()[:2] for line in lines[3:6]] == [["query", "2"], ["gallery", "3"], ["multi-query", "3"]]
+    assert lines[-1] == f"next: python script/train.py --data_path={save_dir}"
+
+
+@pytest.fixture
+def script():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("prepare_market1501_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_script_answers_a_mistake_with_one_line_and_status_2(script, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "none"
+    monkeypatch.setattr(sys, "argv", ["prepare_market1501.py", "--source", str(source), "--save_dir", str(tmp_path)])
+    assert script.main() == 2
+    assert capsys.readouterr() == ("", f"error: --source {source} does not exist\n")
+
+
+def test_script_answers_wrong_flags_with_one_line(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare_market1501.py", "--source", "x"])
+    assert script.main() == 2
+    error = capsys.readouterr().err
+    assert "--save_dir" in error and error.count("\n") == 1
+
+
+def test_script_answers_ctrl_c_with_one_line_and_status_130(script, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "prepare_market1501", interrupt)
+    monkeypatch.setattr(sys, "argv", ["prepare_market1501.py", "--source", "x", "--save_dir", "y"])
+    assert script.main() == 130
+    captured = capsys.readouterr()
+    assert "run the same command again" in captured.err and captured.err.count("\n") == 1

@@ -1,0 +1,139 @@
+"""Identity batches: who is in them, how often, and that a seed, a rank and an epoch fix them."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from aligned_reid import InputError
+from aligned_reid.data.sampler import IdentityBatchSampler, SampleRequest
+
+# Persons 3, 5, 8, ... in no order, with 1, 2, ... images each.
+COUNTS = {3: 6, 21: 1, 5: 4, 13: 2, 8: 9, 34: 5, 2: 4, 55: 4, 89: 7, 1: 3}
+PERSON_IDS = np.random.RandomState(0).permutation(np.repeat(list(COUNTS), list(COUNTS.values())))
+
+
+def sampler(ids_per_batch=4, ims_per_id=4, final_batch=True, seed=1, **options) -> IdentityBatchSampler:
+    return IdentityBatchSampler(PERSON_IDS, ids_per_batch, ims_per_id, final_batch, seed, **options)
+
+
+def groups(batches: list[list[SampleRequest]], ims_per_id: int = 4) -> list[list[int]]:
+    """The image indices of each identity in an epoch."""
+    requests = [request for batch in batches for request in batch]
+    return [[request.index for request in requests[at : at + ims_per_id]] for at in range(0, len(requests), ims_per_id)]
+
+
+def test_every_identity_comes_once_an_epoch_with_its_own_images():
+    subject = sampler()
+    for epoch in (1, 2, 3):
+        subject.set_epoch(epoch)
+        epoch_groups = groups(list(subject))
+        persons = [{int(PERSON_IDS[index]) for index in group} for group in epoch_groups]
+        assert all(len(some) == 1 for some in persons)
+        assert Counter(person for some in persons for person in some) == Counter(COUNTS.keys())
+        for group in epoch_groups:
+            num_images = COUNTS[int(PERSON_IDS[group[0]])]
+            if num_images >= 4:
+                assert len(set(group)) == 4  # without repetition where there are enough
+
+
+def test_all_images_are_drawn_over_the_epochs():
+    subject = sampler()
+    seen = set()
+    for epoch in range(60):
+        subject.set_epoch(epoch)
+        seen.update(request.index for batch in subject for request in batch)
+    assert seen == set(range(len(PERSON_IDS)))
+
+
+def test_identities_with_few_images_are_told():
+    assert sampler().ids_with_few_images == [1, 13, 21]
+    assert sampler(ims_per_id=1).ids_with_few_images == []
+
+
+@pytest.mark.parametrize(
+    ("ids_per_batch", "final_batch", "sizes"),
+    [
+        (4, True, [4, 4, 2]),
+        (4, False, [4, 4]),
+        (5, True, [5, 5]),
+        (5, False, [5, 5]),
+        (10, True, [10]),
+        (9, True, [10]),  # a single identity left would have no negative
+        (3, True, [3, 3, 4]),
+        (3, False, [3, 3, 3]),
+        (1, True, [1] * 10),
+    ],
+)
+def test_last_smaller_batch_is_kept_or_dropped(ids_per_batch, final_batch, sizes):
+    subject = sampler(ids_per_batch, final_batch=final_batch)
+    assert [len(batch) for batch in subject] == [4 * size for size in sizes]
+    assert subject.batch_sizes() == sizes
+    assert len(subject) == len(sizes)
+
+
+def test_more_identities_than_there_are_is_an_error():
+    with pytest.raises(InputError, match="--ids_per_batch 11 is more than the 10 identities"):
+        sampler(ids_per_batch=11)
+    with pytest.raises(InputError):
+        IdentityBatchSampler([], 1, 4, True, 1)
+
+
+def test_seed_rank_and_epoch_fix_everything():
+    def epoch_of(epoch: int, **options) -> list[list[SampleRequest]]:
+        subject = sampler(**options)
+        subject.set_epoch(epoch)
+        return list(subject)
+
+    first = epoch_of(7)
+    assert epoch_of(7) == first
+    subject = sampler()  # as after a resume: the epochs before do not matter
+    for epoch in (1, 2, 3, 7):
+        subject.set_epoch(epoch)
+        last = list(subject)
+    assert last == first
+    assert list(subject) == first
+    others = [epoch_of(8), epoch_of(7, seed=2), epoch_of(7, rank=1), epoch_of(1, rank=7)]
+    indices = [groups(other) for other in [first, *others]]
+    assert all(indices[i] != indices[j] for i in range(5) for j in range(i))
+    assert epoch_of(7, seed=2**63 + 5) != first
+
+
+def test_epoch_is_the_one_this_code_has_always_drawn():
+    """Resumed runs of an older version must go on as they would have: the stream may not change."""
+    subject = IdentityBatchSampler([5, 5, 7, 7, 7, 9], 2, 2, True, seed=3, rank=1)
+    subject.set_epoch(4)
+    assert list(subject) == [
+        [
+            SampleRequest(5, 7278974541391867024),
+            SampleRequest(5, 1851874262292907826),
+            SampleRequest(1, 5776761366725996170),
+            SampleRequest(0, 4227413481742876118),
+            SampleRequest(2, 6190269527286367431),
+            SampleRequest(4, 9190621936180538610),
+        ]
+    ]
+
+
+def test_draws_leave_the_global_generator_alone():
+    np.random.seed(0)
+    before = np.random.get_state()[1].copy()
+    list(sampler())
+    assert np.array_equal(np.random.get_state()[1], before)
+
+
+def test_samples_have_seeds_of_their_own():
+    subject = sampler()
+    seeds = []
+    for epoch in range(20):
+        subject.set_epoch(epoch)
+        seeds += [request.seed for batch in subject for request in batch]
+    assert len(set(seeds)) == len(seeds)
+    assert all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
+
+
+def test_without_shuffling_identities_come_sorted():
+    persons = [int(PERSON_IDS[group[0]]) for group in groups(list(sampler(shuffle=False)))]
+    assert persons == sorted(COUNTS)
+    shuffled = [int(PERSON_IDS[group[0]]) for group in groups(list(sampler()))]
+    assert shuffled != persons

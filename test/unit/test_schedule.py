@@ -1,0 +1,29 @@
+"""Learning rates against the reference's."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from aligned_reid.config import Config
+from aligned_reid.training.schedule import exp_decay, learning_rate, staircase
+
+CASES = json.loads((Path(__file__).parents[1] / "golden" / "lr_schedules.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['type']}-{case['total_epochs']}")
+def test_rates_are_the_references(case):
+    for epoch, expected in enumerate(case["lr_per_epoch"], start=1):
+        if case["type"] == "exp":
+            rate = exp_decay(epoch, case["base_lr"], case["total_epochs"], case["exp_decay_at_epoch"])
+        else:
+            rate = staircase(epoch, case["base_lr"], case["decay_at_epochs"], case["factor"])
+        assert rate == pytest.approx(expected, rel=1e-12)
+
+
+def test_settings_choose_the_schedule():
+    config = Config(base_lr=1e-3, total_epochs=10, exp_decay_at_epoch=6, staircase_decay_at_epochs=(3, 5))
+    assert learning_rate(5, config) == 1e-3
+    assert learning_rate(10, config) == pytest.approx(1e-6)
+    config = Config(base_lr=1e-3, lr_decay_type="staircase", staircase_decay_at_epochs=(3, 5))
+    assert [learning_rate(epoch, config) for epoch in (2, 3, 5)] == pytest.approx([1e-3, 1e-4, 1e-5])

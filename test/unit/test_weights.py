@@ -1,0 +1,180 @@
+"""Weight files from anywhere, hostile ones included."""
+
+import json
+import pickle
+import urllib.error
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from aligned_reid import InputError
+from aligned_reid import weights as weights_module
+from aligned_reid.model import AlignedReID, load_weights
+from aligned_reid.weights import read_state_dict, read_weight_file
+
+REFERENCE = json.loads((Path(__file__).parents[1] / "golden" / "reference_state_dict.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return AlignedReID(751, pretrained="none")
+
+
+@pytest.fixture(scope="module")
+def reference_state(model):
+    """A state dict with the names of the reference's, which torch 0.3 wrote: no num_batches_tracked."""
+    return OrderedDict((name, model.state_dict()[name].clone()) for name in REFERENCE)
+
+
+def test_names_and_shapes_are_the_references(model):
+    own = {n: list(v.shape) for n, v in model.state_dict().items() if not n.endswith("num_batches_tracked")}
+    assert own == REFERENCE
+
+
+def test_a_checkpoint_of_the_reference_loads(tmp_path, reference_state):
+    scores = [np.float64(0.71), np.float32(0.87), np.int64(3), 0.5]
+    content = {"state_dicts": [reference_state, {"state": {}, "param_groups": []}], "ep": 300, "scores": scores}
+    torch.save(content, tmp_path / "ckpt.pth", _use_new_zipfile_serialization=False)
+    for path in (tmp_path / "ckpt.pth", tmp_path):  # the file, or the folder that holds it
+        loaded = read_state_dict(path)
+        assert loaded.keys() == reference_state.keys()
+    fresh = AlignedReID(751, pretrained="none")
+    report = load_weights(fresh, loaded, "ckpt.pth", need_local=True)
+    assert "265 of 265 tensors" in report
+    assert "classifier loaded" in report
+    for name, value in reference_state.items():
+        assert torch.equal(fresh.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "base.", "module.base.", "module.pre.", "backbone.net."])
+def test_a_trunk_loads_whatever_its_prefix(tmp_path, prefix):
+    resnet = torchvision.models.resnet50(weights=None)
+    state = {prefix + name: value for name, value in resnet.state_dict().items()}
+    state["projection.weight"] = torch.zeros(3)
+    torch.save(state, tmp_path / "trunk.pth")
+    model = AlignedReID(None, pretrained=str(tmp_path / "trunk.pth"))
+    assert model.trunk_report.startswith("trunk: 265 of 265 tensors loaded from")
+    assert torch.equal(model.base.layer4[2].conv3.weight, resnet.layer4[2].conv3.weight)
+
+
+def test_a_trunk_with_a_missing_tensor_is_refused(tmp_path):
+    state = torchvision.models.resnet50(weights=None).state_dict()
+    del state["layer3.2.bn1.running_var"]
+    torch.save({"state_dict": state}, tmp_path / "trunk.pth")
+    with pytest.raises(InputError, match=r"1 of 265 tensors are missing, the first is layer3\.2\.bn1\.running_var"):
+        AlignedReID(None, pretrained=str(tmp_path / "trunk.pth"))
+
+
+def test_num_batches_tracked_may_be_missing(tmp_path):
+    state = torchvision.models.resnet50(weights=None).state_dict()
+    state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "trunk.pth")
+    assert "265 of 265" in AlignedReID(None, pretrained=str(tmp_path / "trunk.pth")).trunk_report
+
+
+def test_another_network_is_refused(tmp_path):
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
+    with pytest.raises(InputError, match="holds no whole ResNet-50"):
+        AlignedReID(None, pretrained=str(tmp_path / "resnet18.pth"))
+    wide = torchvision.models.wide_resnet50_2(weights=None).state_dict()
+    torch.save(wide, tmp_path / "wide.pth")
+    with pytest.raises(InputError, match="has shape"):
+        AlignedReID(None, pretrained=str(tmp_path / "wide.pth"))
+
+
+def test_other_identities_leave_the_classifier_at_its_start(model, reference_state):
+    other = AlignedReID(10, pretrained="none")
+    before = other.fc.weight.clone()
+    assert "classifier not loaded" in load_weights(other, dict(reference_state), "w", need_local=True)
+    assert torch.equal(other.fc.weight, before)
+    assert torch.equal(other.local_conv.weight, model.local_conv.weight)
+
+
+def test_a_missing_local_head_matters_only_where_it_is_used(reference_state):
+    trunk_only = {name: value for name, value in reference_state.items() if name.startswith("base.")}
+    model = AlignedReID(None, pretrained="none")
+    assert "local head not loaded" in load_weights(model, trunk_only, "w", need_local=False)
+    with pytest.raises(InputError, match="no local branch"):
+        load_weights(model, trunk_only, "w", need_local=True)
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, zip_format):
+    torch.save(
+        {"model": Hostile(tmp_path / "ran")}, tmp_path / "bad.pth", _use_new_zipfile_serialization=zip_format
+    )
+    with pytest.raises(InputError, match="no weight file that can be read"):
+        read_weight_file(tmp_path / "bad.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_that_hold_no_weights(tmp_path, reference_state):
+    (tmp_path / "text.pth").write_text("these are not weights")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": "none"}))
+    torch.save(reference_state, tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    for name in ("text", "empty", "plain", "cut"):
+        with pytest.raises(InputError) as error:
+            read_state_dict(tmp_path / f"{name}.pth")
+        assert f"{name}.pth" in str(error.value)
+        assert "\n" not in str(error.value)
+    torch.save({"lr": 1}, tmp_path / "numbers.pth")
+    with pytest.raises(InputError, match="holds no model weights"):
+        read_state_dict(tmp_path / "numbers.pth")
+    with pytest.raises(InputError, match="no weight file at"):
+        read_state_dict(tmp_path / "missing.pth")
+    with pytest.raises(InputError, match=r"no weight file at .*ckpt\.pth"):
+        read_state_dict(tmp_path)
+
+
+def test_imagenet_weights_are_read_from_the_hub_folder(tmp_path, monkeypatch):
+    resnet = torchvision.models.resnet50(weights=None)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = weights_module.imagenet_file()
+    file.parent.mkdir(parents=True)
+    torch.save(resnet.state_dict(), file)
+    model = AlignedReID(None, pretrained="imagenet")
+    assert torch.equal(model.base.conv1.weight, resnet.conv1.weight)
+
+
+def test_imagenet_weights_are_downloaded_once(tmp_path, monkeypatch):
+    resnet = torchvision.models.resnet50(weights=None)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def download(url, destination, hash_prefix, progress):
+        assert url.endswith("resnet50-0676ba61.pth")
+        assert hash_prefix == "0676ba61"
+        torch.save(resnet.state_dict(), destination)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    assert "265 of 265" in AlignedReID(None, pretrained="imagenet").trunk_report
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)  # a second download would fail
+    assert "265 of 265" in AlignedReID(None, pretrained="imagenet").trunk_report
+
+
+def test_offline_one_line_says_which_file_to_put_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(InputError) as error:
+        AlignedReID(None, pretrained="imagenet")
+    assert str(tmp_path / "checkpoints" / "resnet50-0676ba61.pth") in str(error.value)
+    assert "\n" not in str(error.value)
