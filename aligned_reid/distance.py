@@ -63,9 +63,9 @@ def aligned_distance(x: Tensor, y: Tensor) -> Tensor:
         x_norms = x.square().sum(2).t().index_select(0, rows)  # [H * G, M]
         y_norms = y.square().sum(2).t().index_select(0, columns)  # [H * G, N]
         x_cells = x.transpose(0, 1).index_select(0, rows)  # [H * G, M, d]
-        y_cells = y.permute(1, 2, 0).index_select(0, columns)  # [H * G, d, N]
+        y_cells = y.transpose(0, 1).index_select(0, columns)  # [H * G, N, d]
         norms = x_norms.unsqueeze(2) + y_norms.unsqueeze(1)  # [H * G, M, N]
-        squared = torch.baddbmm(norms, x_cells, y_cells, alpha=-2)
+        squared = torch.baddbmm(norms, x_cells, y_cells.transpose(1, 2), alpha=-2)
         return _shortest_path(_stripe_cost(squared), num_x, num_y)
 
 

@@ -1,0 +1,248 @@
+"""Training and feature extraction against the published loop, in one run: images/s of both, and the ratio.
+
+    python benchmark/training.py --data_path=<prepared data set> [--resize_h_w=128,64] [--steps=6] [--rounds=2]
+
+The published loop is the reference's algorithm, line for line, on today's torch: PIL decoding and float64 normalising
+in two threads, float32 NCHW, Adam, hard samples by boolean masks, figures read back in every step. Both sides train
+ResNet-50 from the same kind of start on the same images with 32 x 4 images a step; they take turns in blocks of steps,
+and the first step of each block is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from aligned_reid.accelerator import open_accelerator
+from aligned_reid.config import Config, parse_height_width
+from aligned_reid.data import IM_MEAN, IM_STD, IdentityBatchSampler, TestImages, TrainImages, open_data
+from aligned_reid.distributed import World
+from aligned_reid.evaluation.extract import extract_features
+from aligned_reid.model import AlignedReID
+from aligned_reid.training.log import Log
+from aligned_reid.training.trainer import Trainer
+
+IDS_PER_BATCH, IMS_PER_ID, TEST_BATCH = 32, 4, 32
+
+
+class PublishedModel(nn.Module):
+    """The reference's model."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        resnet = torchvision.models.resnet50(weights=None)
+        self.base = nn.Sequential(*list(resnet.children())[:-2])
+        self.local_conv = nn.Conv2d(2048, 128, 1)
+        self.local_bn = nn.BatchNorm2d(128)
+        self.local_relu = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(2048, num_classes)
+
+    def forward(self, x):
+        feat = self.base(x)
+        global_feat = nn.functional.avg_pool2d(feat, feat.size()[2:]).view(len(feat), -1)
+        local_feat = torch.mean(feat, -1, keepdim=True)
+        local_feat = self.local_relu(self.local_bn(self.local_conv(local_feat)))
+        return global_feat, local_feat.squeeze(-1).permute(0, 2, 1), self.fc(global_feat)
+
+
+def published_image(path: str, size: tuple[int, int], mirror: bool) -> np.ndarray:
+    image = np.asarray(Image.open(path))
+    image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    image = (image / 255.0 - np.array(IM_MEAN)) / np.array(IM_STD).astype(float)
+    if mirror:
+        image = image[:, ::-1, :]
+    return image.transpose(2, 0, 1)
+
+
+def published_batches(
+    paths: list[str], ids: np.ndarray, size: tuple[int, int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of one epoch, an identity a time from two threads through a queue of 200."""
+    identities = np.random.permutation(np.unique(ids))
+    samples: queue.Queue = queue.Queue(maxsize=200)
+    stop, pending, lock = threading.Event(), iter(identities), threading.Lock()
+
+    def work() -> None:
+        while not stop.is_set():
+            with lock:
+                identity = next(pending, None)
+            if identity is None:
+                return
+            own = np.flatnonzero(ids == identity)
+            chosen = np.random.choice(own, IMS_PER_ID, replace=len(own) < IMS_PER_ID)
+            images = [published_image(paths[index], size, np.random.uniform() > 0.5) for index in chosen]
+            while not stop.is_set():
+                try:
+                    samples.put((images, identity), timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(len(identities) // IDS_PER_BATCH):
+            drawn = [samples.get() for _ in range(IDS_PER_BATCH)]
+            images = np.stack(np.concatenate([images for images, _ in drawn]))
+            yield images, np.repeat([identity for _, identity in drawn], IMS_PER_ID)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def published_triplets(feat: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    n = len(feat)
+    xx = torch.pow(feat, 2).sum(1, keepdim=True).expand(n, n)
+    dist = (xx + xx.t()).addmm(feat, feat.t(), beta=1, alpha=-2).clamp(min=1e-12).sqrt()
+    is_pos = labels.expand(n, n).eq(labels.expand(n, n).t())
+    is_neg = labels.expand(n, n).ne(labels.expand(n, n).t())
+    dist_ap, relative_p = torch.max(dist[is_pos].contiguous().view(n, -1), 1, keepdim=True)
+    dist_an, relative_n = torch.min(dist[is_neg].contiguous().view(n, -1), 1, keepdim=True)
+    indices = torch.arange(n).unsqueeze(0).expand(n, n)
+    torch.gather(indices[is_pos].contiguous().view(n, -1), 1, relative_p)
+    torch.gather(indices[is_neg].contiguous().view(n, -1), 1, relative_n)
+    return dist_ap.squeeze(1), dist_an.squeeze(1)
+
+
+class PublishedTraining:
+    """The reference's loop, a block of steps at a time."""
+
+    def __init__(self, images: TrainImages) -> None:
+        self.images = images
+        self.paths = [f"{images.images_dir}/{name}" for name in images.image_names]
+        self.model = PublishedModel(images.num_classes).train()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=2e-4, weight_decay=5e-4)
+        self.criterion = nn.MarginRankingLoss(margin=0.3)
+
+    def block(self, steps: int) -> list[float]:
+        """Seconds of each step but the first."""
+        seconds = []
+        start = time.perf_counter()
+        for step, (images, labels) in enumerate(
+            published_batches(self.paths, self.images.person_ids, self.images.size)
+        ):
+            self.step(torch.from_numpy(images).float(), torch.from_numpy(labels))
+            now = time.perf_counter()
+            seconds.append(now - start)
+            start = now
+            if step == steps:
+                break
+        return seconds[1:]
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        global_feat, _, _ = self.model(images)
+        dist_ap, dist_an = published_triplets(global_feat, labels)
+        loss = self.criterion(dist_an, dist_ap, torch.ones_like(dist_an))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        for figure in (dist_an > dist_ap, dist_an > dist_ap + 0.3, dist_ap, dist_an, loss):
+            figure.detach().float().mean().item()
+
+
+class OurTraining:
+    """The library's loop, a block of steps at a time."""
+
+    def __init__(self, images: TrainImages, workers: int, folder: Path) -> None:
+        config = Config(total_epochs=1000, workers=workers, resize_h_w=images.size, seed=0)
+        sampler = IdentityBatchSampler(images.person_ids, IDS_PER_BATCH, IMS_PER_ID, False, 0)
+        model = AlignedReID(images.num_classes, pretrained="none")
+        accelerator = open_accelerator("auto", None, 0, mixed_precision=True)
+        self.accelerator = accelerator
+        self.epoch = 0
+        self.trainer = Trainer(config, model, images, sampler, accelerator, World(), Log(None, is_main=False), folder)
+
+    def block(self, steps: int) -> list[float]:
+        seconds: list[float] = []
+        start = time.perf_counter()
+
+        def progress(epoch: int) -> Iterator[object]:
+            nonlocal start
+            for step, batch in enumerate(self.trainer.loader):
+                yield batch
+                self.accelerator.synchronize()
+                now = time.perf_counter()
+                seconds.append(now - start)
+                start = now
+                if step == steps:
+                    return
+
+        self.trainer.progress = progress  # type: ignore[assignment,method-assign]
+        self.epoch += 1
+        self.trainer.train_epoch(self.epoch)
+        return seconds[1:]
+
+
+def published_extraction(model: PublishedModel, images: TestImages, count: int) -> float:
+    """Images/s of the reference's feature extraction: one batch of 32 after another, float32 NCHW."""
+    model.eval()
+    start = time.perf_counter()
+    with torch.no_grad():
+        for first in range(0, count, TEST_BATCH):
+            names = images.image_names[first : min(first + TEST_BATCH, count)]
+            batch = np.stack([published_image(f"{images.images_dir}/{name}", images.size, False) for name in names])
+            for feat in model(torch.from_numpy(batch).float())[:2]:
+                feat.numpy()
+    model.train()
+    return count / (time.perf_counter() - start)
+
+
+def our_extraction(ours: OurTraining, images: TestImages, workers: int) -> float:
+    start = time.perf_counter()
+    extract_features(ours.trainer.model, images, ours.accelerator, World(), local=True, workers=workers)
+    return len(images) / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", required=True)
+    parser.add_argument("--resize_h_w", type=parse_height_width, default=(256, 128))
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of a block")
+    parser.add_argument("--rounds", type=int, default=2, help="blocks of each side")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--extract", type=int, default=1024, help="test images to extract features of")
+    arguments = parser.parse_args()
+    data = open_data(arguments.data_path)
+    train = TrainImages(data, size=arguments.resize_h_w)
+    test = TestImages(data, size=arguments.resize_h_w)
+    test.image_names = test.image_names[: arguments.extract]
+
+    with tempfile.TemporaryDirectory() as folder:
+        published, ours = PublishedTraining(train), OurTraining(train, arguments.workers, Path(folder))
+        times: dict[str, list[float]] = {"published": [], "ours": []}
+        extraction: dict[str, list[float]] = {"published": [], "ours": []}
+        for _ in range(arguments.rounds):
+            times["published"] += published.block(arguments.steps)
+            times["ours"] += ours.block(arguments.steps)
+            extraction["published"].append(published_extraction(published.model, test, len(test.image_names)))
+            extraction["ours"].append(our_extraction(ours, test, arguments.workers))
+    print(f"{ours.accelerator.describe()}; {arguments.resize_h_w[0]} x {arguments.resize_h_w[1]}; medians")
+    print("| work | published, images/s | ours, images/s | ratio |")
+    print("| --- | --- | --- | --- |")
+    batch = IDS_PER_BATCH * IMS_PER_ID
+    training = {side: batch / statistics.median(seconds) for side, seconds in times.items()}
+    extracting = {side: statistics.median(rates) for side, rates in extraction.items()}
+    for name, rates in (("training, data included", training), ("feature extraction, data included", extracting)):
+        print(f"| {name} | {rates['published']:.1f} | {rates['ours']:.1f} | {rates['ours'] / rates['published']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
