@@ -12,7 +12,9 @@ from aligned_reid.data.checks import check_images, check_protocol
 from aligned_reid.data.dataset import TestImages, TrainImages, open_data
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.errors import InputError
-from aligned_reid.weights import CHECKPOINT_NAME, imagenet_file, read_imagenet_weights, read_state_dict
+from aligned_reid.model import make_trunk
+from aligned_reid.training.checkpoint import read_checkpoint
+from aligned_reid.weights import CHECKPOINT_NAME, load_trunk, read_imagenet_weights, read_state_dict
 
 CHECKPOINT_BYTES = 320 * 2**20  # model and Adam's two moments, float32
 
@@ -25,8 +27,8 @@ class RunData:
     train: TrainImages | None  # None where nothing is trained
 
 
-def check_input(config: Config) -> None:
-    """Check all that a run will read and write, without a device; raises InputError.
+def check_input(config: Config) -> RunData:
+    """Check all that a run will read and write, without a device; returns its images. Raises InputError.
 
     A launcher calls it once before it starts processes; each process finds the images' stamp and is spared the reading.
     """
@@ -37,6 +39,7 @@ def check_input(config: Config) -> None:
         )
     check_weight_files(config)
     check_run_dir(config)
+    return data
 
 
 def open_run_data(config: Config) -> RunData:
@@ -58,21 +61,27 @@ def open_run_data(config: Config) -> RunData:
 
 
 def check_weight_files(config: Config) -> None:
-    """The files behind --model_weight_file, --pretrained and --resume can be read."""
+    """The files behind --model_weight_file, --pretrained and --resume hold what the run needs of them."""
     if config.model_weight_file:
-        read_state_dict(config.model_weight_file)
+        check_trunk(config.model_weight_file)
     elif config.resume or config.only_test:
         if not (config.run_dir / CHECKPOINT_NAME).is_file():
             flag = "--resume true" if config.resume else "--only_test true without --model_weight_file"
             raise InputError(
                 f"{flag} needs {config.run_dir / CHECKPOINT_NAME}, and it is not there: is --exp_dir right?"
             )
-        read_state_dict(config.run_dir)
+        if config.resume:
+            read_checkpoint(config.run_dir / CHECKPOINT_NAME)
+        check_trunk(str(config.run_dir))
     elif config.pretrained == "imagenet":
-        if not imagenet_file().is_file():
-            read_imagenet_weights()
+        load_trunk(make_trunk(), read_imagenet_weights(), "imagenet")
     elif config.pretrained != "none":
-        read_state_dict(config.pretrained)
+        check_trunk(config.pretrained)
+
+
+def check_trunk(path: str) -> None:
+    """The file holds a whole ResNet-50."""
+    load_trunk(make_trunk(), read_state_dict(path), path)
 
 
 def check_run_dir(config: Config) -> None:

@@ -20,8 +20,8 @@ from aligned_reid.distributed import World, close_group, open_group, read_world,
 from aligned_reid.evaluation.extract import extract_features
 from aligned_reid.evaluation.protocol import evaluate_features
 from aligned_reid.model import AlignedReID, load_weights
-from aligned_reid.preflight import RunData, check_run_dir, check_weight_files, open_run_data
-from aligned_reid.training.checkpoint import set_aside
+from aligned_reid.preflight import RunData, check_input
+from aligned_reid.training.checkpoint import read_checkpoint, set_aside
 from aligned_reid.training.log import Log
 from aligned_reid.training.trainer import Speed, Trainer
 from aligned_reid.weights import CHECKPOINT_NAME, find_state_dict, read_weight_file
@@ -38,9 +38,7 @@ def run(config: Config) -> dict[str, Any]:
     loss is not finite.
     """
     world = read_world()
-    data = open_run_data(config)
-    check_weight_files(config)
-    check_run_dir(config)
+    data = check_input(config)
     accelerator = open_accelerator(config.device, config.npu, world.local_rank, mixed_precision=config.amp == "O1")
     with process_group(world, accelerator, config):
         config = settle_seed(config, world, accelerator)
@@ -84,7 +82,7 @@ def settle_seed(config: Config, world: World, accelerator: Accelerator) -> Confi
     """The config with a seed that all ranks share: given, the resumed run's, or drawn by rank 0."""
     seed = config.seed
     if seed is None and config.resume:
-        seed = int(read_weight_file(config.run_dir)["sampler"]["seed"])
+        seed = int(read_checkpoint(config.run_dir / CHECKPOINT_NAME)["sampler"]["seed"])
     if seed is None:
         drawn = torch.tensor(secrets.randbelow(2**31) if world.is_main else 0, device=accelerator.device)
         seed = int(sum_over_ranks(drawn).item())

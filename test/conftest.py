@@ -1,11 +1,15 @@
-"""What tests share: a tiny drawn data set, and commands run as a user runs them."""
+"""What tests share: a tiny drawn data set, a tiny trunk, and commands run as a user runs them."""
 
 import os
+import runpy
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from torch import nn
 
 from aligned_reid.data import make_synthetic
 
@@ -25,9 +29,48 @@ def tiny_flags(tiny_data):
     return (f"--data_path={tiny_data}", *TINY)
 
 
-def run_script(name, *arguments, cwd=None, environment=None, timeout=120):
-    """Run script/<name> as a user does; returns the finished process with its text output."""
-    return subprocess.run(
+@pytest.fixture
+def small_trunk(monkeypatch):
+    """A trunk of a few thousand weights in ResNet-50's place, for tests about what is around it."""
+
+    def make():
+        layers = {
+            "conv1": nn.Conv2d(3, 16, 32, stride=32, bias=False),
+            "bn1": nn.BatchNorm2d(16),
+            "relu": nn.ReLU(),
+            "conv2": nn.Conv2d(16, 2048, 1),
+        }
+        return nn.Sequential(OrderedDict(layers))
+
+    for module in ("model", "preflight"):
+        monkeypatch.setattr(f"aligned_reid.{module}.make_trunk", make)
+
+
+class Finished(NamedTuple):
+    """A command that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Run a script as its command line would, in this process: what is patched stays so, and torch is imported once."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "script" / name), *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(ROOT / "script" / name), run_name="__main__")
+        return Finished(exit_.value.code, *capfd.readouterr())
+
+    return run
+
+
+def run_script(name, *arguments, cwd=None, environment=None, timeout=240):
+    """Run script/<name> in a process of its own."""
+    done = subprocess.run(
         [sys.executable, str(ROOT / "script" / name), *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, **(environment or {})},
@@ -36,3 +79,4 @@ def run_script(name, *arguments, cwd=None, environment=None, timeout=120):
         timeout=timeout,
         check=False,
     )
+    return Finished(done.returncode, done.stdout, done.stderr)

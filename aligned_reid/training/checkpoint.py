@@ -63,9 +63,7 @@ class Checkpoints:
 
         Raises InputError where there is no file, it is damaged, or belongs to another model.
         """
-        content = read_weight_file(self.path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise InputError(f"{self.path} holds no run that --resume could go on from: use it as --model_weight_file")
+        content = read_checkpoint(self.path)
         try:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
@@ -77,6 +75,14 @@ class Checkpoints:
         self.scaler.load_state_dict(content["scaler"])
         set_random_states(content["random"], self.accelerator)
         return content
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint that this library wrote; raises InputError where the file is none."""
+    content = read_weight_file(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path} holds no run that --resume could go on from: use it as --model_weight_file")
+    return content
 
 
 def write_atomically(path: Path, content: Any) -> None:

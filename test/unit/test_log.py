@@ -11,7 +11,8 @@ def test_the_epoch_line_reads_by_position():
     means = {"gp": 0.8731, "gm": 0.6211, "gd_ap": 1.25, "gd_an": 2.5, "gL": 0.1234, "loss": 0.1234}
     line = format_epoch(12, 27.03, 118.2, 29.55, means)
     assert line == (
-        "Ep 12, 27.03s, FPS 118.20, ids/s 29.55, gp 87.31%, gm 62.11%, gd_ap 1.2500, gd_an 2.5000, gL 0.1234, loss 0.1234"
+        "Ep 12, 27.03s, FPS 118.20, ids/s 29.55, gp 87.31%, gm 62.11%, "
+        "gd_ap 1.2500, gd_an 2.5000, gL 0.1234, loss 0.1234"
     )
     assert float(line.split()[4].rstrip(",")) == 118.2
     assert line.rsplit("loss", 1)[1].strip() == "0.1234"

@@ -1,11 +1,9 @@
 """The loop: what it learns, what stops it, what it skips, and that a resumed run is the same run."""
 
 import math
-from collections import OrderedDict
 
 import pytest
 import torch
-from torch import nn
 
 from aligned_reid import InputError
 from aligned_reid.accelerator import Accelerator
@@ -19,20 +17,7 @@ from aligned_reid.training.trainer import LossWatch, Trainer
 from aligned_reid.weights import read_weight_file
 
 
-@pytest.fixture(autouse=True)
-def small_trunk(monkeypatch):
-    """A trunk of a few thousand weights in ResNet-50's place: these tests are about the loop around it."""
-
-    def make():
-        layers = {
-            "conv1": nn.Conv2d(3, 16, 32, stride=32, bias=False),
-            "bn1": nn.BatchNorm2d(16),
-            "relu": nn.ReLU(),
-            "conv2": nn.Conv2d(16, 2048, 1),
-        }
-        return nn.Sequential(OrderedDict(layers))
-
-    monkeypatch.setattr("aligned_reid.model.make_trunk", make)
+pytestmark = pytest.mark.usefixtures("small_trunk")
 
 
 class Lines(list):

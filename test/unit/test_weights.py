@@ -113,9 +113,7 @@ class Hostile:
 
 @pytest.mark.parametrize("zip_format", [True, False])
 def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, zip_format):
-    torch.save(
-        {"model": Hostile(tmp_path / "ran")}, tmp_path / "bad.pth", _use_new_zipfile_serialization=zip_format
-    )
+    torch.save({"model": Hostile(tmp_path / "ran")}, tmp_path / "bad.pth", _use_new_zipfile_serialization=zip_format)
     with pytest.raises(InputError, match="no weight file that can be read"):
         read_weight_file(tmp_path / "bad.pth")
     assert not (tmp_path / "ran").exists()

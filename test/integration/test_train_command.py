@@ -1,0 +1,329 @@
+"""script/train.py as a user runs it: what it writes, what it prints, and what it says to mistakes."""
+
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import run_script
+
+from aligned_reid.config import Config
+from aligned_reid.data import Partitions, read_partitions, write_partitions
+from aligned_reid.model import AlignedReID
+
+SCORES = {"mAP", "mAP_step", "mINP", "cmc1", "cmc5", "cmc10"}
+
+
+@pytest.fixture
+def own_data(tiny_data, tmp_path):
+    """A copy of the data set that a test may damage."""
+    return shutil.copytree(tiny_data, tmp_path / "own_data")
+
+
+def edit_partitions(data, **changes):
+    path = data / "partitions.pkl"
+    write_partitions(path, Partitions(**{**vars(read_partitions(path)), **changes}))
+
+
+def assert_refused(finished, *reasons):
+    """One line on stderr that holds all `reasons`, and exit status 2."""
+    assert finished.status == 2
+    assert finished.err.count("\n") == 1, finished.err
+    for reason in reasons:
+        assert reason in finished.err
+
+
+# ---- a whole run
+
+
+def test_a_run_writes_its_folder_and_prints_what_tools_read(command, tiny_flags, tmp_path, small_trunk):
+    folder = tmp_path / "run"
+    done = command("train.py", *tiny_flags, "--total_epochs=2", "--seed=3", f"--exp_dir={folder}", "-llw", "1")
+    assert done.status == 0
+    epochs = [line for line in done.out.splitlines() if "Ep" in line]
+    assert len(epochs) == 2
+    for line in epochs:
+        assert float(line.split()[4].rstrip(",")) > 0
+        assert math.isfinite(float(line.split("loss")[1]))
+    assert [line for line in done.out.splitlines() if "FPS" in line] == epochs
+    ranks = [line for line in done.out.splitlines() if "cmc1" in line]
+    assert len(ranks) == 6
+    results = json.loads((folder / "results.json").read_text())
+    assert ranks[-1].split()[3] == f"{results['global']['cmc1']:.2%}],"  # the plain global distance comes last
+    for name in ("global", "global_re_ranked", "local", "local_re_ranked", "global_local", "global_local_re_ranked"):
+        assert set(results[name]) == SCORES
+        assert 0 <= results[name]["mAP"] <= 1
+    assert results["FPS"] == pytest.approx(2 * results["ids_per_second"])
+    assert results["config"] == json.loads((folder / "config.json").read_text())
+    assert results["config"]["seed"] == 3
+    assert (folder / "log.txt").read_text() == done.out
+    assert {path.name for path in folder.iterdir()} == {
+        "ckpt.pth",
+        "config.json",
+        "log.txt",
+        "results.json",
+        "tensorboard",
+    }
+
+
+def test_local_scores_are_null_where_the_branch_was_not_trained(command, tiny_flags, tmp_path, small_trunk):
+    assert command("train.py", *tiny_flags, "--total_epochs=1", f"--exp_dir={tmp_path / 'run'}").status == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["local"] is None
+    assert results["global_local_re_ranked"] is None
+    assert set(results["global"]) == SCORES
+
+
+def test_evaluation_alone_gives_what_training_ended_with(command, tiny_flags, tmp_path, small_trunk):
+    folder = tmp_path / "run"
+    command("train.py", *tiny_flags, "--total_epochs=1", f"--exp_dir={folder}", "-llw", "1", "--seed=1")
+    trained = json.loads((folder / "results.json").read_text())
+    for source, exp_dir in ((f"--model_weight_file={folder}", tmp_path / "test"), ("--seed=2", folder)):
+        done = command("train.py", *tiny_flags, "--only_test=true", source, f"--exp_dir={exp_dir}")
+        assert done.status == 0
+        tested = json.loads((exp_dir / "results.json").read_text())
+        for name in ("global", "global_re_ranked", "local_re_ranked", "global_local"):
+            assert tested[name] == trained[name]
+        assert tested["FPS"] is None
+    assert json.loads((folder / "results.old1.json").read_text())["FPS"] == trained["FPS"]  # nothing was lost
+    assert "Ep 1" in (folder / "log.txt").read_text()
+
+
+def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(command, tiny_flags, tmp_path, small_trunk):
+    command("train.py", *tiny_flags, "--total_epochs=3", "--seed=5", f"--exp_dir={tmp_path / 'whole'}")
+    command(
+        "train.py",
+        *tiny_flags,
+        "--total_epochs=2",
+        "--exp_decay_at_epoch=151",
+        "--seed=5",
+        f"--exp_dir={tmp_path / 'part'}",
+    )
+    done = command("train.py", *tiny_flags, "--total_epochs=3", "--resume=true", f"--exp_dir={tmp_path / 'part'}")
+    assert done.status == 0
+    assert "after epoch 2" in done.out
+    assert "total_epochs: 2 -> 3" in done.out
+    whole, part = (torch.load(tmp_path / name / "ckpt.pth", weights_only=True) for name in ("whole", "part"))
+    assert part["config"]["seed"] == 5
+    assert all(torch.equal(value, part["model"][name]) for name, value in whole["model"].items())
+    scores = [json.loads((tmp_path / name / "results.json").read_text())["global"] for name in ("whole", "part")]
+    assert scores[0] == scores[1]
+
+
+def test_a_second_run_in_the_same_folder_loses_nothing(command, tiny_flags, tmp_path, small_trunk):
+    for _ in range(2):
+        done = command("train.py", *tiny_flags, "--total_epochs=1", f"--exp_dir={tmp_path / 'run'}")
+    assert "ckpt.old1.pth" in done.out
+    assert {"ckpt.pth", "ckpt.old1.pth", "log.old1.txt", "results.old1.json"} <= set(os.listdir(tmp_path / "run"))
+
+
+def test_a_drawn_seed_is_logged_and_stored(command, tiny_flags, tmp_path, small_trunk):
+    seeds = set()
+    for number in range(2):
+        folder = tmp_path / str(number)
+        done = command("train.py", *tiny_flags, "--total_epochs=1", f"--exp_dir={folder}")
+        seed = json.loads((folder / "config.json").read_text())["seed"]
+        assert f"seed {seed}" in done.out
+        seeds.add(seed)
+    assert len(seeds) == 2
+
+
+def test_fine_tuning_takes_all_but_the_classifier(command, tiny_flags, tmp_path, small_trunk):
+    model = AlignedReID(99, pretrained="none")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    flags = (f"--model_weight_file={tmp_path / 'weights.pth'}", f"--exp_dir={tmp_path / 'run'}", "--base_lr=1e-9")
+    done = command("train.py", *tiny_flags, "--total_epochs=1", *flags)
+    assert done.status == 0
+    assert "classifier not loaded (other identities)" in done.out
+    tuned = torch.load(tmp_path / "run" / "ckpt.pth", weights_only=True)["model"]
+    assert torch.allclose(tuned["base.conv1.weight"], model.base.conv1.weight, atol=1e-6)
+    assert len(tuned["fc.weight"]) == 8
+
+
+def test_an_identity_with_one_image_is_said_once(command, own_data, tiny_flags, tmp_path, small_trunk):
+    partitions = read_partitions(own_data / "partitions.pkl")
+    first = partitions.trainval_im_names[0][:8]
+    left = [name for name in partitions.trainval_im_names if not name.startswith(first)]
+    edit_partitions(own_data, trainval_im_names=[partitions.trainval_im_names[0], *left])
+    flags = (f"--data_path={own_data}", *tiny_flags[1:])
+    done = command("train.py", *flags, "--total_epochs=2", f"--exp_dir={tmp_path / 'run'}")
+    assert done.status == 0
+    assert done.out.count("drawn with repetition") == 1
+    assert f"1 identities have fewer than 2 images (the first is {int(first)})" in done.out
+
+
+def test_resnet50_in_a_process_of_its_own(tiny_flags, tmp_path):
+    done = run_script("train.py", *tiny_flags, "--total_epochs=1", "-idlw", "1", "--workers=1", cwd=tmp_path)
+    assert done.status == 0, done.err
+    (checkpoint,) = tmp_path.glob("exp/train/market1501/*/run1/ckpt.pth")
+    assert "idlw_1" in str(checkpoint)
+    assert "trunk: random start" in done.out
+    assert "Traceback" not in done.err
+
+
+# ---- mistakes
+
+
+def test_no_data_path(command):
+    assert_refused(command("train.py"), "no --data_path", "prepare_market1501.py")
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--total_epoch=1", "did you mean --total_epochs?"),
+        ("--resume=maybe", "neither true nor false"),
+        ("--pretrained=missing.pth", "no weight file at missing.pth"),
+        ("--model_weight_file=missing", "no weight file at missing"),
+        ("--ids_per_batch=9", "--ids_per_batch 9 is more than the 8 identities"),
+        ("--npu=9", "--npu 9"),
+        ("--only_test=true", "needs"),
+        ("--resume=true", "is --exp_dir right?"),
+        ("--partition_file=missing.pkl", "missing.pkl does not exist"),
+    ],
+)
+def test_a_mistaken_flag_is_one_line_and_writes_nothing(command, tiny_flags, tmp_path, monkeypatch, flag, reason):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(command("train.py", *tiny_flags, f"--exp_dir={tmp_path / 'run'}", flag), reason)
+    assert not (tmp_path / "run").exists()
+
+
+def test_npu_where_there_is_none(command, tiny_flags, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch_npu", None)
+    done = command("train.py", *tiny_flags, "--device=npu", f"--exp_dir={tmp_path / 'run'}")
+    assert_refused(done, "--device npu", "torch_npu is not installed")
+    assert not (tmp_path / "run").exists()
+
+
+def raw_market(data):
+    for name in ("bounding_box_train", "bounding_box_test", "query"):
+        (data / name).mkdir()
+    shutil.rmtree(data / "images")
+    (data / "partitions.pkl").unlink()
+
+
+def cut(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def first_image(data):
+    return data / "images" / read_partitions(data / "partitions.pkl").trainval_im_names[0]
+
+
+def one_camera(data):
+    partitions = read_partitions(data / "partitions.pkl")
+    kept = [i for i, name in enumerate(partitions.test_im_names) if name[9:13] == "0001"]
+    names, marks = ([values[i] for i in kept] for values in (partitions.test_im_names, partitions.test_marks))
+    edit_partitions(data, test_im_names=names, test_marks=marks)
+
+
+def no_match(data):
+    partitions = read_partitions(data / "partitions.pkl")
+    queried = {n[:8] for n, mark in zip(partitions.test_im_names, partitions.test_marks, strict=True) if mark == 0}
+    person = sorted(queried)[0]
+    pairs = zip(partitions.test_im_names, partitions.test_marks, strict=True)
+    kept = [(name, mark) for name, mark in pairs if (mark == 0) == (name[:8] == person) and mark != 2]
+    edit_partitions(data, test_im_names=[name for name, _ in kept], test_marks=[mark for _, mark in kept])
+
+
+def hostile(data):
+    (data / "partitions.pkl").write_bytes(b"cposix\nsystem\n(S'touch ran'\ntR.")
+
+
+DAMAGES = {
+    "not there": (shutil.rmtree, ("does not exist",)),
+    "raw Market-1501": (raw_market, ("original Market-1501", "script/prepare_market1501.py --source")),
+    "no partitions": (lambda data: (data / "partitions.pkl").unlink(), ("has no partitions.pkl",)),
+    "cut-off partitions": (lambda data: cut(data / "partitions.pkl"), ("partitions.pkl",)),
+    "hostile partitions": (hostile, ("partitions.pkl",)),
+    "missing image": (lambda data: first_image(data).unlink(), (".jpg is missing",)),
+    "empty image": (lambda data: first_image(data).write_bytes(b""), (".jpg is empty",)),
+    "cut-off image": (lambda data: cut(first_image(data)), (".jpg is cut off",)),
+    "name that does not parse": (
+        lambda data: edit_partitions(data, test_im_names=["me.jpg"], test_marks=[0]),
+        ("me.jpg",),
+    ),
+    "one camera": (one_camera, ("all test images come from one camera", "protocol needs")),
+    "no match": (no_match, ("no query has a match", "protocol needs")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_data_is_one_line_and_writes_nothing(command, own_data, tiny_flags, tmp_path, monkeypatch, damage):
+    spoil, reasons = DAMAGES[damage]
+    spoil(own_data)
+    monkeypatch.chdir(tmp_path)
+    done = command("train.py", f"--data_path={own_data}", *tiny_flags[1:], f"--exp_dir={tmp_path / 'run'}")
+    assert_refused(done, *reasons)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"lr": 0.1}, "holds no model weights"),
+        ({"weight": torch.zeros(3)}, "holds no whole ResNet-50"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--model_weight_file", "--pretrained"])
+def test_a_file_without_weights(command, tiny_flags, tmp_path, small_trunk, content, reason, flag):
+    torch.save(content, tmp_path / "weights.pth")
+    flags = (f"{flag}={tmp_path / 'weights.pth'}", f"--exp_dir={tmp_path / 'run'}")
+    assert_refused(command("train.py", *tiny_flags, *flags), reason)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_shape(command, tiny_flags, tmp_path, small_trunk):
+    state = AlignedReID(8, pretrained="none").state_dict()
+    state["base.conv1.weight"] = torch.zeros(16, 3, 7, 7)
+    torch.save(state, tmp_path / "weights.pth")
+    flags = (f"--model_weight_file={tmp_path / 'weights.pth'}", "--only_test=true", f"--exp_dir={tmp_path / 'run'}")
+    assert_refused(command("train.py", *tiny_flags, *flags), "base.conv1.weight has shape (16, 3, 7, 7)")
+
+
+def test_resuming_what_is_no_run(command, tiny_flags, tmp_path, small_trunk):
+    torch.save(AlignedReID(8, pretrained="none").state_dict(), tmp_path / "ckpt.pth")
+    done = command("train.py", *tiny_flags, "--resume=true", f"--exp_dir={tmp_path}")
+    assert_refused(done, "holds no run that --resume could go on from")
+
+
+def test_a_folder_that_cannot_be_written(command, tiny_flags, tmp_path):
+    assert_refused(command("train.py", *tiny_flags, "--exp_dir=/proc/run"), "--exp_dir /proc/run", "cannot be written")
+    (tmp_path / "file").touch()
+    assert_refused(command("train.py", *tiny_flags, f"--exp_dir={tmp_path / 'file' / 'run'}"), "is a file")
+
+
+def test_a_disk_without_room_is_said_before_training(command, tiny_flags, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    done = command("train.py", *tiny_flags, f"--exp_dir={tmp_path / 'run'}")
+    assert_refused(done, "1 MB are free")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_has_status_1(command, tiny_flags, tmp_path, small_trunk, monkeypatch):
+    from aligned_reid.training.objective import Objective
+
+    original = Objective.__call__
+
+    def spoilt(self, features, labels):
+        loss, figures = original(self, features, labels)
+        return loss / 0.0 * 0.0, figures
+
+    monkeypatch.setattr(Objective, "__call__", spoilt)
+    done = command("train.py", *tiny_flags, "--total_epochs=3", f"--exp_dir={tmp_path / 'run'}")
+    assert done.status == 1
+    assert done.err.count("\n") == 1
+    assert "the loss is nan at step 1 of epoch 1" in done.err
+    assert ".jpg" in done.err
+    assert not (tmp_path / "run" / "ckpt.pth").exists()
+
+
+def test_help_names_every_flag(command):
+    done = command("train.py", "--help")
+    assert done.status == 0
+    assert all(f"--{name}" in done.out for name in vars(Config()))
