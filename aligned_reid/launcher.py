@@ -20,14 +20,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 HCCL_PORTS = range(60000, 60032)  # Ascend's collectives listen there
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+AGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # which torch's agent passes on
 MONITOR_SECONDS = 0.05  # how soon a dead rank is seen: before the others have died of its absence
 DRAIN_SECONDS = 2.0  # how long output may follow the end of the ranks
 
@@ -63,7 +64,7 @@ def launch(
         become_command(command)
     devices = range(first_device, first_device + num_processes)
     outputs = [RankOutput(log_file(log_dir, device), on_console=device == first_device) for device in devices]
-    with tempfile.TemporaryDirectory(prefix="aligned_reid_") as folder:
+    with own_signal_handlers(), tempfile.TemporaryDirectory(prefix="aligned_reid_") as folder:
         pump = Pump(folder, outputs)
         pump.start()
         try:
@@ -112,9 +113,6 @@ def run_agent(
         monitor_interval=MONITOR_SECONDS,
         **agent_folder(folder),
     )
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    }
     logging.disable(logging.CRITICAL)  # the agent's own account of a failure; ours is one line
     try:
         # -I: this file only, whatever the rank's PYTHONPATH holds.
@@ -127,9 +125,25 @@ def run_agent(
         raise Interrupted(signal.SIGINT) from None
     finally:
         logging.disable(logging.NOTSET)
+    return {}
+
+
+@contextmanager
+def own_signal_handlers() -> Iterator[None]:
+    """Undo at the end that the agent takes over signals, and keep those from it that are ignored.
+
+    nohup ignores SIGHUP, which the agent would obey when the terminal closes. Enter before threads start: they inherit
+    what is blocked, and so do the ranks.
+    """
+    handlers = {number: signal.getsignal(number) for number in AGENT_SIGNALS}
+    ignored = [number for number, handler in handlers.items() if handler is signal.SIG_IGN]
+    signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
+    try:
+        yield
+    finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return {}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
 
 
 def agent_folder(folder: str) -> dict[str, Any]:
@@ -291,7 +305,7 @@ def become_rank(folder: str, command: Sequence[str]) -> NoReturn:
     """What the agent starts as a rank: connect the output to the launcher's pipes, then become the command."""
     if sys.platform == "linux":  # no rank outlives a launcher that was killed: PR_SET_PDEATHSIG is 1
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getsid(0) != os.getpid():  # torch < 2.2 leaves it in the launcher's, where a Ctrl-C would reach it twice
+    if os.getsid(0) != os.getpid():  # torch 2.1 leaves it in the launcher's, where a Ctrl-C would reach it twice
         os.setsid()
     local_rank = os.environ["LOCAL_RANK"]
     for descriptor in (1, 2):

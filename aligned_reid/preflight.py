@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from aligned_reid.config import Config
 from aligned_reid.data.checks import check_images, check_protocol
@@ -14,35 +15,41 @@ from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.errors import InputError
 from aligned_reid.model import make_trunk
 from aligned_reid.training.checkpoint import read_checkpoint
-from aligned_reid.weights import CHECKPOINT_NAME, load_trunk, read_imagenet_weights, read_state_dict
+from aligned_reid.weights import (
+    CHECKPOINT_NAME,
+    find_state_dict,
+    load_trunk,
+    read_imagenet_weights,
+    read_weight_file,
+)
 
 CHECKPOINT_BYTES = 320 * 2**20  # model and Adam's two moments, float32
 
 
 @dataclass(frozen=True)
-class RunData:
-    """The images of a run."""
+class RunInput:
+    """What a run starts from."""
 
     test: TestImages
     train: TrainImages | None  # None where nothing is trained
+    weights: Any = None  # the content of the weight file to start or test from; read before the run writes anything
 
 
-def check_input(config: Config) -> RunData:
-    """Check all that a run will read and write, without a device; returns its images. Raises InputError.
+def check_input(config: Config) -> RunInput:
+    """Check all that a run will read and write, without a device; returns what it starts from. Raises InputError.
 
     A launcher calls it once before it starts processes; each process finds the images' stamp and is spared the reading.
     """
-    data = open_run_data(config)
-    if data.train is not None:
-        IdentityBatchSampler(
-            data.train.person_ids, config.ids_per_batch, config.ims_per_id, config.train_final_batch, 0
-        )
-    check_weight_files(config)
+    given = open_images(config)
+    if given.train is not None:
+        person_ids = given.train.person_ids
+        IdentityBatchSampler(person_ids, config.ids_per_batch, config.ims_per_id, config.train_final_batch, seed=0)
+    weights = read_start_weights(config)
     check_run_dir(config)
-    return data
+    return replace(given, weights=weights)
 
 
-def open_run_data(config: Config) -> RunData:
+def open_images(config: Config) -> RunInput:
     """The images that the run uses, each of them checked to be whole."""
     if not config.data_path:
         raise InputError(
@@ -57,31 +64,33 @@ def open_run_data(config: Config) -> RunData:
         train = TrainImages(data, config.trainset_part, size, config.crop_prob, config.crop_ratio)
     check_protocol(test.person_ids, test.cameras, test.marks)
     check_images(data, [*(train.image_names if train else []), *test.image_names])
-    return RunData(test, train)
+    return RunInput(test, train)
 
 
-def check_weight_files(config: Config) -> None:
-    """The files behind --model_weight_file, --pretrained and --resume hold what the run needs of them."""
+def read_start_weights(config: Config) -> Any:
+    """The content of the file to start or test from, None where there is none; it and --pretrained hold a ResNet-50."""
     if config.model_weight_file:
-        check_trunk(config.model_weight_file)
-    elif config.resume or config.only_test:
-        if not (config.run_dir / CHECKPOINT_NAME).is_file():
+        return read_with_trunk(config.model_weight_file)
+    if config.resume or config.only_test:
+        file = config.run_dir / CHECKPOINT_NAME
+        if not file.is_file():
             flag = "--resume true" if config.resume else "--only_test true without --model_weight_file"
-            raise InputError(
-                f"{flag} needs {config.run_dir / CHECKPOINT_NAME}, and it is not there: is --exp_dir right?"
-            )
+            raise InputError(f"{flag} needs {file}, and it is not there: is --exp_dir right?")
         if config.resume:
-            read_checkpoint(config.run_dir / CHECKPOINT_NAME)
-        check_trunk(str(config.run_dir))
-    elif config.pretrained == "imagenet":
+            read_checkpoint(file)
+        return read_with_trunk(str(file))
+    if config.pretrained == "imagenet":
         load_trunk(make_trunk(), read_imagenet_weights(), "imagenet")
     elif config.pretrained != "none":
-        check_trunk(config.pretrained)
+        read_with_trunk(config.pretrained)
+    return None
 
 
-def check_trunk(path: str) -> None:
-    """The file holds a whole ResNet-50."""
-    load_trunk(make_trunk(), read_state_dict(path), path)
+def read_with_trunk(path: str) -> Any:
+    """The content of a weight file, which holds a whole ResNet-50."""
+    content = read_weight_file(path)
+    load_trunk(make_trunk(), find_state_dict(content, path), path)
+    return content
 
 
 def check_run_dir(config: Config) -> None:

@@ -20,11 +20,11 @@ from aligned_reid.distributed import World, close_group, open_group, read_world,
 from aligned_reid.evaluation.extract import extract_features
 from aligned_reid.evaluation.protocol import evaluate_features
 from aligned_reid.model import AlignedReID, load_weights
-from aligned_reid.preflight import RunData, check_input
+from aligned_reid.preflight import RunInput, check_input
 from aligned_reid.training.checkpoint import read_checkpoint, set_aside
 from aligned_reid.training.log import Log
 from aligned_reid.training.trainer import Speed, Trainer
-from aligned_reid.weights import CHECKPOINT_NAME, find_state_dict, read_weight_file
+from aligned_reid.weights import CHECKPOINT_NAME, find_state_dict
 
 RESULTS_NAME = "results.json"
 MARK_NAMES = ("query", "gallery", "multi-query")
@@ -38,13 +38,13 @@ def run(config: Config) -> dict[str, Any]:
     loss is not finite.
     """
     world = read_world()
-    data = check_input(config)
+    given = check_input(config)
     accelerator = open_accelerator(config.device, config.npu, world.local_rank, mixed_precision=config.amp == "O1")
     with process_group(world, accelerator, config):
         config = settle_seed(config, world, accelerator)
         with run_folder(config, world) as log:
-            log_settings(config, world, accelerator, data, log)
-            return train_and_evaluate(config, world, accelerator, data, log)
+            log_settings(config, world, accelerator, given, log)
+            return train_and_evaluate(config, world, accelerator, given, log)
 
 
 @contextmanager
@@ -90,46 +90,46 @@ def settle_seed(config: Config, world: World, accelerator: Accelerator) -> Confi
     return dataclasses.replace(config, seed=seed)
 
 
-def log_settings(config: Config, world: World, accelerator: Accelerator, data: RunData, log: Log) -> None:
+def log_settings(config: Config, world: World, accelerator: Accelerator, given: RunInput, log: Log) -> None:
     """What runs where, on what, with which settings."""
     log(f"device {accelerator.describe()}, {world.size} process{'es' if world.size > 1 else ''}, seed {config.seed}")
     log(
         "settings: "
         + " ".join(f"--{name}={format_option(value)}" for name, value in vars(config).items() if value != "")
     )
-    if data.train is not None:
-        log(f"{config.trainset_part}: {len(data.train):,} images of {data.train.num_classes:,} identities")
-    counts = ", ".join(f"{(data.test.marks == mark).sum():,} {name}" for mark, name in enumerate(MARK_NAMES))
+    if given.train is not None:
+        log(f"{config.trainset_part}: {len(given.train):,} images of {given.train.num_classes:,} identities")
+    counts = ", ".join(f"{(given.test.marks == mark).sum():,} {name}" for mark, name in enumerate(MARK_NAMES))
     log(f"test: {counts} images")
 
 
 def train_and_evaluate(
-    config: Config, world: World, accelerator: Accelerator, data: RunData, log: Log
+    config: Config, world: World, accelerator: Accelerator, given: RunInput, log: Log
 ) -> dict[str, Any]:
     """The run itself; returns what results.json holds."""
     start = time.monotonic()
     local_was_trained = config.l_loss_weight > 0
     speed = Speed()
-    if data.train is None:
-        model, local_was_trained = load_for_test(config, log)
+    if given.train is None:
+        model, local_was_trained = load_for_test(config, given.weights, log)
     else:
-        model, speed = train(config, world, accelerator, data, log)
+        model, speed = train(config, world, accelerator, given, log)
     train_seconds = time.monotonic() - start
     use_local = local_was_trained if config.use_local_distance is None else config.use_local_distance
 
     start = time.monotonic()
-    features = extract_features(model, data.test, accelerator, world, local=use_local, workers=config.workers)
+    features = extract_features(model, given.test, accelerator, world, local=use_local, workers=config.workers)
     if not world.is_main:
         return {}
     extract_seconds = time.monotonic() - start
-    rate = len(data.test) / extract_seconds
-    log(f"features of {len(data.test):,} images in {extract_seconds:.1f}s ({rate:.1f} images/s)")
-    scores = evaluate_features(features, data.test, log, normalize_feature=config.normalize_feature)
+    rate = len(given.test) / extract_seconds
+    log(f"features of {len(given.test):,} images in {extract_seconds:.1f}s ({rate:.1f} images/s)")
+    scores = evaluate_features(features, given.test, log, normalize_feature=config.normalize_feature)
     results = {
         **{name: scores.get(name) for name in SCORE_NAMES},
         "FPS": speed.fps,
         "ids_per_second": speed.fps / config.ims_per_id if speed.fps else None,
-        "train_seconds": train_seconds if data.train is not None else None,
+        "train_seconds": train_seconds if given.train is not None else None,
         "extract_seconds": extract_seconds,
         "evaluate_seconds": time.monotonic() - start,
         "device": accelerator.describe(),
@@ -140,9 +140,11 @@ def train_and_evaluate(
     return results
 
 
-def train(config: Config, world: World, accelerator: Accelerator, data: RunData, log: Log) -> tuple[AlignedReID, Speed]:
+def train(
+    config: Config, world: World, accelerator: Accelerator, given: RunInput, log: Log
+) -> tuple[AlignedReID, Speed]:
     """Train the epochs that are left; returns the model and its speed."""
-    images = data.train
+    images = given.train
     assert images is not None
     sampler = IdentityBatchSampler(
         images.person_ids,
@@ -159,8 +161,8 @@ def train(config: Config, world: World, accelerator: Accelerator, data: RunData,
         )
     start_elsewhere = config.resume or config.model_weight_file
     model = AlignedReID(images.num_classes, pretrained="none" if start_elsewhere else config.pretrained)
-    if config.model_weight_file and not config.resume:
-        weights = find_state_dict(read_weight_file(config.model_weight_file), config.model_weight_file)
+    if given.weights is not None and not config.resume:
+        weights = find_state_dict(given.weights, config.model_weight_file)
         log(load_weights(model, weights, config.model_weight_file, need_local=False))
     elif not config.resume:
         log(model.trunk_report)
@@ -171,10 +173,12 @@ def train(config: Config, world: World, accelerator: Accelerator, data: RunData,
     return model, trainer.speed
 
 
-def load_for_test(config: Config, log: Log) -> tuple[AlignedReID, bool]:
-    """The model to evaluate, and whether its local branch was trained: as its checkpoint says, else as the flags do."""
+def load_for_test(config: Config, content: Any, log: Log) -> tuple[AlignedReID, bool]:
+    """The model to evaluate, and whether its local branch was trained: as its checkpoint says, else as the flags do.
+
+    content: of the weight file.
+    """
     source = config.model_weight_file or str(config.run_dir)
-    content = read_weight_file(source)
     weights = find_state_dict(content, source)
     trained = config.l_loss_weight > 0
     if isinstance(content, dict) and isinstance(content.get("config"), dict):

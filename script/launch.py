@@ -1,0 +1,92 @@
+"""Runs a script as several ranks: python script/launch.py --nproc=2 script/train.py --data_path=...
+
+Ends with the first failing rank's own exit status; aligned_reid/launcher.py says how.
+"""
+
+import os
+import sys
+from argparse import REMAINDER, Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # before torch: a broken torch_npu would stop its import
+
+from aligned_reid.command import run_command
+from aligned_reid.config import Config, OneLineParser
+from aligned_reid.launcher import launch
+
+
+def parse_arguments() -> Namespace:
+    """Options up to the script; what follows is the script's. Defaults of several machines are torchrun's variables."""
+    parser = OneLineParser(allow_abbrev=False, description="Run a script as one process a device.")
+    nnodes, node_rank, device = variable("NNODES", "1"), variable("NODE_RANK", "0"), os.environ.get("ASCEND_DEVICE_ID")
+    parser.add_argument("--nproc", type=int, default=1, help="processes on this machine (default: 1)")
+    parser.add_argument("--nnodes", type=int, default=nnodes, help="machines (default: NNODES, or 1)")
+    parser.add_argument("--node_rank", type=int, default=node_rank, help="this machine (default: NODE_RANK, or 0)")
+    parser.add_argument("--addr", default="", help="address of the first of several machines (default: MASTER_ADDR)")
+    parser.add_argument("--port", type=int, default=0, help="its port (default: MASTER_PORT; one machine: a free one)")
+    parser.add_argument("--log_dir", default="logs", help="the ranks' logs: <log_dir>/<device>/train_<device>.log")
+    parser.add_argument("--first_device", type=int, default=device or None, help="default: ASCEND_DEVICE_ID, or 0")
+    parser.add_argument("--check", default="true", choices=["true", "false", "only"], help="check the input first")
+    parser.add_argument("command", nargs=REMAINDER, help="a Python script and its arguments")
+    options = parser.parse_args()
+    if options.nnodes > 1:
+        options.addr = options.addr or variable("MASTER_ADDR", "")
+        options.port = options.port or int(variable("MASTER_PORT", "29500"))
+    if options.first_device is None:
+        options.first_device = options.node_rank * options.nproc
+    rules = [
+        (bool(options.command), "which script? e.g. launch.py --nproc=2 script/train.py --data_path=..."),
+        (options.nproc >= 1, "--nproc is at least 1"),
+        (0 <= options.node_rank < options.nnodes, "--node_rank counts from 0 to --nnodes - 1"),
+        (0 <= options.port < 65536, "--port is at most 65535"),
+        (options.nnodes == 1 or options.addr, "several machines need --addr (or MASTER_ADDR), the first one's address"),
+    ]
+    for holds, rule in rules:
+        if not holds:
+            parser.error(rule)
+    return options
+
+
+def variable(name: str, default: str) -> str:
+    return os.environ.get(f"PET_{name}") or os.environ.get(name) or default
+
+
+def check_input(config: Config, options: Namespace) -> None:
+    """Refuse a user's mistake once, before there are ranks to repeat it, and on request a device that is not there."""
+    from aligned_reid import preflight
+    from aligned_reid.accelerator import open_accelerator
+
+    preflight.check_input(config)
+    if options.check == "only":  # this process then ends; a launcher would keep the device busy
+        open_accelerator(config.device, config.npu, local_rank=options.nproc - 1, mixed_precision=False)
+
+
+def main(options: Namespace) -> None:
+    several = options.nproc * options.nnodes > 1  # one process alone checks its own input
+    if is_training(options) and (options.check == "only" or (several and options.check == "true")):
+        check_input(Config.from_arguments(options.command[1:]), options)
+    if options.check == "only":
+        return
+    status = launch(
+        [sys.executable, *options.command],
+        options.nproc,
+        options.log_dir,
+        num_nodes=options.nnodes,
+        node_rank=options.node_rank,
+        address=options.addr or "127.0.0.1",
+        port=options.port,
+        first_device=options.first_device,
+    )
+    sys.exit(status)
+
+
+def is_training(options: Namespace) -> bool:
+    return Path(options.command[0]).name == "train.py"
+
+
+if __name__ == "__main__":
+    parsed = parse_arguments()
+    if is_training(parsed):
+        sys.argv = parsed.command  # what is wrong from here on is train.py's
+    run_command(lambda: main(parsed))
