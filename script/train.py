@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from aligned_reid.command import run_command  # noqa: E402
-from aligned_reid.config import Config  # noqa: E402
+from aligned_reid.command import run_command
+from aligned_reid.config import Config
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ def test_fine_tuning_takes_all_but_the_classifier(command, tiny_flags, tmp_path,
     assert "classifier not loaded (other identities)" in done.out
     tuned = torch.load(tmp_path / "run" / "ckpt.pth", weights_only=True)["model"]
     assert torch.allclose(tuned["base.conv1.weight"], model.base.conv1.weight, atol=1e-6)
-    assert len(tuned["fc.weight"]) == 8
+    assert len(tuned["fc.weight"]) == 12
 
 
 def test_an_identity_with_one_image_is_said_once(command, own_data, tiny_flags, tmp_path, small_trunk):
@@ -177,7 +177,7 @@ def test_no_data_path(command):
         ("--resume=maybe", "neither true nor false"),
         ("--pretrained=missing.pth", "no weight file at missing.pth"),
         ("--model_weight_file=missing", "no weight file at missing"),
-        ("--ids_per_batch=9", "--ids_per_batch 9 is more than the 8 identities"),
+        ("--ids_per_batch=13", "--ids_per_batch 13 is more than the 12 identities"),
         ("--npu=9", "--npu 9"),
         ("--only_test=true", "needs"),
         ("--resume=true", "is --exp_dir right?"),

@@ -27,11 +27,11 @@ def test_heads_follow_their_definition(model):
     with torch.no_grad():
         feat = model.base(images)
         features = model(images)
-        assert torch.allclose(features.global_feat, feat.mean((2, 3)), atol=1e-5)
+        assert torch.allclose(features.global_feat, feat.mean((2, 3)), rtol=1e-4, atol=1e-5)
         stripe = feat[:, :, 1].mean(-1)  # [2, 2048], the second stripe
         local = torch.relu(model.local_bn(model.local_conv(stripe[:, :, None, None])))[:, :, 0, 0]
-        assert torch.allclose(features.local_feat[:, 1], local, atol=1e-5)
-        assert torch.allclose(features.logits, model.fc(features.global_feat))
+        assert torch.allclose(features.local_feat[:, 1], local, rtol=1e-4, atol=1e-4 * local.max().item())
+        assert torch.allclose(features.logits, model.fc(features.global_feat), atol=1e-5)
 
 
 def test_without_classifier():

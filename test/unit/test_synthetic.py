@@ -65,7 +65,7 @@ def test_partitions(small_set: Path) -> None:
     assert set(partitions.trainval_im_names) == {*partitions.train_im_names, *partitions.val_im_names}
     train_ids = set(partitions.trainval_ids2labels)
     test_ids = {parse_image_name(name).person_id for name in partitions.test_im_names}
-    assert len(train_ids) == NUM_IDS // 2
+    assert len(train_ids) == NUM_IDS * 3 // 4
     assert not train_ids & test_ids
     assert 0 in test_ids
     new_names = pickle.loads((small_set / "ori_to_new_im_name.pkl").read_bytes())

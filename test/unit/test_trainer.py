@@ -16,7 +16,6 @@ from aligned_reid.training import trainer as trainer_module
 from aligned_reid.training.trainer import LossWatch, Trainer
 from aligned_reid.weights import read_weight_file
 
-
 pytestmark = pytest.mark.usefixtures("small_trunk")
 
 

@@ -40,6 +40,11 @@ def test_a_checkpoint_of_the_reference_loads(tmp_path, reference_state):
     scores = [np.float64(0.71), np.float32(0.87), np.int64(3), 0.5]
     content = {"state_dicts": [reference_state, {"state": {}, "param_groups": []}], "ep": 300, "scores": scores}
     torch.save(content, tmp_path / "ckpt.pth", _use_new_zipfile_serialization=False)
+    if not hasattr(torch.serialization, "safe_globals"):  # torch < 2.5 cannot read numpy's numbers safely: it says so
+        with pytest.raises(InputError, match=r"numpy numbers need torch 2\.5 or newer"):
+            read_state_dict(tmp_path)
+        content["scores"] = [float(score) for score in scores]
+        torch.save(content, tmp_path / "ckpt.pth", _use_new_zipfile_serialization=False)
     for path in (tmp_path / "ckpt.pth", tmp_path):  # the file, or the folder that holds it
         loaded = read_state_dict(path)
         assert loaded.keys() == reference_state.keys()

@@ -1,0 +1,282 @@
+"""The embedded data set: generated pedestrians before generated cameras, in the layout that --data_path takes."""
+
+import contextlib
+import errno
+import functools
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from aligned_reid import __version__
+from aligned_reid.data.drawing.camera import Camera, make_camera, take_picture
+from aligned_reid.data.drawing.figure import Figure
+from aligned_reid.data.drawing.person import sample_person
+from aligned_reid.data.partitions import (
+    Partitions,
+    build_partitions,
+    format_image_name,
+    write_atomically,
+    write_partitions,
+)
+from aligned_reid.errors import InputError
+
+SETTINGS_NAME = "generated.json"  # what a set was made with; written first, it marks the folder as ours
+DISTRACTOR_ID = 0  # as in Market-1501: people and empty boxes that nobody looks for, in the gallery only
+MAX_PER_NAME = (
+    99_999_999,
+    9_999,
+    99_999_999,
+)  # identities, cameras and images that the digits of a name can tell apart
+
+# What a random generator is for; with the seed and the numbers that follow it gives one stream for each thing drawn.
+_PERSON, _CAMERA, _IMAGE = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """All that decides what the files hold."""
+
+    num_ids: int
+    num_cameras: int
+    images_per_camera: int
+    seed: int
+    made_by: str = f"aligned_reid {__version__}, numpy {np.__version__}, opencv {cv2.__version__}"
+
+    @property
+    def num_train_ids(self) -> int:
+        return self.num_ids * 3 // 4  # what is learnt from nothing needs variety
+
+
+class _Job(NamedTuple):
+    """The images of one identity that are to be drawn: (camera, index) of each."""
+
+    person_id: int
+    images: list[tuple[int, int]]
+
+
+class _Studio(NamedTuple):
+    """What a worker draws with."""
+
+    cameras: list[Camera]
+    images_dir: Path
+    seed: int
+
+
+def make_synthetic(
+    save_dir: str | Path,
+    num_ids: int = 300,
+    num_cameras: int = 6,
+    images_per_camera: int = 4,
+    seed: int = 1,
+    num_workers: int | None = None,
+) -> Path:
+    """Draw a data set: images/ (128 x 64 JPEGs), partitions.pkl, ori_to_new_im_name.pkl. Returns `save_dir`.
+
+    Half of the identities are for training, the others for test. Every identity is seen `images_per_camera` times by
+    each camera: of a test identity one image per camera is a query, from 4 images on another one is a multi-query
+    image, and the rest is gallery, together with as many distractors (person 0) as an identity has images. The same
+    arguments and package versions give the same bytes, whatever `num_workers` (None: one per core). When interrupted,
+    the same call goes on: an image is written whole or not at all, and partitions.pkl last.
+    Raises InputError on numbers that make no data set, and when `save_dir` holds anything else or cannot be written.
+    """
+    settings = _Settings(num_ids, num_cameras, images_per_camera, seed)
+    _check(settings)
+    if num_workers is not None and num_workers < 1:
+        raise InputError(f"num_workers is {num_workers}; it must be at least 1")
+    save_dir = Path(save_dir).expanduser()
+    try:
+        _claim(save_dir, settings)
+        images_dir = save_dir / "images"
+        images_dir.mkdir(exist_ok=True)
+        _draw_all(_missing_images(images_dir, settings), images_dir, settings, num_workers)
+        names = {name: name for name in _image_names(settings)}  # they have never had other names
+        write_atomically(save_dir / "ori_to_new_im_name.pkl", pickle.dumps(names, protocol=2))
+        write_partitions(save_dir / "partitions.pkl", _partitions(settings))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"no space left for {save_dir}; make room and run the same command again") from error
+        raise InputError(f"cannot write {save_dir}: {error.strerror}") from error
+    return save_dir
+
+
+def _check(settings: _Settings) -> None:
+    if settings.num_ids < 4:
+        raise InputError(
+            f"num_ids is {settings.num_ids}; 4 are the least: two to train on and two to tell apart in the test"
+        )
+    if settings.num_cameras < 2:
+        raise InputError(
+            f"num_cameras is {settings.num_cameras}; the protocol needs 2, for a query is searched in other cameras"
+        )
+    if settings.images_per_camera < 2:
+        raise InputError(
+            f"images_per_camera is {settings.images_per_camera}; 2 are the least: a query and a gallery image"
+        )
+    if settings.seed < 0:
+        raise InputError(f"seed is {settings.seed}; it must not be negative")
+    for name, most in zip(("num_ids", "num_cameras", "images_per_camera"), MAX_PER_NAME, strict=True):
+        if getattr(settings, name) > most:
+            raise InputError(f"{name} is {getattr(settings, name)}; an image's name has digits for {most}")
+
+
+def _claim(save_dir: Path, settings: _Settings) -> None:
+    """Make the folder ours by writing the settings into it; InputError when it holds anything but a set of these."""
+    if save_dir.exists() and not save_dir.is_dir():
+        raise InputError(f"save_dir {save_dir} is no folder; take another one")
+    save_dir.mkdir(parents=True, exist_ok=True)
+    ours = asdict(settings)
+    path = save_dir / SETTINGS_NAME
+    if not path.exists():
+        if any(save_dir.iterdir()):
+            raise InputError(f"save_dir {save_dir} holds other files, which are not overwritten; take another one")
+        write_atomically(path, json.dumps(ours, indent=2).encode())
+        return
+    try:
+        theirs = json.loads(path.read_bytes())
+    except ValueError:
+        theirs = None
+    if theirs != ours:
+        raise InputError(
+            f"save_dir {save_dir} holds a data set made with other settings ({path}); delete it or take another one"
+        )
+
+
+def _images_of(settings: _Settings) -> list[tuple[int, int]]:
+    """(camera, index) of each image of an identity."""
+    return [(c, i) for c in range(1, settings.num_cameras + 1) for i in range(settings.images_per_camera)]
+
+
+def _image_names(settings: _Settings) -> list[str]:
+    return [
+        format_image_name(person, *image) for person in range(settings.num_ids + 1) for image in _images_of(settings)
+    ]
+
+
+def _missing_images(images_dir: Path, settings: _Settings) -> list[_Job]:
+    """What is still to be drawn; the remains of an interrupted run are cleared away."""
+    present = set(os.listdir(images_dir))
+    for name in present:
+        if name.startswith(".") and name.endswith(".tmp"):
+            (images_dir / name).unlink(missing_ok=True)
+    jobs = []
+    for person_id in range(settings.num_ids + 1):
+        images = [image for image in _images_of(settings) if format_image_name(person_id, *image) not in present]
+        if images:
+            jobs.append(_Job(person_id, images))
+    return jobs
+
+
+def _draw_all(jobs: Sequence[_Job], images_dir: Path, settings: _Settings, num_workers: int | None) -> None:
+    if not jobs:
+        return
+    num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
+    with _one_opencv_thread():
+        cameras = [
+            make_camera(_generator(settings.seed, _CAMERA, camera), camera - 1)
+            for camera in range(1, settings.num_cameras + 1)
+        ]
+        studio = _Studio(cameras, images_dir, settings.seed)
+        num_images = sum(len(job.images) for job in jobs)
+        if num_workers == 1:
+            _report(map(functools.partial(_draw_person, studio), jobs), num_images)
+            return
+        # A forked worker has the cameras and imported modules already: it starts in milliseconds.
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(num_workers, context, _start_worker, (studio,)) as pool:
+            _report(pool.map(_draw_person_in_worker, jobs, chunksize=4), num_images)
+
+
+@contextlib.contextmanager
+def _one_opencv_thread() -> Iterator[None]:
+    """Pictures are too small to share, and a process forks more safely without OpenCV's threads."""
+    num_threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(num_threads)
+
+
+_worker_studio: _Studio  # of a worker process, set when it starts
+
+
+def _start_worker(studio: _Studio) -> None:
+    global _worker_studio
+    _worker_studio = studio
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+def _draw_person_in_worker(job: _Job) -> int:
+    return _draw_person(_worker_studio, job)
+
+
+def _draw_person(studio: _Studio, job: _Job) -> int:
+    """Draw and write some images of one identity; returns how many."""
+    figure = Figure(sample_person(_generator(studio.seed, _PERSON, job.person_id)))
+    for camera_number, index in job.images:
+        rng = _generator(studio.seed, _IMAGE, job.person_id, camera_number, index)
+        seen: Figure | None = figure
+        if job.person_id == DISTRACTOR_ID:  # another passer-by each time, or nobody
+            seen = Figure(sample_person(rng)) if index % 2 else None
+        camera = studio.cameras[camera_number - 1]
+        image = take_picture(camera, seen, rng)
+        quality = camera.jpeg_quality + int(rng.integers(-5, 6))
+        _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+        write_atomically(studio.images_dir / format_image_name(job.person_id, camera_number, index), jpeg.tobytes())
+    return len(job.images)
+
+
+def _generator(seed: int, *key: int) -> np.random.Generator:
+    """A stream of its own for each key."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def _report(drawn: Iterable[int], num_images: int) -> None:
+    """Take the counts of what has been drawn and show them on stderr: as a bar on a terminal, else in ten lines."""
+    if sys.stderr.isatty():
+        with tqdm(total=num_images, desc="Drawing", unit=" images") as bar:
+            for count in drawn:
+                bar.update(count)
+        return
+    num_done = 0
+    for count in drawn:
+        tenths_before, num_done = 10 * num_done // num_images, num_done + count
+        if 10 * num_done // num_images > tenths_before:
+            print(f"drew {num_done:,} of {num_images:,} images", file=sys.stderr, flush=True)
+
+
+def _partitions(settings: _Settings) -> Partitions:
+    """Who is where. Per identity and camera, the last images are query and multi-query, as Market-1501 counts them."""
+    multi_query_index = (
+        settings.images_per_camera - 1 if settings.images_per_camera >= 4 else settings.images_per_camera
+    )
+    trainval, query, multi_query, gallery = [], [], [], []
+    for person_id in range(settings.num_ids + 1):
+        for camera, index in _images_of(settings):
+            name = format_image_name(person_id, camera, index)
+            if person_id == DISTRACTOR_ID:
+                gallery.append(name)
+            elif person_id <= settings.num_train_ids:
+                trainval.append(name)
+            elif index == multi_query_index:
+                multi_query.append(name)
+            elif index == multi_query_index - 1:
+                query.append(name)
+            else:
+                gallery.append(name)
+    # Of Market-1501's 751 identities, 100 are for validation.
+    num_val_ids = math.ceil(settings.num_train_ids * 100 / 751)
+    return build_partitions(trainval, query, gallery, multi_query, num_val_ids)

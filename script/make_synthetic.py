@@ -1,0 +1,42 @@
+"""Draw the embedded data set of generated pedestrians; see --help."""
+
+import argparse
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from aligned_reid.command import run_command
+from aligned_reid.config import OneLineParser
+from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY, read_partitions
+from aligned_reid.data.synthetic import make_synthetic
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The flags of make_synthetic."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--save_dir", required=True, help="a new folder; when interrupted, run again to go on")
+    parser.add_argument("--num_ids", type=int, default=300, help="identities, three quarters of them for training")
+    parser.add_argument("--num_cameras", type=int, default=6, help="cameras, each of which sees every identity")
+    parser.add_argument("--images_per_camera", type=int, default=4, help="images of an identity under one camera")
+    parser.add_argument("--seed", type=int, default=1, help="the same seed and package versions give the same bytes")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Draw, print the counts and the command to go on with."""
+    save_dir = make_synthetic(**vars(parse_arguments()))
+    partitions = read_partitions(save_dir / "partitions.pkl")
+    num_marked = Counter(partitions.test_marks)
+    print(
+        f"trainval    {len(partitions.trainval_im_names):6,} images, {len(partitions.trainval_ids2labels)} identities"
+    )
+    for part, mark in (("query", QUERY), ("gallery", GALLERY), ("multi-query", MULTI_QUERY)):
+        print(f"{part:<11} {num_marked[mark]:6,} images")
+    print(f"next: python script/train.py --data_path={shlex.quote(str(save_dir))} --pretrained=none")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,176 @@
+"""Distance matrices against the golden vectors and against aligned_reid.distance in float64, compiled and in torch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from aligned_reid import InputError
+from aligned_reid.distance import aligned_distance, euclidean_distance, normalize
+from aligned_reid.evaluation import compiled, distance_matrix, global_distance_matrix, local_distance_matrix
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "distances.npz")
+
+
+def random_tensor(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs once with numba, once as if it were missing."""
+    if request.param == "torch":
+        monkeypatch.setattr(distance_matrix, "compiled", lambda name: None)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small inputs have many blocks, and a last one that is not full."""
+    for name, size in {
+        "GLOBAL_TILE": 7,
+        "QUERIES_PER_BLOCK": 3,
+        "GALLERY_PER_TILE": 10,
+        "CPU_COSTS_PER_BLOCK": 9 * 64,
+    }.items():
+        monkeypatch.setattr(distance_matrix, name, size)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    assert torch.get_num_threads() == request.param
+    torch.set_num_threads(before)
+
+
+def test_golden_global() -> None:
+    computed = global_distance_matrix(GOLDEN["query_global"], GOLDEN["gallery_global"])
+    assert computed.dtype == np.float32
+    np.testing.assert_allclose(computed, GOLDEN["euclidean"], rtol=1e-5)
+
+
+@pytest.mark.usefixtures("either_form")
+def test_golden_local() -> None:
+    computed = local_distance_matrix(GOLDEN["query_local"], GOLDEN["gallery_local"])
+    assert computed.dtype == np.float32
+    np.testing.assert_allclose(computed, GOLDEN["local"], rtol=1e-5)
+    query, gallery = (normalize(torch.from_numpy(GOLDEN[name])) for name in ("query_local", "gallery_local"))
+    np.testing.assert_allclose(local_distance_matrix(query, gallery), GOLDEN["local_normalized"], rtol=1e-5)
+
+
+@pytest.mark.usefixtures("either_form", "small_blocks")
+@pytest.mark.parametrize(("num_x", "num_y"), [(8, 8), (1, 1), (1, 6), (6, 1), (3, 5)])
+@pytest.mark.parametrize("scale", [0.02, 1.0, 30.0])
+def test_local_is_the_aligned_distance(num_x: int, num_y: int, scale: float, threads: int) -> None:
+    x, y = scale * random_tensor(0, 14, num_x, 16), scale * random_tensor(1, 37, num_y, 16)
+    expected = aligned_distance(x.double(), y.double()).numpy()
+    np.testing.assert_allclose(local_distance_matrix(x, y), expected, rtol=3e-6)
+
+
+@pytest.mark.usefixtures("either_form", "small_blocks")
+def test_local_of_a_set_with_itself() -> None:
+    x = random_tensor(2, 34, 5, 16)
+    computed = local_distance_matrix(x, x)
+    expected = aligned_distance(x.double(), x.double()).numpy()
+    others = ~np.eye(34, dtype=bool)
+    np.testing.assert_allclose(computed[others], expected[others], rtol=3e-6)
+    # A stripe's distance to itself is a difference of equal numbers, known to the square root of their rounding.
+    np.testing.assert_allclose(computed, expected, atol=5 * 2e-3)
+    np.testing.assert_allclose(computed, local_distance_matrix(x, x.clone()), atol=5 * 4e-3)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_global_is_the_euclidean_distance(threads: int) -> None:
+    x, y = random_tensor(3, 16, 20), random_tensor(4, 33, 20)
+    expected = euclidean_distance(x.double(), y.double()).numpy()
+    np.testing.assert_allclose(global_distance_matrix(x, y), expected, rtol=3e-6)
+    itself = global_distance_matrix(y, y)
+    expected = euclidean_distance(y.double(), y.double()).numpy()
+    np.testing.assert_allclose(itself, expected, rtol=3e-6, atol=5e-3)
+    assert np.array_equal(np.triu(itself, 7), np.tril(itself, -7).T)
+    np.testing.assert_allclose(np.diag(itself), 0, atol=5e-3)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_symmetric_local_matrix_is_symmetric_to_the_bit() -> None:
+    x = random_tensor(5, 34, 4, 8)
+    computed = local_distance_matrix(x, x)
+    assert np.array_equal(computed, computed.T)
+
+
+@pytest.mark.usefixtures("either_form")
+def test_far_and_equal_stripes() -> None:
+    far = np.full((2, 8, 4), 1e4, np.float32)
+    np.testing.assert_allclose(local_distance_matrix(far, -far), 15.0, rtol=1e-6)
+    zeros = np.zeros((2, 8, 4), np.float32)
+    np.testing.assert_allclose(local_distance_matrix(zeros, zeros.copy()), 15 * 0.5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("function", [global_distance_matrix, local_distance_matrix])
+def test_whatever_holds_the_numbers(function: Any) -> None:
+    shape = (6, 4) if function is global_distance_matrix else (6, 3, 4)
+    x = random_tensor(6, *shape)
+    y = random_tensor(7, *shape)
+    expected = function(x, y)
+    read_only = y.numpy().copy()
+    read_only.setflags(write=False)
+    reversed_twice = np.ascontiguousarray(x.numpy()[::-1])[::-1]
+    assert np.array_equal(function(x.requires_grad_(), read_only), expected)
+    assert np.array_equal(function(reversed_twice, y.numpy().astype(np.float64)), expected)
+    assert np.array_equal(function(np.asfortranarray(x.detach().numpy()), y), expected)
+    half = function(x.detach().bfloat16(), y)
+    assert half.dtype == np.float32
+    np.testing.assert_allclose(half, expected, rtol=0.05)
+
+
+def test_no_images() -> None:
+    assert global_distance_matrix(torch.zeros(0, 4), torch.zeros(3, 4)).shape == (0, 3)
+    assert local_distance_matrix(torch.zeros(3, 2, 4), torch.zeros(0, 2, 4)).shape == (3, 0)
+    assert local_distance_matrix(torch.zeros(0, 2, 4), torch.zeros(3, 2, 4)).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("function", "x", "y"),
+    [
+        (global_distance_matrix, (3, 4), (3, 5)),
+        (global_distance_matrix, (3, 4, 5), (3, 5)),
+        (local_distance_matrix, (3, 8, 4), (3, 8, 5)),
+        (local_distance_matrix, (3, 4), (3, 4)),
+        (local_distance_matrix, (3, 0, 4), (3, 8, 4)),
+    ],
+)
+def test_wrong_shapes_are_said(function: Any, x: tuple[int, ...], y: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=f"{function.__name__}: needs .* got"):
+        function(torch.zeros(x), torch.zeros(y))
+
+
+def test_code_that_cannot_be_kept_on_disk_is_compiled_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    njit = numba.njit
+    asked = []
+
+    def njit_on_a_read_only_disk(signatures: list[str], **options: Any) -> Any:
+        asked.append(options.get("cache", False))
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(signatures, **options)
+
+    monkeypatch.setattr(numba, "njit", njit_on_a_read_only_disk)
+    count_ranks = compiled.compiled.__wrapped__("count_ranks")
+    assert asked == [True, False]
+    ranks = np.zeros(1, np.int64)
+    dist = np.array([[3, 1, 2]], np.float32)
+    count_ranks(dist, np.array([0, 1]), np.array([2]), np.array([False]), ranks)
+    assert ranks.tolist() == [1]
+
+
+def test_an_error_in_a_thread_is_raised_and_the_thread_count_kept(threads: int) -> None:
+    def fail(number: int) -> None:
+        raise InputError(f"number {number}")
+
+    with pytest.raises(InputError, match="number 0"):
+        compiled.in_threads(fail, range(3))

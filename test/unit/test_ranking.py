@@ -1,0 +1,235 @@
+"""CMC, mAP and mINP against the golden vectors and against the protocol written out with a sort."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from aligned_reid import InputError
+from aligned_reid.evaluation import Ranking, rank, ranking
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "ranking.npz")
+GOLDEN_INPUTS = [GOLDEN[name] for name in ("dist", "query_ids", "gallery_ids", "query_cams", "gallery_cams")]
+
+
+@pytest.fixture(params=["counted", "sorted", "no numba"])
+def every_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "sorted":
+        monkeypatch.setattr(ranking, "MAX_COUNTED_MATCHES", 2)
+    if request.param == "no numba":
+        monkeypatch.setattr(ranking, "compiled", lambda name, dtype: None)
+
+
+def random_case(seed: int, num_query: int = 23, num_gallery: int = 60, levels: int = 1000) -> list[np.ndarray]:
+    """Few `levels` of distance: many ties."""
+    rng = np.random.default_rng(seed)
+    sizes = (num_query, num_gallery)
+    dist = rng.integers(0, levels, sizes).astype(np.float32)
+    ids = [rng.integers(0, 8, size) for size in sizes]
+    cams = [rng.integers(0, 3, size) for size in sizes]
+    return [dist, *ids, *cams]
+
+
+def naive_rank(
+    dist: np.ndarray,
+    query_ids: np.ndarray,
+    gallery_ids: np.ndarray,
+    query_cams: np.ndarray,
+    gallery_cams: np.ndarray,
+    topk: int = 10,
+    separate_camera_set: bool = False,
+    first_match_break: bool = True,
+) -> dict[str, Any]:
+    """Sort everything, remove what is to be removed, walk down the list."""
+    cmc, aps, ap_steps, inps = np.zeros(topk), [], [], []
+    for q in range(len(dist)):
+        order = np.argsort(dist[q], kind="stable")
+        same_person = gallery_ids[order] == query_ids[q]
+        same_camera = gallery_cams[order] == query_cams[q]
+        matches = same_person[~(same_person & same_camera)]
+        if not matches.any():
+            aps.append(np.nan)
+            ap_steps.append(np.nan)
+            continue
+        found, ap, ap_step, precision_before = 0, 0.0, 0.0, 1.0
+        for position, match in enumerate(matches, start=1):
+            found += match
+            precision = found / position
+            if match:
+                ap += (precision_before + precision) / 2 / matches.sum()
+                ap_step += precision / matches.sum()
+            precision_before = precision
+        aps.append(ap)
+        ap_steps.append(ap_step)
+        inps.append(matches.sum() / (np.flatnonzero(matches)[-1] + 1))
+        shown = same_person[~same_camera] if separate_camera_set else matches
+        places = np.flatnonzero(shown)
+        for already, place in enumerate(places[:1] if first_match_break else places):
+            if place - already < topk:
+                cmc[place - already] += 1 if first_match_break else 1 / len(places)
+    return {
+        "cmc": cmc.cumsum() / len(inps),
+        "ap": aps,
+        "ap_step": ap_steps,
+        "mean_ap": np.nanmean(aps),
+        "mean_ap_step": np.nanmean(ap_steps),
+        "mean_inp": np.mean(inps),
+        "num_valid_queries": len(inps),
+    }
+
+
+def check(computed: Ranking, expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(computed, name), value, rtol=0, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.usefixtures("every_way")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_golden(dtype: type) -> None:
+    dist, *labels = GOLDEN_INPUTS
+    ranks = np.unique(dist, return_inverse=True)[1].reshape(dist.shape)  # the same order in either type
+    computed = rank(dist if dtype is np.float64 else ranks.astype(dtype), *labels, topk=50)
+    np.testing.assert_allclose(computed.cmc, GOLDEN["cmc_market1501"], rtol=0, atol=1e-9)
+    valid = GOLDEN["is_valid_query"] == 1
+    assert computed.num_valid_queries == valid.sum() == 59
+    for name, key in (("ap", "ap_trapezoid"), ("ap_step", "ap_step")):
+        np.testing.assert_allclose(getattr(computed, name)[valid], GOLDEN[key][valid], rtol=0, atol=1e-9)
+        assert np.isnan(getattr(computed, name)[~valid]).all()
+        assert getattr(computed, f"mean_{name}") == pytest.approx(float(GOLDEN[f"mean_{key}"]), abs=1e-9)
+    allshots = rank(dist, *labels, topk=50, first_match_break=False)
+    np.testing.assert_allclose(allshots.cmc, GOLDEN["cmc_allshots"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.usefixtures("every_way")
+@pytest.mark.parametrize("levels", [2, 7, 10**6])
+def test_is_the_sorted_protocol(levels: int) -> None:
+    for seed in range(4):
+        case = random_case(seed, levels=levels)
+        for topk in (1, 10, 200):
+            for options in ({}, {"separate_camera_set": True}, {"first_match_break": False}):
+                check(rank(*case, topk=topk, **options), naive_rank(*case, topk=topk, **options))
+
+
+def test_many_queries_in_many_blocks() -> None:
+    case = random_case(9, num_query=300, num_gallery=80, levels=50)
+    check(rank(*case), naive_rank(*case))
+
+
+def test_random_step_precision_is_that_of_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    dist, query_ids, gallery_ids, query_cams, gallery_cams = random_case(5, levels=10**6)
+    computed = rank(dist, query_ids, gallery_ids, query_cams, gallery_cams)
+    for q, ap_step in enumerate(computed.ap_step):
+        kept = (gallery_ids != query_ids[q]) | (gallery_cams != query_cams[q])
+        expected = metrics.average_precision_score(gallery_ids[kept] == query_ids[q], -dist[q, kept])
+        assert ap_step == pytest.approx(expected, abs=1e-12)
+
+
+def test_hand_made_example() -> None:
+    #        other, removed, match, other, match
+    dist = [[0.1, 0.2, 0.3, 0.4, 0.5]]
+    result = rank(dist, [7], [1, 7, 7, 2, 7], [0], [0, 0, 1, 1, 2], topk=3)
+    assert result.cmc.tolist() == [0, 1, 1]
+    assert result.mean_ap_step == pytest.approx((1 / 2 + 2 / 4) / 2)
+    assert result.mean_ap == pytest.approx(((0 / 1 + 1 / 2) / 2 + (1 / 3 + 2 / 4) / 2) / 2)
+    assert result.mean_inp == 2 / 4
+    allshots = rank(dist, [7], [1, 7, 7, 2, 7], [0], [0, 0, 1, 1, 2], topk=3, first_match_break=False)
+    assert allshots.cmc.tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("separate_camera_set", [False, True])
+def test_single_gallery_shot_is_the_mean_of_all_draws(separate_camera_set: bool) -> None:
+    """The expectation, person by person: how likely is it that fewer than k of them come before the match?"""
+    case = random_case(3, num_query=12, num_gallery=40, levels=10**6)
+    dist, query_ids, gallery_ids, query_cams, gallery_cams = case
+    options = {"single_gallery_shot": True, "separate_camera_set": separate_camera_set, "topk": 8}
+    computed = np.mean([rank(*case, seed=seed, **options).cmc for seed in range(60)], axis=0)
+    expected = np.zeros(8)
+    for q in range(12):
+        same_camera = gallery_cams == query_cams[q]
+        kept = ~same_camera if separate_camera_set else ~(same_camera & (gallery_ids == query_ids[q]))
+        own = np.flatnonzero(kept & (gallery_ids == query_ids[q]))
+        for match in own:
+            before = np.array([1.0])  # probability of 0, 1, ... persons before the match
+            for person in set(gallery_ids[kept]) - {query_ids[q]}:
+                share = (dist[q, kept & (gallery_ids == person)] < dist[q, match]).mean()
+                before = np.convolve(before, [1 - share, share])
+            expected += np.append(before, np.zeros(8))[:8].cumsum() / len(own) / 12
+    np.testing.assert_allclose(computed, expected, atol=0.02)
+    assert computed[-1] <= 1
+
+
+def test_single_gallery_shot_is_seeded_and_leaves_the_rest() -> None:
+    case = random_case(4)
+    plain, one, again, other = (
+        rank(*case, single_gallery_shot=shot, seed=seed) for shot, seed in ((False, 0), (True, 0), (True, 0), (True, 1))
+    )
+    assert np.array_equal(one.cmc, again.cmc)
+    assert not np.array_equal(one.cmc, other.cmc)
+    np.testing.assert_array_equal(one.ap, plain.ap)
+    one_image_each = [np.random.default_rng(0).random((4, 8)), [0, 1, 2, 3], range(8), [0] * 4, [1] * 8]
+    shot, all_images = rank(*one_image_each, single_gallery_shot=True), rank(*one_image_each)
+    np.testing.assert_allclose(shot.cmc, all_images.cmc)
+
+
+def test_whatever_holds_the_numbers() -> None:
+    dist, *labels = random_case(6, levels=50)
+    expected = rank(dist, *labels)
+    tensors = [torch.from_numpy(values) for values in (dist, *labels)]
+    lists = [dist.tolist(), *(values.tolist() for values in labels)]
+    names = [[f"person {i}" for i in values] for values in labels]
+    for case in (tensors, lists, [np.asfortranarray(dist), *labels], [dist.astype(np.int64), *labels], [dist, *names]):
+        for computed, value in zip(rank(*case), expected, strict=True):
+            np.testing.assert_array_equal(computed, value)
+    half = rank(torch.from_numpy(dist).bfloat16(), *labels)
+    assert half.mean_ap == pytest.approx(rank(dist.astype(np.float16), *labels).mean_ap)
+
+
+def test_a_row_whose_sum_overflows_is_finite_all_the_same() -> None:
+    dist, *labels = random_case(7)
+    np.testing.assert_array_equal(rank(dist * np.float32(3e35), *labels).ap, rank(dist, *labels).ap)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_distance_that_is_not_finite_names_the_query(value: float) -> None:
+    dist, *labels = random_case(0, num_query=100)
+    dist[70, 5] = value
+    with pytest.raises(InputError, match="query 70 .*NaN or infinity"):
+        rank(dist, *labels)
+
+
+@pytest.mark.parametrize("what", ["other people", "one camera"])
+def test_no_query_with_a_match_is_said(what: str) -> None:
+    dist, query_ids, gallery_ids, query_cams, gallery_cams = random_case(0)
+    if what == "other people":
+        gallery_ids = gallery_ids + 100
+    else:
+        query_cams, gallery_cams = query_cams * 0, gallery_cams * 0
+    for options in ({}, {"single_gallery_shot": True}, {"separate_camera_set": True}):
+        with pytest.raises(InputError, match="No valid query: .*same person from another camera"):
+            rank(dist, query_ids, gallery_ids, query_cams, gallery_cams, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: np.zeros((0, 60))}, "at least one"),
+        ({0: np.zeros((23, 0))}, "at least one"),
+        ({0: np.zeros(23)}, "needs dist"),
+        ({1: np.zeros(22)}, r"query_ids must be \[23\], got \[22\]"),
+        ({2: np.zeros(61)}, r"gallery_ids must be \[60\], got \[61\]"),
+        ({3: np.zeros((23, 1))}, "query_cams"),
+        ({4: np.zeros(0)}, "gallery_cams"),
+    ],
+)
+def test_wrong_input_is_said(change: dict[int, np.ndarray], message: str) -> None:
+    case = random_case(0)
+    for place, value in change.items():
+        case[place] = value
+    with pytest.raises(InputError, match=message) as error:
+        rank(*case)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="topk"):
+        rank(*random_case(0), topk=0)

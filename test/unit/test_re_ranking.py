@@ -1,0 +1,260 @@
+"""Re-ranking against the golden vectors and against the k-reciprocal encoding written out with sets and a full sort."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from aligned_reid import InputError
+from aligned_reid.evaluation import global_distance_matrix, nearest, re_rank, re_rank_features, re_ranking
+from aligned_reid.evaluation.nearest import NearestLists
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "re_ranking.npz")
+GOLDEN_DISTANCES = [GOLDEN[name] for name in ("q_g_dist", "q_q_dist", "g_g_dist")]
+SETTINGS = [(20, 6, 0.3), (7, 1, 0.5), (21, 4, 0.0), (1, 2, 1.0), (5, 30, 0.3), (500, 3, 0.2)]
+
+
+@pytest.fixture(params=["compiled", "no numba"])
+def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "no numba":
+        monkeypatch.setattr(nearest, "compiled", lambda name: None)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in {
+        "COLUMNS_PER_BLOCK": 11,
+        "ROWS_PER_PART": 9,
+        "PAIRS_PER_BLOCK": 50,
+        "FEATURES_PER_PART": 13,
+        "FEATURE_PAIRS_PER_BLOCK": 7,
+    }.items():
+        monkeypatch.setattr(re_ranking, name, size)
+
+
+def features_with_structure(seed: int, num_query: int = 30, num_gallery: int = 75, width: int = 8) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((12, width))
+    people = rng.integers(0, 12, num_query + num_gallery)
+    feat = (centres[people] + 0.5 * rng.standard_normal((len(people), width))).astype(np.float32)
+    return [feat[:num_query], feat[num_query:]]
+
+
+def distances_of(query: np.ndarray, gallery: np.ndarray) -> list[np.ndarray]:
+    return [
+        np.linalg.norm(x[:, None] - y, axis=2).astype(np.float32)
+        for x, y in ((query, gallery), (query, query), (gallery, gallery))
+    ]
+
+
+def naive_re_rank(
+    q_g_dist: np.ndarray, q_q_dist: np.ndarray, g_g_dist: np.ndarray, k1: int, k2: int, lambda_value: float
+) -> np.ndarray:
+    num_query = len(q_q_dist)
+    dist = np.block([[q_q_dist, q_g_dist], [q_g_dist.T, g_g_dist]])
+    dist = np.square(dist).astype(np.float32)
+    dist = np.stack([column / (column.max() or np.float32(1)) for column in dist.T])
+    num_images = len(dist)
+    ranked = np.argsort(dist, axis=1, kind="stable")
+
+    def reciprocal(k: int) -> list[set[int]]:
+        neighbours = [set(row[: k + 1].tolist()) for row in ranked]
+        return [{other for other in neighbours[image] if image in neighbours[other]} for image in range(num_images)]
+
+    reciprocal_sets, half_sets = reciprocal(k1), reciprocal(int(np.around(k1 / 2)))
+    encoding = np.zeros((num_images, num_images))
+    for image in range(num_images):
+        own = reciprocal_sets[image]
+        expanded = set(own)
+        for candidate in own:
+            others = half_sets[candidate]
+            if 3 * len(others & own) > 2 * len(others):
+                expanded |= others
+        members = sorted(expanded)
+        weights = np.exp(-dist[image, members])
+        encoding[image, members] = weights / weights.sum()
+    if k2 != 1:
+        encoding = np.stack([encoding[ranked[image, :k2]].mean(axis=0) for image in range(num_images)])
+    overlap = np.array([[np.minimum(a, b).sum() for b in encoding[num_query:]] for a in encoding[:num_query]])
+    jaccard = 1 - overlap / (2 - overlap)
+    return (1 - lambda_value) * jaccard + lambda_value * dist[:num_query, num_query:]
+
+
+@pytest.mark.usefixtures("either_form")
+@pytest.mark.parametrize("name", [name for name in GOLDEN.files if name.startswith("reranked")])
+def test_golden(name: str) -> None:
+    parts = name.split("_")
+    settings = int(parts[2]), int(parts[4]), float(parts[6])
+    for dtype in (np.float64, np.float32):
+        computed = re_rank(*(dist.astype(dtype) for dist in GOLDEN_DISTANCES), *settings)
+        assert computed.dtype == np.float32
+        np.testing.assert_allclose(computed, GOLDEN[name], rtol=0, atol=1e-5)
+
+
+def test_defaults_are_the_papers() -> None:
+    assert np.array_equal(re_rank(*GOLDEN_DISTANCES), re_rank(*GOLDEN_DISTANCES, k1=20, k2=6, lambda_value=0.3))
+
+
+@pytest.mark.usefixtures("either_form", "small_blocks")
+@pytest.mark.parametrize(("k1", "k2", "lambda_value"), SETTINGS)
+def test_is_the_encoding_written_out(k1: int, k2: int, lambda_value: float) -> None:
+    distances = distances_of(*features_with_structure(k1 + k2))
+    expected = naive_re_rank(*distances, k1, k2, lambda_value)
+    np.testing.assert_allclose(re_rank(*distances, k1, k2, lambda_value), expected, atol=2e-6)
+
+
+@pytest.mark.usefixtures("either_form", "small_blocks")
+@pytest.mark.parametrize(("k1", "k2", "lambda_value"), SETTINGS)
+def test_ties_go_by_index(k1: int, k2: int, lambda_value: float) -> None:
+    """Four different distances only, and several images that are the same."""
+    rng = np.random.default_rng(k1)
+    distances = [rng.integers(1, 5, shape).astype(np.float32) for shape in ((8, 20), (8, 8), (20, 20))]
+    for square in distances[1:]:
+        np.fill_diagonal(square, 0)
+    distances[2][3:7, 3:7] = 0
+    expected = naive_re_rank(*distances, k1, k2, lambda_value)
+    np.testing.assert_allclose(re_rank(*distances, k1, k2, lambda_value), expected, atol=2e-6)
+
+
+@pytest.mark.usefixtures("either_form", "small_blocks")
+def test_distances_that_are_not_symmetric() -> None:
+    """A column is what counts, as in the reference."""
+    rng = np.random.default_rng(0)
+    distances = [rng.random(shape) for shape in ((10, 25), (10, 10), (25, 25))]
+    expected = naive_re_rank(*distances, 6, 3, 0.4)
+    np.testing.assert_allclose(re_rank(*distances, 6, 3, 0.4), expected, atol=2e-6)
+    single = [dist.astype(np.float32) for dist in distances]
+    np.testing.assert_allclose(re_rank(*single, 6, 3, 0.4), expected, atol=2e-6)
+
+
+@pytest.mark.usefixtures("either_form", "small_blocks")
+@pytest.mark.parametrize(("k1", "k2", "lambda_value"), SETTINGS)
+def test_features_give_what_their_distances_give(k1: int, k2: int, lambda_value: float) -> None:
+    query, gallery = (feat.astype(np.float64) for feat in features_with_structure(3))
+    images = np.concatenate([query, gallery])
+    all_distances = np.linalg.norm(images[:, None] - images, axis=2)
+    distances = [all_distances[:30, 30:], all_distances[:30, :30], all_distances[30:, 30:]]
+    expected = naive_re_rank(*distances, k1, k2, lambda_value)
+    np.testing.assert_allclose(re_rank_features(query, gallery, k1, k2, lambda_value), expected, atol=1e-5)
+    computed = re_rank_features(torch.from_numpy(query).float(), gallery.astype(np.float32), k1, k2, lambda_value)
+    np.testing.assert_allclose(computed, expected, atol=1e-4)
+
+
+def test_features_and_global_distances_agree_in_float32() -> None:
+    query, gallery = features_with_structure(1, num_query=300, num_gallery=900, width=32)
+    distances = [global_distance_matrix(x, y) for x, y in ((query, gallery), (query, query), (gallery, gallery))]
+    difference = np.abs(re_rank_features(query, gallery) - re_rank(*distances))
+    assert np.quantile(difference, 0.999) < 1e-4
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_in_any_number_of_threads(threads: int) -> None:
+    query, gallery = features_with_structure(2, num_query=40, num_gallery=700)
+    distances = distances_of(query, gallery)
+    expected = re_rank(*distances), re_rank_features(query, gallery)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert np.array_equal(re_rank(*distances), expected[0])
+        np.testing.assert_allclose(re_rank_features(query, gallery), expected[1], atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("either_form")
+def test_degenerate_sets() -> None:
+    one = np.array([[0.5]]), np.zeros((1, 1)), np.zeros((1, 1))
+    np.testing.assert_allclose(re_rank(*one), naive_re_rank(*one, 20, 6, 0.3), atol=2e-6)
+    same = np.zeros((3, 5)), np.zeros((3, 3)), np.zeros((5, 5))
+    for k1, k2 in ((2, 1), (2, 2), (20, 6)):
+        np.testing.assert_allclose(re_rank(*same, k1, k2), naive_re_rank(*same, k1, k2, 0.3), atol=2e-6)
+    identical = re_rank_features(np.ones((3, 4), np.float32), np.ones((5, 4), np.float32))
+    assert np.isfinite(identical).all()
+
+
+def test_whatever_holds_the_numbers_stays_as_it_was() -> None:
+    distances = [dist.astype(np.float32) for dist in GOLDEN_DISTANCES]
+    kept = [dist.copy() for dist in distances]
+    expected = re_rank(*distances)
+    assert all(np.array_equal(dist, copy) for dist, copy in zip(distances, kept, strict=True))
+    assert np.array_equal(re_rank(*map(torch.from_numpy, distances)), expected)
+    assert np.array_equal(re_rank(*map(np.asfortranarray, distances)), expected)
+    np.testing.assert_allclose(re_rank(*(dist.tolist() for dist in distances)), expected, atol=1e-5)
+    query, gallery = features_with_structure(4)
+    frozen = gallery.copy()
+    frozen.setflags(write=False)
+    assert np.array_equal(re_rank_features(query, frozen), re_rank_features(query, gallery))
+    halves = [torch.from_numpy(feat).bfloat16() for feat in (query, gallery)]
+    assert re_rank_features(*halves).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k1": 0}, "k1 must be a whole number of at least 1, got 0"),
+        ({"k1": 2.5}, "k1"),
+        ({"k2": 0}, "k2 must be"),
+        ({"lambda_value": -0.1}, "between 0 and 1, got -0.1"),
+        ({"lambda_value": 1.5}, "lambda_value"),
+        ({"lambda_value": float("nan")}, "lambda_value"),
+    ],
+)
+def test_settings_out_of_range_are_said(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        re_rank(*GOLDEN_DISTANCES, **settings)
+    with pytest.raises(InputError, match=message):
+        re_rank_features(*features_with_structure(0), **settings)
+
+
+def test_wrong_shapes_are_said() -> None:
+    q_g_dist, q_q_dist, g_g_dist = GOLDEN_DISTANCES
+    for wrong, message in (
+        ((q_g_dist.T, q_q_dist, g_g_dist), r"q_q_dist must be \[125, 125\], got \[25, 25\]"),
+        ((q_g_dist, q_q_dist, g_g_dist[:-1]), r"g_g_dist must be \[125, 125\], got \[124, 125\]"),
+        ((q_g_dist[:0], q_q_dist[:0, :0], g_g_dist), "neither of them 0"),
+        ((q_g_dist[0], q_q_dist, g_g_dist), "needs q_g_dist"),
+    ):
+        with pytest.raises(InputError, match=message):
+            re_rank(*wrong)
+    query, gallery = features_with_structure(0)
+    for query_feat, gallery_feat, message in (
+        (query, gallery[:, :5], "width: 8 and 5"),
+        (query[:0], gallery, "neither"),
+        (query, gallery[0], "needs features"),
+    ):
+        with pytest.raises(InputError, match=message):
+            re_rank_features(query_feat, gallery_feat)
+
+
+@pytest.mark.usefixtures("either_form")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -np.nan])
+def test_what_is_not_finite_is_named(value: float) -> None:
+    for dtype in (np.float32, np.float64):
+        q_g_dist, q_q_dist, g_g_dist = (dist.astype(dtype) for dist in GOLDEN_DISTANCES)
+        q_g_dist[7, 30] = value
+        with pytest.raises(InputError, match="query 7 .*NaN or infinity"):
+            re_rank(q_g_dist, q_q_dist, g_g_dist)
+        g_g_dist[:, 30] = value
+        with pytest.raises(InputError, match="gallery image 30 .*NaN or infinity"):
+            re_rank(GOLDEN_DISTANCES[0].astype(dtype), q_q_dist, g_g_dist)
+    query, gallery = features_with_structure(0)
+    gallery[5, 2] = value
+    with pytest.raises(InputError, match="features of gallery image 5 .*NaN or infinity"):
+        re_rank_features(query, gallery)
+
+
+@pytest.mark.usefixtures("either_form")
+@pytest.mark.parametrize("levels", [3, 10**6])
+def test_nearest_lists_are_the_head_of_a_stable_sort(levels: int) -> None:
+    rng = np.random.default_rng(levels)
+    dist = rng.integers(0, levels, (200, 50)).astype(np.float32)
+    lists = NearestLists(num_columns=37, length=9)
+    lists.add(dist[:120].copy(), 6, 0, square=True)
+    lists.add(np.square(dist[120:]), 6, 120, square=False)
+    expected = np.argsort(dist[:, 6:43], axis=0, kind="stable")[:9].T
+    indices, nearest_dist = lists.ascending(np.ones(37, np.float32), 9)
+    assert np.array_equal(indices, expected)
+    assert np.array_equal(nearest_dist, np.take_along_axis(np.square(dist[:, 6:43]).T, expected, 1))
+    assert np.array_equal(lists.largest, np.square(dist[:, 6:43]).max(axis=0))

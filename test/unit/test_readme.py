@@ -1,0 +1,47 @@
+"""What the README says is what the code does."""
+
+import re
+import shutil
+from pathlib import Path
+
+import cv2
+
+from aligned_reid.config import Config, make_parser, markdown_table
+from aligned_reid.data import TestImages, check_protocol, make_synthetic, open_data
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_flags_is_the_parsers():
+    assert markdown_table() in README
+
+
+def test_flags_and_files_that_it_names_exist():
+    known = {flag for action in make_parser()._actions for flag in action.option_strings}
+    for line in README.splitlines():
+        if "script/train.py --" in line:
+            assert set(re.findall(r"(?<!-)--?[a-z_]+(?=[ =])", line.split("script/train.py")[1])) <= known
+    for path in re.findall(r"(?:script|test|docs|benchmark)/[\w/]+\.(?:py|sh|md|png)", README):
+        assert (ROOT / path).is_file(), path
+    assert Config().ids_per_batch == 32
+
+
+def test_its_example_prepares_own_photos(tmp_path, monkeypatch):
+    drawn = make_synthetic(tmp_path / "drawn", 8, 2, 3, seed=1)
+    (tmp_path / "mine").mkdir()
+    shutil.copytree(drawn / "images", tmp_path / "mine" / "images")
+    for distractor in (tmp_path / "mine" / "images").glob("00000000_*"):
+        distractor.unlink()
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(example, {})
+    test = TestImages(open_data(tmp_path / "mine"))
+    check_protocol(test.person_ids, test.cameras, test.marks)
+    assert len(set(test.person_ids)) == 4
+
+
+def test_its_picture_is_a_picture():
+    picture = cv2.imread(str(ROOT / "docs" / "matches.png"))
+    assert picture is not None
+    assert picture.shape[0] > 500
