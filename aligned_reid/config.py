@@ -77,6 +77,10 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 }
 
 
+# How None is written on the command line; options that are not here are just left out.
+NONE_AS = {"global_margin": "none", "local_margin": "none", "loss_scale": "dynamic", "use_local_distance": "auto"}
+
+
 def option(
     default: Any, text: str, *, aliases: Sequence[str] = (), choices: Sequence[str] = (), parse: Any = None
 ) -> Any:
@@ -200,8 +204,8 @@ class Config:
             [
                 "nf" if self.normalize_feature else "not_nf",
                 "ohs" if self.local_dist_own_hard_sample else "not_ohs",
-                f"gm_{format_option(self.global_margin)}",
-                f"lm_{format_option(self.local_margin)}",
+                f"gm_{margin_name(self.global_margin)}",
+                f"lm_{margin_name(self.local_margin)}",
                 f"glw_{self.g_loss_weight:g}",
                 f"llw_{self.l_loss_weight:g}",
                 f"idlw_{self.id_loss_weight:g}",
@@ -216,6 +220,12 @@ class Config:
         """Numbers, strings, booleans, lists and None only: what JSON and a weights_only checkpoint can hold."""
         return json.loads(json.dumps(asdict(self)))
 
+    def to_flags(self) -> list[str]:
+        """The command line that gives these settings; options that are not set are left out."""
+        values = {one.name: NONE_AS.get(one.name, "") for one in fields(self)}
+        values |= {name: format_option(value) for name, value in vars(self).items() if value is not None}
+        return [f"--{name}={value}" for name, value in values.items() if value]
+
     def differences(self, other: dict[str, Any]) -> list[str]:
         """'name: theirs -> ours' for every option whose value differs from those of another run's `to_dict()`."""
         return [
@@ -223,6 +233,10 @@ class Config:
             for name, value in self.to_dict().items()
             if other.get(name, value) != value
         ]
+
+
+def margin_name(margin: float | None) -> str:
+    return "soft" if margin is None else f"{margin:g}"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -249,7 +263,8 @@ def make_parser() -> argparse.ArgumentParser:
             type=one.metadata["parse"] or PARSERS[str(one.type)],
             choices=one.metadata["choices"] or None,
             metavar=None if one.metadata["choices"] else "X",
-            help=f"{one.metadata['help']} (default: {format_option(one.default)})".replace("%", "%%"),
+            help=one.metadata["help"].replace("%", "%%")
+            + (f" (default: {default_of(one)})" if default_of(one) else ""),
         )
     return parser
 
@@ -258,15 +273,20 @@ def flags_of(one: Any) -> list[str]:
     return [f"--{one.name}", *one.metadata["aliases"]]
 
 
+def default_of(one: Any) -> str:
+    """A field's default as it is written on the command line; empty where it is not set."""
+    return NONE_AS.get(one.name, "") if one.default is None else format_option(one.default)
+
+
 def format_option(value: Any) -> str:
-    """An option's value as it is written on the command line."""
+    """A value other than None as it is written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
         return ",".join(str(part) for part in value)
     if isinstance(value, float):
         return f"{value:g}"
-    return "none" if value is None else str(value)
+    return str(value)
 
 
 def markdown_table() -> str:
@@ -274,9 +294,7 @@ def markdown_table() -> str:
     rows = ["| flag | default | what it does |", "| --- | --- | --- |"]
     for one in fields(Config):
         names = ", ".join(f"`{flag}`" for flag in flags_of(one))
-        default = {"use_local_distance": "auto", "seed": "random", "npu": "", "loss_scale": "128"}.get(
-            one.name, format_option(one.default)
-        )
+        default = "random" if one.name == "seed" else default_of(one)
         choices = " (" + ", ".join(one.metadata["choices"]) + ")" if one.metadata["choices"] else ""
         rows.append(f"| {names} | {default and f'`{default}`'} | {one.metadata['help']}{choices} |")
     return "\n".join(rows)

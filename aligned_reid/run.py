@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from aligned_reid.accelerator import Accelerator, open_accelerator
-from aligned_reid.config import Config, format_option
+from aligned_reid.config import Config
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.distributed import World, close_group, open_group, read_world, sum_over_ranks
 from aligned_reid.evaluation.extract import extract_features
@@ -93,14 +94,11 @@ def settle_seed(config: Config, world: World, accelerator: Accelerator) -> Confi
 def log_settings(config: Config, world: World, accelerator: Accelerator, given: RunInput, log: Log) -> None:
     """What runs where, on what, with which settings."""
     log(f"device {accelerator.describe()}, {world.size} process{'es' if world.size > 1 else ''}, seed {config.seed}")
-    log(
-        "settings: "
-        + " ".join(f"--{name}={format_option(value)}" for name, value in vars(config).items() if value != "")
-    )
+    log(f"settings: {' '.join(config.to_flags())}")
     if given.train is not None:
         log(f"{config.trainset_part}: {len(given.train):,} images of {given.train.num_classes:,} identities")
-    counts = ", ".join(f"{(given.test.marks == mark).sum():,} {name}" for mark, name in enumerate(MARK_NAMES))
-    log(f"test: {counts} images")
+    counts = np.bincount(given.test.marks, minlength=len(MARK_NAMES))
+    log(f"test: {', '.join(f'{n:,} {name}' for n, name in zip(counts, MARK_NAMES, strict=True) if n)} images")
 
 
 def train_and_evaluate(

@@ -85,7 +85,7 @@ def make_synthetic(
 ) -> Path:
     """Draw a data set: images/ (128 x 64 JPEGs), partitions.pkl, ori_to_new_im_name.pkl. Returns `save_dir`.
 
-    Half of the identities are for training, the others for test. Every identity is seen `images_per_camera` times by
+    Three of four identities are for training, the others for test. Every identity is seen `images_per_camera` times by
     each camera: of a test identity one image per camera is a query, from 4 images on another one is a multi-query
     image, and the rest is gallery, together with as many distractors (person 0) as an identity has images. The same
     arguments and package versions give the same bytes, whatever `num_workers` (None: one per core). When interrupted,

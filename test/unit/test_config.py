@@ -102,6 +102,12 @@ def test_config_survives_json_and_shows_differences():
     assert parse("--seed 1 --resize_h_w 128,64 --base_lr 1e-3").differences(stored) == ["base_lr: 0.0002 -> 0.001"]
 
 
+def test_the_command_line_can_be_had_back():
+    for text in ("", "-gm none --loss_scale dynamic --npu 1 --seed 4 --use_local_distance true --resize_h_w 128,64"):
+        config = parse(text)
+        assert Config.from_arguments(config.to_flags()) == config
+
+
 def test_run_folder_tells_the_settings_apart():
     assert str(parse("--exp_dir=here").run_dir) == "here"
     plain, local = parse("").run_dir, parse("-llw 1 --lr_decay_type staircase -r 2").run_dir
