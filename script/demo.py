@@ -30,9 +30,9 @@ RECIPE = [
     "--ids_per_batch=16",
     "--ims_per_id=4",
     "--normalize_feature=true",
-    "--base_lr=5e-4",
-    "--total_epochs=16",
-    "--exp_decay_at_epoch=9",
+    "--base_lr=6e-4",
+    "--total_epochs=22",
+    "--exp_decay_at_epoch=14",
     "--workers=0",
     "--seed=1",
 ]

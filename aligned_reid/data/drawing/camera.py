@@ -62,11 +62,11 @@ def take_picture(camera: Camera, figure: Figure | None, rng: np.random.Generator
     """A detector's box around a person, uint8 [HEIGHT, WIDTH, 3]; None: around nobody, the detector was wrong."""
     pose = _sample_pose(camera, rng)
     layers = Layers(_background(camera, rng), np.full((CANVAS_HEIGHT, CANVAS_WIDTH), NEUTRAL, np.uint8))
-    if rng.random() < 0.08:
+    if rng.random() < 0.06:
         _paint_passer_by(layers, pose, rng, is_nearer=False)
     if figure is not None:
         figure.paint(layers, pose)
-    if rng.random() < 0.14:
+    if rng.random() < 0.1:
         occlude = pick(rng, (_paint_pole, _paint_bush, _paint_car, _paint_nearer_passer_by))
         occlude(layers, pose, rng)
     light = cv2.GaussianBlur(layers.light, (5, 5), 0)
@@ -77,11 +77,11 @@ def take_picture(camera: Camera, figure: Figure | None, rng: np.random.Generator
 def _sample_pose(camera: Camera, rng: np.random.Generator) -> Pose:
     """A step, and a box that is mostly about right, at times too tight, too loose, too high or too low."""
     box, zoom = rng.random(), rng.uniform(0.93, 1.06)
-    if box < 0.09:
-        zoom = rng.uniform(1.1, 1.28)
-    elif box < 0.2:
-        zoom = rng.uniform(0.74, 0.9)
-    drop = rng.normal(0, 0.015) + (pick(rng, (-1, 1)) * rng.uniform(0.05, 0.13) if 0.2 < box < 0.36 else 0)
+    if box < 0.08:
+        zoom = rng.uniform(1.1, 1.22)
+    elif box < 0.18:
+        zoom = rng.uniform(0.76, 0.9)
+    drop = rng.normal(0, 0.015) + (pick(rng, (-1, 1)) * rng.uniform(0.05, 0.11) if 0.18 < box < 0.34 else 0)
     scale = 0.9 * CANVAS_HEIGHT * zoom
     bends = rng.uniform(0.05, 0.5, 2)
     if rng.random() < 0.18:
@@ -113,7 +113,7 @@ def _background(camera: Camera, rng: np.random.Generator) -> Image:
 def _paint_passer_by(layers: Layers, pose: Pose, rng: np.random.Generator, is_nearer: bool) -> None:
     side = pick(rng, (-1, 1))
     size = rng.uniform(1.0, 1.1) if is_nearer else rng.uniform(0.7, 0.95)
-    away = rng.uniform(0.36, 0.5) if is_nearer else rng.uniform(0.25, 0.5)
+    away = rng.uniform(0.4, 0.55) if is_nearer else rng.uniform(0.25, 0.5)
     other = Pose(
         x=pose.x + side * away * CANVAS_WIDTH,
         y=pose.y + (size - 1) * 0.3 * pose.scale,
