@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import platform
 from collections.abc import Callable, Iterable
@@ -48,33 +49,35 @@ class LossScaler:
 
 
 class NativeScaler(LossScaler):
-    """A device's own GradScaler behind the same three calls; `static` keeps its scale where it would move."""
+    """A device's own GradScaler behind the same calls; with `static` an overflow skips the step, the scale stays."""
 
     def __init__(self, scaler: Any, static: float | None) -> None:
-        super().__init__(float(scaler.get_scale()))
         self.scaler, self.static = scaler, static
+
+    @property
+    def current(self) -> float:  # type: ignore[override]
+        """The scale; reading it waits for the device."""
+        return float(self.scaler.get_scale())
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        before = self.scaler.get_scale()
         self.scaler.unscale_(optimizer)
-        found = [bool(flag) for flag in self.scaler._found_inf_per_device(optimizer).values()]
+        skipped = any(bool(found) for found in self.scaler._found_inf_per_device(optimizer).values())
         self.scaler.step(optimizer)
-        self.scaler.update()
-        if self.static is not None and self.scaler.get_scale() != self.static:
-            self.scaler.update(self.static)
-        self.current = float(self.scaler.get_scale())
-        return any(found) or self.current < before
+        self.scaler.update(self.static)  # None: as the scaler finds right
+        return skipped
 
     def state_dict(self) -> dict[str, Any]:
         return {"scale": self.current, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
-        self.current = float(self.scaler.get_scale())
+        """A static scale stays; a dynamic one goes on, also from another kind of device's."""
+        if self.static is None:
+            own = self.scaler.state_dict()
+            saved = state.get("scaler") or {}
+            self.scaler.load_state_dict({name: saved.get(name, value) for name, value in own.items()})
 
 
 class Accelerator:
@@ -105,7 +108,8 @@ class Accelerator:
         return torch.bfloat16 if cpu_has_bfloat16() else None
 
     def select(self) -> None:
-        """Make this the process's current device."""
+        """Make this the process's current device, and set up what is to be set up once."""
+        keep_freed_memory()
 
     def synchronize(self) -> None:
         """Wait until the device has done all it was given."""
@@ -119,6 +123,18 @@ class Accelerator:
 
     def adam(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
         return make_adam(parameters, lr, weight_decay)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Bring `adam`'s optimiser to a `state_dict()`, which may be of another device's Adam; its settings stay.
+
+        Raises ValueError or KeyError where the state is of other parameters.
+        """
+        groups = optimizer.state_dict()["param_groups"]
+        theirs = [group["params"] for group in state["param_groups"]]
+        if [len(group["params"]) for group in groups] != [len(params) for params in theirs]:
+            raise ValueError("the optimiser's state is of other parameters")
+        groups = [{**group, "params": params} for group, params in zip(groups, theirs, strict=True)]
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
     def read_later(self, value: Tensor) -> Callable[[], Tensor]:
         """Start copying `value` to the host; the returned function waits for it and gives it."""
@@ -175,9 +191,12 @@ class Cuda(Accelerator):
     def loss_scaler(self, scale: float | None) -> LossScaler:
         if self.half is None:
             return LossScaler()
-        if scale is None:
-            return NativeScaler(self.api.amp.GradScaler(), static=None)
-        return NativeScaler(self.api.amp.GradScaler(init_scale=scale, growth_interval=2**31 - 1), static=scale)
+        return NativeScaler(self.grad_scaler({} if scale is None else {"init_scale": scale}), static=scale)
+
+    def grad_scaler(self, options: dict[str, Any]) -> Any:
+        if hasattr(torch.amp, "GradScaler"):  # torch >= 2.3
+            return torch.amp.GradScaler("cuda", **options)
+        return torch.cuda.amp.GradScaler(**options)
 
     def read_later(self, value: Tensor) -> Callable[[], Tensor]:
         copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
@@ -208,6 +227,7 @@ class Npu(Cuda):
 
     name = "npu"
     backend = "hccl"
+    memory_format = torch.contiguous_format  # the device has layouts of its own
 
     @classmethod
     def why_not(cls) -> str:
@@ -231,17 +251,21 @@ class Npu(Cuda):
         super().select()
         self.api.set_compile_mode(jit_compile=False)  # precompiled kernels: no compilation at each new shape
 
-    def loss_scaler(self, scale: float | None) -> LossScaler:
-        if self.half is None:
-            return LossScaler()
-        # torch_npu's own scaler: first-generation chips saturate instead of giving inf, which only it notices
-        if scale is None:
-            return NativeScaler(self.api.amp.GradScaler(), static=None)
-        return NativeScaler(self.api.amp.GradScaler(init_scale=scale, dynamic=False), static=scale)
+    def grad_scaler(self, options: dict[str, Any]) -> Any:
+        """torch_npu's own: first-generation chips saturate instead of giving inf, which only it notices.
+
+        Not its `dynamic=False`: that one looks for no overflow and steps with whatever the gradients are.
+        """
+        return self.api.amp.GradScaler(**options)
 
     def adam(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
         module, _ = import_torch_npu()
         return module.optim.NpuFusedAdam(list(parameters), lr=lr, weight_decay=weight_decay, **ADAM)  # type: ignore[union-attr]
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """As the others'; NpuFusedAdam counts its steps on the host, and a tensor there would make it wait."""
+        counted = {index: {**one, "step": int(one["step"])} for index, one in state["state"].items()}
+        super().load_optimizer(optimizer, {**state, "state": counted})
 
 
 ACCELERATORS: dict[str, type[Accelerator]] = {"npu": Npu, "cuda": Cuda, "cpu": Accelerator}
@@ -291,6 +315,21 @@ def make_adam(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float
         return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True, **ADAM)  # type: ignore[arg-type]
     except RuntimeError:
         return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, **ADAM)  # type: ignore[arg-type]
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that tensors free, for the tensors of the next step.
+
+    As it is, it gives each activation back to the system and gets it again, zeroed, page by page. Peak memory grows by
+    what lies between the pieces. Other libraries than glibc are left alone.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def cpu_has_bfloat16() -> bool:

@@ -102,7 +102,9 @@ class Config:
     resize_h_w: tuple[int, int] = option((256, 128), "height,width of the images that the model sees, in pixels")
     crop_prob: float = option(0.0, "probability that a training image is cropped at random")
     crop_ratio: float = option(1.0, "smallest share of height and of width that a random crop keeps")
-    workers: int = option(4, "processes that decode images, per device; 0: in the main process")
+    workers: int = option(
+        4, "processes that decode images, per device, at most one a processor; 0: in the main process"
+    )
     # batches
     ids_per_batch: int = option(32, "identities per batch and device")
     ims_per_id: int = option(4, "images per identity in a batch")

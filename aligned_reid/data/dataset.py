@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -203,8 +204,10 @@ def make_loader(
     """The loader of TrainBatch or EvaluationBatch.
 
     batches: what each batch holds: an IdentityBatchSampler for TrainImages, lists of indices for TestImages (None: all
-    of them in order, `batch_size` at a time). `workers` processes stay for the loader's life; 0 loads in this process.
+    of them in order, `batch_size` at a time). `workers` processes, but no more than there are processors, stay for the
+    loader's life; 0 loads in this process.
     """
+    workers = min(workers, num_processors())
     if batches is None:
         batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     context = None
@@ -224,6 +227,11 @@ def make_loader(
         generator=torch.Generator(),  # else it draws from the global one, and more often with workers than without
         persistent_workers=workers > 0,
     )
+
+
+def num_processors() -> int:
+    """Those that this process may use, which a container or taskset may limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker(_: int) -> None:

@@ -72,8 +72,8 @@ def mirror_image(image: np.ndarray) -> np.ndarray:
     return cv2.flip(image, 1)
 
 
-def normalize_images(images: Tensor) -> Tensor:
-    """(image / 255 - IM_MEAN) / IM_STD for uint8 [N, H, W, 3] on any device -> float32 [N, 3, H, W], channels_last.
+def normalize_images(images: Tensor, memory_format: torch.memory_format = torch.channels_last) -> Tensor:
+    """(image / 255 - IM_MEAN) / IM_STD for uint8 [N, H, W, 3] on any device -> float32 [N, 3, H, W].
 
     A row of W * 3 values is one vector: broadcasting over an innermost axis of 3 is several times slower on a CPU.
     """
@@ -81,7 +81,7 @@ def normalize_images(images: Tensor) -> Tensor:
     mean, inverse_std = _mean_and_inverse_std(width, images.device)
     rows = images.reshape(num_images, height, width * 3).to(torch.float32)
     rows.sub_(mean).mul_(inverse_std)
-    return rows.view(num_images, height, width, 3).permute(0, 3, 1, 2)
+    return rows.view(num_images, height, width, 3).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
 
 
 @lru_cache(maxsize=8)

@@ -36,7 +36,7 @@ def extract_features(
     workers: int,
 ) -> FeatureSet:
     """Features of all `images`, on every rank; each rank runs its share of them through the model."""
-    network = inference_copy(model).to(accelerator.device)
+    network = inference_copy(model).to(accelerator.device).to(memory_format=accelerator.memory_format)
     share = share_of(len(images), world)
     batches = [
         range(start, min(start + BATCH_SIZE, share.stop)) for start in range(share.start, share.stop, BATCH_SIZE)
@@ -62,7 +62,7 @@ def extract_features(
 
 def run_network(network: AlignedReID, images: Tensor, accelerator: Accelerator) -> Features:
     with accelerator.autocast():
-        return network(normalize_images(images))
+        return network(normalize_images(images, accelerator.memory_format))
 
 
 def progress(total: int, world: World) -> tqdm[NoReturn]:
@@ -79,7 +79,7 @@ def inference_copy(model: AlignedReID) -> AlignedReID:
     network = copy.deepcopy(model).eval()
     network.fc = None
     fold_batch_norms(network)
-    return network.to(memory_format=torch.channels_last)
+    return network
 
 
 def fold_batch_norms(module: nn.Module) -> None:

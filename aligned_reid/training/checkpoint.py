@@ -46,9 +46,9 @@ class Checkpoints:
         start = time.monotonic()
         content = {
             "format": FORMAT,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "model": on_host(self.model.state_dict()),
+            "optimizer": on_host(self.optimizer.state_dict()),
+            "scaler": on_host(self.scaler.state_dict()),
             "sampler": {"seed": config.seed, "epoch": epoch},
             "epoch": epoch,
             "random": random_states(self.accelerator),
@@ -66,7 +66,7 @@ class Checkpoints:
         content = read_checkpoint(self.path)
         try:
             self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
+            self.accelerator.load_optimizer(self.optimizer, content["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:160]
             raise InputError(
@@ -75,6 +75,17 @@ class Checkpoints:
         self.scaler.load_state_dict(content["scaler"])
         set_random_states(content["random"], self.accelerator)
         return content
+
+
+def on_host(value: Any) -> Any:
+    """Nested dicts and lists with every tensor on the CPU: a file of a device's tensors may need its package."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: on_host(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_host(one) for one in value)
+    return value
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Trainer:
             labels = batch.labels.to(self.accelerator.device, non_blocking=True)
 
             with self.accelerator.autocast():
-                features = self.network(normalize_images(pixels))
+                features = self.network(normalize_images(pixels, self.accelerator.memory_format))
             loss, figures = self.objective(features, labels)
 
             self.optimizer.zero_grad()

@@ -111,6 +111,6 @@ def test_a_devices_own_scaler_keeps_a_static_scale_and_moves_a_dynamic_one(stati
     scaler.backward(parameter.square().sum())
     assert scaler.step(optimizer) is False
     assert parameter.item() == pytest.approx(3.0 - 0.6)
-    restored = NativeScaler(torch.amp.GradScaler("cpu"), static=static)
+    restored = NativeScaler(torch.amp.GradScaler("cpu", init_scale=static or 2.0**16), static=static)
     restored.load_state_dict(scaler.state_dict())
     assert restored.current == scaler.current

@@ -111,3 +111,25 @@ def test_states_of_another_kind_of_device_are_left_out():
     states["device"] = torch.ones(16, dtype=torch.uint8)
     set_random_states(states, Accelerator())  # a CPU has no random state besides torch's
     assert torch.equal(torch.get_rng_state(), states["torch"])
+
+
+def test_an_optimiser_of_another_device_goes_on_here():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    accelerator = Accelerator(mixed_precision=False)
+    optimizer = accelerator.adam([parameter], 0.1, 0.0)
+    state = {"step": 7, "exp_avg": torch.full((3,), 0.5), "exp_avg_sq": torch.full((3,), 0.25)}
+    theirs = {"state": {0: state}, "param_groups": [{"lr": 9.0, "betas": (0.5, 0.5), "params": [0]}]}
+    accelerator.load_optimizer(optimizer, theirs)
+    assert float(optimizer.state[parameter]["step"]) == 7
+    assert torch.equal(optimizer.state[parameter]["exp_avg"], state["exp_avg"])
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)  # the settings are this run's
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert float(optimizer.state[parameter]["step"]) == 8
+
+
+def test_an_optimiser_of_other_parameters_is_refused():
+    accelerator = Accelerator(mixed_precision=False)
+    optimizer = accelerator.adam([torch.nn.Parameter(torch.ones(3))], 0.1, 0.0)
+    with pytest.raises(ValueError, match="other parameters"):
+        accelerator.load_optimizer(optimizer, {"state": {}, "param_groups": [{"params": [0, 1]}]})
