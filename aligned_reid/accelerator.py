@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import inspect
 import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,69 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from aligned_reid.errors import InputError
+from aligned_reid.loss_scaler import ApexScaler, LossScaler, NativeScaler
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
-
-
-class LossScaler:
-    """Scale the loss before backward, unscale the gradients after; a gradient that is not finite skips the step.
-
-    This one needs nothing of a device and keeps its scale (1 for float32 and bfloat16).
-    """
-
-    def __init__(self, scale: float = 1.0) -> None:
-        self.current = scale
-
-    def backward(self, loss: Tensor) -> None:
-        (loss * self.current if self.current != 1.0 else loss).backward()
-
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Step unless a gradient is not finite; returns whether the step was skipped."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all())
-        if finite:
-            if self.current != 1.0:
-                torch._foreach_mul_(gradients, 1.0 / self.current)
-            optimizer.step()
-        return not finite
-
-    def state_dict(self) -> dict[str, float]:
-        return {"scale": self.current}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.current = float(state.get("scale", self.current))
-
-
-class NativeScaler(LossScaler):
-    """A device's own GradScaler behind the same calls; with `static` an overflow skips the step, the scale stays."""
-
-    def __init__(self, scaler: Any, static: float | None) -> None:
-        self.scaler, self.static = scaler, static
-
-    @property
-    def current(self) -> float:  # type: ignore[override]
-        """The scale; reading it waits for the device."""
-        return float(self.scaler.get_scale())
-
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
-
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        self.scaler.unscale_(optimizer)
-        skipped = any(bool(found) for found in self.scaler._found_inf_per_device(optimizer).values())
-        self.scaler.step(optimizer)
-        self.scaler.update(self.static)  # None: as the scaler finds right
-        return skipped
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"scale": self.current, "scaler": self.scaler.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """A static scale stays; a dynamic one goes on, also from another kind of device's."""
-        if self.static is None:
-            own = self.scaler.state_dict()
-            saved = state.get("scaler") or {}
-            self.scaler.load_state_dict({name: saved.get(name, value) for name, value in own.items()})
 
 
 class Accelerator:
@@ -88,8 +29,10 @@ class Accelerator:
     memory_format = torch.channels_last
     pin_memory = False
 
-    def __init__(self, index: int = 0, *, mixed_precision: bool = True) -> None:
+    def __init__(self, index: int = 0, *, mixed_precision: bool = True, apex: bool = False) -> None:
         self.index = index
+        self.apex = apex  # Huawei's package in place of torch's own mixed precision
+        self.apex_amp: Any = None  # its module, once it casts
         self.device = torch.device(self.name, index) if self.name != "cpu" else torch.device("cpu")
         self.half: torch.dtype | None = self.find_half() if mixed_precision else None
         self.select()
@@ -115,7 +58,24 @@ class Accelerator:
         """Wait until the device has done all it was given."""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.name, dtype=self.half) if self.half else contextlib.nullcontext()
+        """Mixed precision for what runs inside."""
+        if self.half is None or self.apex_amp is not None:  # where apex casts, it casts everywhere
+            return contextlib.nullcontext()
+        return torch.autocast(self.name, dtype=self.half)
+
+    def full_precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Around losses, whose tensors are in float32 already: nothing casts them back."""
+        return contextlib.nullcontext()
+
+    def prepare(
+        self, model: nn.Module, lr: float, weight_decay: float, scale: float | None
+    ) -> tuple[torch.optim.Optimizer, LossScaler]:
+        """The optimiser of what `model` trains, and its loss scaler; before the model is wrapped for several processes.
+
+        scale: static loss scale; None: dynamic.
+        """
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return self.adam(parameters, lr, weight_decay), self.loss_scaler(scale)
 
     def loss_scaler(self, scale: float | None) -> LossScaler:
         """scale: static loss scale; None: dynamic. bfloat16 and float32 need none, so the CPU's is 1."""
@@ -153,7 +113,8 @@ class Accelerator:
     def describe(self) -> str:
         """For the log: the device, its precision and the backend."""
         precision = str(self.half or torch.float32).removeprefix("torch.")
-        return f"{self.name} ({self.model_name()}), {precision}, torch {torch.__version__}"
+        engine = " by apex" if self.apex else ""
+        return f"{self.name} ({self.model_name()}), {precision}{engine}, torch {torch.__version__}"
 
     def model_name(self) -> str:
         return f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -262,6 +223,24 @@ class Npu(Cuda):
         module, _ = import_torch_npu()
         return module.optim.NpuFusedAdam(list(parameters), lr=lr, weight_decay=weight_decay, **ADAM)  # type: ignore[union-attr]
 
+    def full_precision(self) -> contextlib.AbstractContextManager[Any]:
+        return self.apex_amp.disable_casts() if self.apex_amp is not None else contextlib.nullcontext()
+
+    def prepare(
+        self, model: nn.Module, lr: float, weight_decay: float, scale: float | None
+    ) -> tuple[torch.optim.Optimizer, LossScaler]:
+        if not self.apex or self.half is None:
+            return super().prepare(model, lr, weight_decay, scale)
+        amp, reason = import_apex()
+        assert amp is not None, reason
+        optimizers = importlib.import_module("apex.optimizers")
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = optimizers.NpuFusedAdam(parameters, lr=lr, weight_decay=weight_decay, **ADAM)
+        given = "dynamic" if scale is None else scale
+        _, optimizer = amp.initialize(model, optimizer, opt_level="O1", loss_scale=given, combine_grad=True)
+        self.apex_amp = amp
+        return optimizer, ApexScaler(amp, optimizer, static=scale)
+
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """As the others'; NpuFusedAdam counts its steps on the host, and a tensor there would make it wait."""
         counted = {index: {**one, "step": int(one["step"])} for index, one in state["state"].items()}
@@ -271,10 +250,13 @@ class Npu(Cuda):
 ACCELERATORS: dict[str, type[Accelerator]] = {"npu": Npu, "cuda": Cuda, "cpu": Accelerator}
 
 
-def open_accelerator(device: str, index: int | None, local_rank: int, *, mixed_precision: bool) -> Accelerator:
+def open_accelerator(
+    device: str, index: int | None, local_rank: int, *, mixed_precision: bool, amp_backend: str = "auto"
+) -> Accelerator:
     """The accelerator that `--device` and `--npu` name; "auto" takes the first of npu, cuda, cpu that is there.
 
-    index: device index; None takes the process's local rank. Raises InputError with the reason where it cannot be used.
+    index: device index; None takes the process's local rank. amp_backend: "apex" is Huawei's package, "native" and
+    "auto" are torch's own. Raises InputError with the reason where it cannot be used.
     """
     kinds = list(ACCELERATORS) if device == "auto" else [device]
     reasons = {name: ACCELERATORS[name].why_not() for name in kinds}
@@ -289,7 +271,18 @@ def open_accelerator(device: str, index: int | None, local_rank: int, *, mixed_p
         raise InputError(
             f"--npu {index}: there is no such device, only the CPU ({'; '.join(filter(None, reasons.values()))})"
         )
-    return kind(index, mixed_precision=mixed_precision)
+    if amp_backend == "apex":
+        reason = import_apex()[1] if kind is Npu else f"it is for NPUs, and the device is {kind.name}"
+        if reason:
+            raise InputError(f"--amp_backend apex: {reason}; use --amp_backend native")
+    try:
+        return kind(index, mixed_precision=mixed_precision, apex=amp_backend == "apex" and mixed_precision)
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise InputError(
+            f"device {kind.name}:{index} cannot be used ({reason}): another process may hold it; see `npu-smi info` "
+            "or `nvidia-smi`, or choose another with --npu"
+        ) from error
 
 
 def import_torch_npu() -> tuple[ModuleType | None, str]:
@@ -306,6 +299,26 @@ def import_torch_npu() -> tuple[ModuleType | None, str]:
             None,
             f"torch_npu cannot be imported ({reason}): is CANN's set_env.sh sourced, and does its version fit torch's?",
         )
+
+
+def import_apex() -> tuple[ModuleType | None, str]:
+    """The amp module of Huawei's apex, or None and why it is not that."""
+    try:
+        amp = importlib.import_module("apex.amp")
+        if "combine_grad" in inspect.signature(amp.initialize).parameters:
+            return amp, ""
+        return None, "the apex installed here is NVIDIA's, not the one that Huawei builds from it"
+    except ModuleNotFoundError as error:
+        if error.name == "apex":
+            return (
+                None,
+                "apex is not installed (build it from Ascend's apex repository; PyPI's apex is another project)",
+            )
+        if error.name == "apex.amp":
+            return None, "the apex installed here is another project of that name (no apex.amp): pip uninstall apex"
+        return None, f"apex cannot be imported ({error})"
+    except Exception as error:  # a foreign package may fail in any way
+        return None, f"apex cannot be imported ({(str(error).splitlines() or [type(error).__name__])[0]})"
 
 
 def make_adam(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -141,6 +141,11 @@ class Config:
     )
     npu: int | None = option(None, "index of the device (npu or cuda); default: 0, or the local rank")
     amp: str = option("O1", "mixed precision: O1 where the device has it, or O0 (float32)", choices=["O0", "O1"])
+    amp_backend: str = option(
+        "auto",
+        "what casts at O1: native (torch), apex (Huawei's, for npu), or auto, which is native",
+        choices=["auto", "native", "apex"],
+    )
     loss_scale: float | None = option(
         128.0, "loss scale of float16: a number (static) or dynamic", parse=parse_loss_scale
     )
@@ -178,6 +183,7 @@ class Config:
             (0.0 < self.crop_ratio <= 1.0, "--crop_ratio is above 0 and at most 1"),
             (self.run >= 1, "--run counts from 1"),
             (self.seed is None or 0 <= self.seed < 2**31, "--seed is a whole number from 0 to 2147483647"),
+            (self.amp == "O1" or self.amp_backend != "apex", "--amp_backend apex needs --amp O1"),
             (self.npu is None or self.npu >= 0, "--npu is a device index, 0 or more"),
             (min(self.loss_weights) >= 0.0, "loss weights (-glw, -llw, -idlw) are 0 or more"),
             (self.only_test or sum(self.loss_weights) > 0.0, "one of -glw, -llw, -idlw has to be above 0"),

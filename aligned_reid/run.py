@@ -40,7 +40,13 @@ def run(config: Config) -> dict[str, Any]:
     """
     world = read_world()
     given = check_input(config)
-    accelerator = open_accelerator(config.device, config.npu, world.local_rank, mixed_precision=config.amp == "O1")
+    accelerator = open_accelerator(
+        config.device,
+        config.npu,
+        world.local_rank,
+        mixed_precision=config.amp == "O1",
+        amp_backend=config.amp_backend,
+    )
     with process_group(world, accelerator, config):
         config = settle_seed(config, world, accelerator)
         with run_folder(config, world) as log:

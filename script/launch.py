@@ -59,7 +59,8 @@ def check_input(config: Config, options: Namespace) -> None:
 
     preflight.check_input(config)
     if options.check == "only":  # this process then ends; a launcher would keep the device busy
-        open_accelerator(config.device, config.npu, local_rank=options.nproc - 1, mixed_precision=False)
+        rank = options.nproc - 1
+        open_accelerator(config.device, config.npu, rank, mixed_precision=False, amp_backend=config.amp_backend)
 
 
 def main(options: Namespace) -> None:

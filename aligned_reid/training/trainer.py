@@ -64,9 +64,7 @@ class Trainer:
         model.train_heads(local=config.l_loss_weight > 0, identity=config.id_loss_weight > 0)
         self.model = model.to(accelerator.device).to(memory_format=accelerator.memory_format)
         self.objective = Objective(config)
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = accelerator.adam(self.parameters, config.base_lr, WEIGHT_DECAY)
-        self.scaler = accelerator.loss_scaler(config.loss_scale)
+        self.optimizer, self.scaler = accelerator.prepare(self.model, config.base_lr, WEIGHT_DECAY, config.loss_scale)
         self.checkpoints = Checkpoints(folder, self.model, self.optimizer, self.scaler, accelerator)
         self.loader = make_loader(images, sampler, workers=config.workers, pin_memory=accelerator.pin_memory)
         self.network: nn.Module = self.model
@@ -106,7 +104,8 @@ class Trainer:
 
             with self.accelerator.autocast():
                 features = self.network(normalize_images(pixels, self.accelerator.memory_format))
-            loss, figures = self.objective(features, labels)
+            with self.accelerator.full_precision():
+                loss, figures = self.objective(features, labels)
 
             self.optimizer.zero_grad()
             self.scaler.backward(loss)

@@ -7,7 +7,13 @@ import torch
 
 from aligned_reid import InputError
 from aligned_reid import accelerator as accelerator_module
-from aligned_reid.accelerator import Accelerator, LossScaler, NativeScaler, import_torch_npu, open_accelerator
+from aligned_reid.accelerator import (
+    Accelerator,
+    import_apex,
+    import_torch_npu,
+    open_accelerator,
+)
+from aligned_reid.loss_scaler import LossScaler, NativeScaler
 
 
 def parameter_with_gradient(gradient):
@@ -114,3 +120,45 @@ def test_a_devices_own_scaler_keeps_a_static_scale_and_moves_a_dynamic_one(stati
     restored = NativeScaler(torch.amp.GradScaler("cpu", init_scale=static or 2.0**16), static=static)
     restored.load_state_dict(scaler.state_dict())
     assert restored.current == scaler.current
+
+
+APEXES = {
+    "none": (None, "apex is not installed"),
+    "PyPI's": ("", "another project of that name"),
+    "NVIDIA's": ("def initialize(models, optimizers=None, opt_level='O1', loss_scale=None): ...", "NVIDIA's"),
+    "broken": ("import another_module", "cannot be imported (No module named 'another_module')"),
+    "failing": ("raise RuntimeError('no libhccl.so')", "no libhccl.so"),
+    "Huawei's": ("def initialize(models, optimizers=None, combine_grad=None): ...", ""),
+}
+
+
+@pytest.mark.parametrize("kind", APEXES)
+def test_an_apex_that_is_not_huaweis_is_recognised(tmp_path, monkeypatch, kind):
+    source, reason = APEXES[kind]
+    for name in ("apex", "apex.amp"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    if source is None:
+        monkeypatch.setattr(sys, "path", [])
+    else:
+        (tmp_path / "apex").mkdir()
+        (tmp_path / "apex" / "__init__.py").touch()
+        if source:
+            (tmp_path / "apex" / "amp.py").write_text(source)
+        monkeypatch.syspath_prepend(str(tmp_path))
+    amp, said = import_apex()
+    assert (amp is None) == bool(reason)
+    assert reason in said
+
+
+def test_apex_is_for_npus():
+    with pytest.raises(InputError, match="--amp_backend apex: it is for NPUs, and the device is cpu"):
+        open_accelerator("cpu", None, 0, mixed_precision=True, amp_backend="apex")
+
+
+def test_a_device_that_another_process_holds(monkeypatch):
+    def select(self):
+        raise RuntimeError("aclrtSetDevice failed: 507033\nmore lines")
+
+    monkeypatch.setattr(Accelerator, "select", select)
+    with pytest.raises(InputError, match=r"cpu:0 cannot be used \(aclrtSetDevice failed: 507033\).*another process"):
+        open_accelerator("cpu", None, 0, mixed_precision=False)

@@ -1,0 +1,139 @@
+"""Training, evaluation and resuming on the simulated NPU of test/npu_sim, each command in a process of its own.
+
+Every run ends with a report of what the device ran, so that a quiet fall-back to the CPU is a failure here.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import ROOT, Finished, run_script
+
+SIMULATION = ROOT / "test" / "npu_sim"
+TORCH = "2.14"  # whose private interfaces the simulation uses
+pytestmark = pytest.mark.skipif(
+    not torch.__version__.startswith(TORCH), reason=f"the simulated NPU is made for torch {TORCH}"
+)
+SMALL = (
+    "--pretrained=none",
+    "--resize_h_w=64,32",
+    "--ids_per_batch=4",
+    "--ims_per_id=2",
+    "--workers=0",
+    "--seed=1",
+    "-llw=1",
+    "-idlw=1",
+)
+# What crosses to the host in a step: the scaler's question whether a gradient overflowed, and numbers that are read.
+TO_HOST = re.compile(r"_local_scalar_dense|_copy_from\[npu to cpu\]")
+WAITS = re.compile(r"nonzero|masked_select|unique|aten::index$|index_put")  # shapes that depend on values
+
+
+class Run(NamedTuple):
+    finished: Finished
+    losses: list[str]
+    results: dict
+    folder: Path
+    reports: list[dict]  # of the ranks
+
+
+@pytest.fixture
+def train(tiny_data, tmp_path):
+    """Run train.py as `nproc` processes and read what it left."""
+
+    def run(name, *flags, nproc=1, device="npu"):
+        folder = tmp_path / name
+        report = tmp_path / f"report_{name}"
+        environment = {
+            "PYTHONPATH": str(SIMULATION),
+            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+            "NPU_SIM_REPORT": str(report),
+        }
+        script = ROOT / "script" / "train.py" if device == "npu" else SIMULATION / "train_contiguous.py"
+        command = [script, f"--data_path={tiny_data}", *SMALL, f"--device={device}", f"--exp_dir={folder}", *flags]
+        if nproc > 1:
+            command = ["launch.py", f"--nproc={nproc}", f"--log_dir={tmp_path}/logs", *command]
+        finished = run_script(*command, environment=environment)
+        assert finished.status == 0, finished.err + finished.out
+        losses = re.findall(r"^Ep .*loss (\S+)$", finished.out, flags=re.MULTILINE)
+        results = json.loads((folder / "results.json").read_text())
+        reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob(f"{report.name}.*.json"))]
+        if device == "npu":
+            assert len(reports) == nproc
+            assert all(one["jit_compile"] is False for one in reports)
+            assert all(one["calls"]["aten::convolution_overrideable"] > 50 for one in reports)
+        return Run(finished, losses, results, folder, reports)
+
+    return run
+
+
+def without_figures(results):
+    return {name: value for name, value in results.items() if name.startswith(("global", "local"))}
+
+
+def test_float32_gives_the_cpus_numbers_and_the_step_stays_on_the_device(train):
+    npu = train("npu", "--amp=O0", "--total_epochs=2")
+    cpu = train("cpu", "--amp=O0", "--total_epochs=2", device="cpu")
+    assert npu.losses == cpu.losses
+    assert without_figures(npu.results) == without_figures(cpu.results)
+    # A checkpoint of either device is one of the other.
+    ours, theirs = (torch.load(run.folder / "ckpt.pth", weights_only=True) for run in (npu, cpu))
+    assert all(torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
+    tested = train("cpu_of_npu", "--only_test=true", f"--model_weight_file={npu.folder}", "--amp=O0", device="cpu")
+    assert without_figures(tested.results) == without_figures(npu.results)
+
+    (report,) = npu.reports
+    assert report["calls"]["optim::NpuFusedAdam"] == 6
+    step = report["steps"][4]  # in the middle of an epoch: a checkpoint is written between them
+    assert step["aten::convolution_backward_overrideable"] == 54
+    assert not [name for name in step if WAITS.search(name)]
+    assert sum(count for name, count in step.items() if TO_HOST.search(name)) <= 2, step
+
+
+@pytest.mark.parametrize("backend", ["native", "apex"])
+def test_mixed_precision(train, backend):
+    run = train(backend, f"--amp_backend={backend}", "--total_epochs=2")
+    assert float(run.losses[-1]) < float(run.losses[0])
+    assert f"float16{' by apex' if backend == 'apex' else ''}" in run.results["device"]
+    saved = torch.load(run.folder / "ckpt.pth", weights_only=True)
+    assert saved["scaler"]["scale"] == 128.0
+    if backend == "apex":
+        assert run.reports[0]["apex"] == {"opt_level": "O1", "loss_scale": 128.0, "combine_grad": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [("npu", "npu"), ("npu", "cpu"), ("cpu", "npu")])
+def test_a_run_goes_on_on_either_device(train, first, second):
+    whole = train("whole", "--amp=O0", "--total_epochs=2", device="cpu")
+    train("part", "--amp=O0", "--total_epochs=1", device=first)
+    rest = train("part", "--amp=O0", "--total_epochs=2", "--resume=true", device=second)
+    assert rest.losses == whole.losses[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["native", "apex"])
+def test_an_overflow_skips_the_step_and_is_logged(train, backend):
+    static = train("static", f"--amp_backend={backend}", "--loss_scale=1e30", "--total_epochs=1")
+    assert static.finished.out.count("a gradient is not finite, step skipped (loss scale 1e+30)") == 3
+    dynamic = train("dynamic", f"--amp_backend={backend}", "--loss_scale=dynamic", "--total_epochs=1")
+    scale = torch.load(dynamic.folder / "ckpt.pth", weights_only=True)["scaler"]["scale"]
+    skipped = dynamic.finished.out.count("step skipped")
+    assert scale == 2.0 ** (16 - skipped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--amp=O0",), ("--amp_backend=native",), ("--amp_backend=apex",)])
+def test_two_devices(train, flags):
+    run = train("two", *flags, "--total_epochs=2", nproc=2)
+    assert [report["device"] for report in run.reports] == [0, 1]
+    for report in run.reports:
+        assert report["calls"]["hccl::allreduce"] > 6
+        assert report["calls"]["hccl::allgather"] >= 2  # the features; hccl has no gather
+    assert float(run.losses[-1]) < float(run.losses[0])
+    if flags == ("--amp=O0",):
+        cpu = train("cpu", *flags, "--total_epochs=2", nproc=2, device="cpu")
+        assert run.losses == cpu.losses
+        assert without_figures(run.results) == without_figures(cpu.results)

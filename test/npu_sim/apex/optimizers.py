@@ -1,0 +1,3 @@
+from torch_npu.optim import NpuFusedAdam
+
+__all__ = ["NpuFusedAdam"]
