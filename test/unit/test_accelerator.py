@@ -1,5 +1,7 @@
 """Devices: which one is taken, why one is not, and the step that a bad gradient skips."""
 
+import platform
+import subprocess
 import sys
 
 import pytest
@@ -162,3 +164,24 @@ def test_a_device_that_another_process_holds(monkeypatch):
     monkeypatch.setattr(Accelerator, "select", select)
     with pytest.raises(InputError, match=r"cpu:0 cannot be used \(aclrtSetDevice failed: 507033\).*another process"):
         open_accelerator("cpu", None, 0, mixed_precision=False)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_freed_memory_is_kept_for_the_next_step():
+    source = """
+import resource, sys, torch
+from aligned_reid.accelerator import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for step in range(10):
+    if step == 5:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    activations = [torch.ones(2**23 + 2**20 * layer) for layer in range(1, 6)]
+    del activations
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    pages_again = {}
+    for setting in ("keep", "leave"):
+        done = subprocess.run([sys.executable, "-c", source, setting], capture_output=True, text=True, check=True)
+        pages_again[setting] = int(done.stdout)
+    assert pages_again["keep"] < pages_again["leave"] / 10
