@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import importlib.util
 import inspect
+import os
 import platform
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +25,17 @@ from aligned_reid.loss_scaler import ApexScaler, LossScaler, NativeScaler
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
+@dataclass(frozen=True)
+class Modes:
+    """How a device computes."""
+
+    mixed_precision: bool = True  # 16 bit where the device has it
+    apex: bool = False  # Huawei's package casts, in place of torch
+    tf32: bool = False  # convolutions round their float32 input to 19 bits; distances and losses never do
+    deterministic: bool = False
+    compiled: bool = False
+
+
 class Accelerator:
     """A device and what is special about it. This class is the CPU; the others override what differs."""
 
@@ -28,19 +43,30 @@ class Accelerator:
     backend = "gloo"  # of the process group
     memory_format = torch.channels_last
     pin_memory = False
+    tf32_name = ""  # what the device calls its short float32; empty where it has none
+    compile_backend = "inductor"
 
-    def __init__(self, index: int = 0, *, mixed_precision: bool = True, apex: bool = False) -> None:
+    def __init__(self, index: int = 0, **modes: bool) -> None:
+        """modes: the fields of Modes."""
         self.index = index
-        self.apex = apex  # Huawei's package in place of torch's own mixed precision
+        self.modes = Modes(**modes)
         self.apex_amp: Any = None  # its module, once it casts
         self.device = torch.device(self.name, index) if self.name != "cpu" else torch.device("cpu")
-        self.half: torch.dtype | None = self.find_half() if mixed_precision else None
+        self.half: torch.dtype | None = self.find_half() if self.modes.mixed_precision else None
+        if self.modes.deterministic:
+            self.make_deterministic()
         self.select()
 
     @classmethod
     def why_not(cls) -> str:
         """Why this kind of device cannot be used here; empty where it can."""
         return ""
+
+    @classmethod
+    def why_not_compile(cls) -> str:
+        """Why torch.compile cannot work here; empty where it can."""
+        compilers = (os.environ.get("CXX"), "g++", "clang++")
+        return "" if any(map(shutil.which, filter(None, compilers))) else "there is no C++ compiler (g++ or clang++)"
 
     @classmethod
     def count(cls) -> int:
@@ -53,6 +79,21 @@ class Accelerator:
     def select(self) -> None:
         """Make this the process's current device, and set up what is to be set up once."""
         keep_freed_memory()
+
+    def make_deterministic(self) -> None:
+        """Same input, same bits: operators take their deterministic form; one that has none warns with its name."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        if hasattr(torch.utils, "deterministic"):  # torch >= 2.2
+            settings: Any = torch.utils.deterministic
+            settings.fill_uninitialized_memory = False  # nothing here reads what it has not written
+
+    def compile(self, network: nn.Module, *, inference: bool = False) -> nn.Module:
+        """`network`, compiled where that was asked for; with `inference` its weights may become constants."""
+        if not self.modes.compiled:
+            return network
+        options: Any = {"freezing": True} if inference and self.compile_backend == "inductor" else None
+        compiled: Any = torch.compile(network, backend=self.compile_backend, dynamic=False, options=options)
+        return compiled
 
     def synchronize(self) -> None:
         """Wait until the device has done all it was given."""
@@ -100,6 +141,16 @@ class Accelerator:
         """Start copying `value` to the host; the returned function waits for it and gives it."""
         return lambda: value
 
+    @contextlib.contextmanager
+    def trace(self, folder: Path) -> Iterator[None]:
+        """Trace what runs inside, on host and device: trace.json.gz for a trace viewer, and a table of operators."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it takes a machine without a GPU for an error
+        with torch.profiler.profile() as profiler:
+            yield
+        profiler.export_chrome_trace(str(folder / "trace.json.gz"))
+        by = f"self_{self.name}_time_total"
+        (folder / "operators.txt").write_text(profiler.key_averages().table(sort_by=by, row_limit=40))
+
     def data_parallel_arguments(self) -> dict[str, Any]:
         return {}
 
@@ -111,10 +162,16 @@ class Accelerator:
         """Undo `random_state`."""
 
     def describe(self) -> str:
-        """For the log: the device, its precision and the backend."""
+        """For the log: the device, its precision and how it computes."""
         precision = str(self.half or torch.float32).removeprefix("torch.")
-        engine = " by apex" if self.apex else ""
-        return f"{self.name} ({self.model_name()}), {precision}{engine}, torch {torch.__version__}"
+        engine = " by apex" if self.modes.apex else ""
+        modes = {
+            f"{self.tf32_name} convolutions": self.modes.tf32,
+            "deterministic": self.modes.deterministic,
+            f"compiled by {self.compile_backend}": self.modes.compiled,
+        }
+        said = "".join(f", {mode}" for mode, on in modes.items() if on)
+        return f"{self.name} ({self.model_name()}), {precision}{engine}{said}, torch {torch.__version__}"
 
     def model_name(self) -> str:
         return f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -126,10 +183,15 @@ class Cuda(Accelerator):
     name = "cuda"
     backend = "nccl"
     pin_memory = True
+    tf32_name = "TF32"
 
     @classmethod
     def why_not(cls) -> str:
         return "" if torch.cuda.is_available() else "torch sees no CUDA GPU"
+
+    @classmethod
+    def why_not_compile(cls) -> str:
+        return "" if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
 
     @classmethod
     def count(cls) -> int:
@@ -145,6 +207,12 @@ class Cuda(Accelerator):
 
     def select(self) -> None:
         self.api.set_device(self.index)
+        torch.backends.cudnn.allow_tf32 = self.modes.tf32  # torch's default is True
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+    def make_deterministic(self) -> None:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        super().make_deterministic()
 
     def synchronize(self) -> None:
         self.api.synchronize()
@@ -189,6 +257,8 @@ class Npu(Cuda):
     name = "npu"
     backend = "hccl"
     memory_format = torch.contiguous_format  # the device has layouts of its own
+    tf32_name = "HF32"
+    compile_backend = "npu"  # torch_npu's, which is torchair
 
     @classmethod
     def why_not(cls) -> str:
@@ -200,6 +270,10 @@ class Npu(Cuda):
         return ""
 
     @classmethod
+    def why_not_compile(cls) -> str:
+        return "" if "npu" in torch.compiler.list_backends() else "this torch_npu brings no compiler (torchair)"
+
+    @classmethod
     def count(cls) -> int:
         module, _ = import_torch_npu()
         return module.npu.device_count() if module else 0
@@ -209,8 +283,14 @@ class Npu(Cuda):
         return import_torch_npu()[0].npu  # type: ignore[union-attr]
 
     def select(self) -> None:
-        super().select()
+        self.api.set_device(self.index)
         self.api.set_compile_mode(jit_compile=False)  # precompiled kernels: no compilation at each new shape
+        self.api.conv.allow_hf32 = self.modes.tf32  # torch_npu's default is True
+        self.api.matmul.allow_hf32 = False
+
+    def make_deterministic(self) -> None:
+        os.environ["HCCL_DETERMINISTIC"] = "true"  # read when the process group starts
+        Accelerator.make_deterministic(self)
 
     def grad_scaler(self, options: dict[str, Any]) -> Any:
         """torch_npu's own: first-generation chips saturate instead of giving inf, which only it notices.
@@ -223,13 +303,22 @@ class Npu(Cuda):
         module, _ = import_torch_npu()
         return module.optim.NpuFusedAdam(list(parameters), lr=lr, weight_decay=weight_decay, **ADAM)  # type: ignore[union-attr]
 
+    @contextlib.contextmanager
+    def trace(self, folder: Path) -> Iterator[None]:
+        """By torch_npu's profiler, which alone sees the device; it writes a folder of its own into `folder`."""
+        profiler = import_torch_npu()[0].profiler  # type: ignore[union-attr]
+        activities = [profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU]
+        written = profiler.tensorboard_trace_handler(str(folder))
+        with profiler.profile(activities=activities, on_trace_ready=written):
+            yield
+
     def full_precision(self) -> contextlib.AbstractContextManager[Any]:
         return self.apex_amp.disable_casts() if self.apex_amp is not None else contextlib.nullcontext()
 
     def prepare(
         self, model: nn.Module, lr: float, weight_decay: float, scale: float | None
     ) -> tuple[torch.optim.Optimizer, LossScaler]:
-        if not self.apex or self.half is None:
+        if not self.modes.apex or self.half is None:
             return super().prepare(model, lr, weight_decay, scale)
         amp, reason = import_apex()
         assert amp is not None, reason
@@ -251,12 +340,20 @@ ACCELERATORS: dict[str, type[Accelerator]] = {"npu": Npu, "cuda": Cuda, "cpu": A
 
 
 def open_accelerator(
-    device: str, index: int | None, local_rank: int, *, mixed_precision: bool, amp_backend: str = "auto"
+    device: str,
+    index: int | None,
+    local_rank: int,
+    *,
+    mixed_precision: bool,
+    amp_backend: str = "auto",
+    tf32: bool = False,
+    deterministic: bool = False,
+    compiled: bool = False,
 ) -> Accelerator:
     """The accelerator that `--device` and `--npu` name; "auto" takes the first of npu, cuda, cpu that is there.
 
     index: device index; None takes the process's local rank. amp_backend: "apex" is Huawei's package, "native" and
-    "auto" are torch's own. Raises InputError with the reason where it cannot be used.
+    "auto" are torch's own. The others are fields of Modes. Raises InputError with the reason where it cannot be used.
     """
     kinds = list(ACCELERATORS) if device == "auto" else [device]
     reasons = {name: ACCELERATORS[name].why_not() for name in kinds}
@@ -275,8 +372,13 @@ def open_accelerator(
         reason = import_apex()[1] if kind is Npu else f"it is for NPUs, and the device is {kind.name}"
         if reason:
             raise InputError(f"--amp_backend apex: {reason}; use --amp_backend native")
+    if tf32 and not kind.tf32_name:
+        raise InputError(f"--tf32 true: {kind.name} has no short float32 (TF32 is CUDA's, HF32 the NPU's)")
+    if compiled and (reason := kind.why_not_compile()):
+        raise InputError(f"--compile true: {reason}")
+    modes = Modes(mixed_precision, amp_backend == "apex" and mixed_precision, tf32, deterministic, compiled)
     try:
-        return kind(index, mixed_precision=mixed_precision, apex=amp_backend == "apex" and mixed_precision)
+        return kind(index, **asdict(modes))
     except RuntimeError as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise InputError(

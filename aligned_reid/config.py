@@ -149,6 +149,9 @@ class Config:
     loss_scale: float | None = option(
         128.0, "loss scale of float16: a number (static) or dynamic", parse=parse_loss_scale
     )
+    tf32: bool = option(False, "round the float32 input of convolutions to TF32 (cuda) or HF32 (npu); speeds up O0")
+    deterministic: bool = option(False, "same flags and seed, same bits: deterministic operators, some of them slower")
+    compile: bool = option(False, "torch.compile the model, for training and for features (a minute or more at the start)")
     addr: str = option("", "address of the first machine of several; default: MASTER_ADDR, or this one")
     # run
     exp_dir: str = option("", "run folder; default: exp/train/<data set>/<settings>/run<N>")
@@ -156,6 +159,7 @@ class Config:
     resume: bool = option(False, "go on from the run folder's ckpt.pth")
     seed: int | None = option(None, "seed of everything random; default: drawn at random and logged")
     set_seed: bool = option(False, "true is --seed 1")
+    profile: int = option(0, "count what a step computes and trace this many steps, into profile/ of the run folder")
     log_to_file: bool = option(True, "write log.txt and tensorboard files into the run folder")
 
     @classmethod
@@ -181,6 +185,7 @@ class Config:
             (min(self.resize_h_w) >= 32, "--resize_h_w is at least 32,32 pixels"),
             (0.0 <= self.crop_prob <= 1.0, "--crop_prob is a probability, 0 to 1"),
             (0.0 < self.crop_ratio <= 1.0, "--crop_ratio is above 0 and at most 1"),
+            (self.profile >= 0, "--profile is a number of steps, 0 or more"),
             (self.run >= 1, "--run counts from 1"),
             (self.seed is None or 0 <= self.seed < 2**31, "--seed is a whole number from 0 to 2147483647"),
             (self.amp == "O1" or self.amp_backend != "apex", "--amp_backend apex needs --amp O1"),

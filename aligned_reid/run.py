@@ -40,18 +40,26 @@ def run(config: Config) -> dict[str, Any]:
     """
     world = read_world()
     given = check_input(config)
-    accelerator = open_accelerator(
-        config.device,
-        config.npu,
-        world.local_rank,
-        mixed_precision=config.amp == "O1",
-        amp_backend=config.amp_backend,
-    )
+    accelerator = open_device(config, world.local_rank)
     with process_group(world, accelerator, config):
         config = settle_seed(config, world, accelerator)
         with run_folder(config, world) as log:
             log_settings(config, world, accelerator, given, log)
             return train_and_evaluate(config, world, accelerator, given, log)
+
+
+def open_device(config: Config, local_rank: int) -> Accelerator:
+    """The device that a process of the run computes on. Raises InputError where it cannot be used as asked."""
+    return open_accelerator(
+        config.device,
+        config.npu,
+        local_rank,
+        mixed_precision=config.amp == "O1",
+        amp_backend=config.amp_backend,
+        tf32=config.tf32,
+        deterministic=config.deterministic,
+        compiled=config.compile,
+    )
 
 
 @contextmanager
@@ -113,11 +121,12 @@ def train_and_evaluate(
     """The run itself; returns what results.json holds."""
     start = time.monotonic()
     local_was_trained = config.l_loss_weight > 0
-    speed = Speed()
+    speed, profile = Speed(), None
     if given.train is None:
         model, local_was_trained = load_for_test(config, given.weights, log)
     else:
-        model, speed = train(config, world, accelerator, given, log)
+        trainer = train(config, world, accelerator, given, log)
+        model, speed, profile = trainer.model, trainer.speed, trainer.profile.results()
     train_seconds = time.monotonic() - start
     use_local = local_was_trained if config.use_local_distance is None else config.use_local_distance
 
@@ -136,6 +145,7 @@ def train_and_evaluate(
         "train_seconds": train_seconds if given.train is not None else None,
         "extract_seconds": extract_seconds,
         "evaluate_seconds": time.monotonic() - start,
+        "profile": profile,
         "device": accelerator.describe(),
         "num_processes": world.size,
         "config": config.to_dict(),
@@ -144,10 +154,8 @@ def train_and_evaluate(
     return results
 
 
-def train(
-    config: Config, world: World, accelerator: Accelerator, given: RunInput, log: Log
-) -> tuple[AlignedReID, Speed]:
-    """Train the epochs that are left; returns the model and its speed."""
+def train(config: Config, world: World, accelerator: Accelerator, given: RunInput, log: Log) -> Trainer:
+    """Train the epochs that are left; returns the trainer, which holds the model and its speed."""
     images = given.train
     assert images is not None
     sampler = IdentityBatchSampler(
@@ -174,7 +182,7 @@ def train(
     if config.resume:
         trainer.resume()
     trainer.train()
-    return model, trainer.speed
+    return trainer
 
 
 def load_for_test(config: Config, content: Any, log: Log) -> tuple[AlignedReID, bool]:

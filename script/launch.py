@@ -55,12 +55,11 @@ def variable(name: str, default: str) -> str:
 def check_input(config: Config, options: Namespace) -> None:
     """Refuse a user's mistake once, before there are ranks to repeat it, and on request a device that is not there."""
     from aligned_reid import preflight
-    from aligned_reid.accelerator import open_accelerator
+    from aligned_reid.run import open_device
 
     preflight.check_input(config)
     if options.check == "only":  # this process then ends; a launcher would keep the device busy
-        rank = options.nproc - 1
-        open_accelerator(config.device, config.npu, rank, mixed_precision=False, amp_backend=config.amp_backend)
+        open_device(config, local_rank=options.nproc - 1)
 
 
 def main(options: Namespace) -> None:

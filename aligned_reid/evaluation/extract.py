@@ -36,7 +36,8 @@ def extract_features(
     workers: int,
 ) -> FeatureSet:
     """Features of all `images`, on every rank; each rank runs its share of them through the model."""
-    network = inference_copy(model).to(accelerator.device).to(memory_format=accelerator.memory_format)
+    folded = inference_copy(model).to(accelerator.device).to(memory_format=accelerator.memory_format)
+    network = accelerator.compile(folded, inference=True)
     share = share_of(len(images), world)
     batches = [
         range(start, min(start + BATCH_SIZE, share.stop)) for start in range(share.start, share.stop, BATCH_SIZE)
@@ -60,9 +61,14 @@ def extract_features(
     return FeatureSet(everyones_global, everyones_local)
 
 
-def run_network(network: AlignedReID, images: Tensor, accelerator: Accelerator) -> Features:
+def run_network(network: nn.Module, images: Tensor, accelerator: Accelerator) -> Features:
+    """Features of uint8 images [N, h, w, 3]; a compiled network always sees BATCH_SIZE of them, to compile once."""
+    num_images = len(images)
+    if accelerator.modes.compiled and num_images < BATCH_SIZE:
+        images = torch.cat([images, images.new_zeros((BATCH_SIZE - num_images, *images.shape[1:]))])
     with accelerator.autocast():
-        return network(normalize_images(images, accelerator.memory_format))
+        features = network(normalize_images(images, accelerator.memory_format))
+    return Features(features.global_feat[:num_images], features.local_feat[:num_images], None)
 
 
 def progress(total: int, world: World) -> tqdm[NoReturn]:

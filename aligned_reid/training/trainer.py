@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -24,6 +24,7 @@ from aligned_reid.model import AlignedReID
 from aligned_reid.training.checkpoint import Checkpoints
 from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
 from aligned_reid.training.objective import Objective
+from aligned_reid.training.profile import StepProfile
 from aligned_reid.training.schedule import learning_rate
 
 WEIGHT_DECAY = 5e-4
@@ -61,15 +62,16 @@ class Trainer:
         self.epoch = 0  # the last one that is done
         self.speed = Speed()
         self.throughput = Throughput()
+        self.profile = StepProfile(config.profile if world.is_main else 0, accelerator, folder / "profile", log)
         model.train_heads(local=config.l_loss_weight > 0, identity=config.id_loss_weight > 0)
         self.model = model.to(accelerator.device).to(memory_format=accelerator.memory_format)
         self.objective = Objective(config)
         self.optimizer, self.scaler = accelerator.prepare(self.model, config.base_lr, WEIGHT_DECAY, config.loss_scale)
         self.checkpoints = Checkpoints(folder, self.model, self.optimizer, self.scaler, accelerator)
         self.loader = make_loader(images, sampler, workers=config.workers, pin_memory=accelerator.pin_memory)
-        self.network: nn.Module = self.model
+        self.network = accelerator.compile(self.model)
         if world.size > 1:
-            self.network = DistributedDataParallel(self.model, **accelerator.data_parallel_arguments())
+            self.network = DistributedDataParallel(self.network, **accelerator.data_parallel_arguments())
 
     def resume(self) -> None:
         """Go on from the run folder's checkpoint."""
@@ -89,6 +91,7 @@ class Trainer:
             self.epoch += 1
             if self.world.is_main and (self.epoch == self.config.total_epochs or self.checkpoints.is_due()):
                 self.save()
+        self.profile.finish()
 
     def train_epoch(self, epoch: int) -> None:
         """One epoch: every identity once."""
@@ -97,7 +100,7 @@ class Trainer:
         self.network.train()
         meters, watch = Meters(), LossWatch(self.accelerator, self.describe_batch(epoch))
         self.throughput.start_epoch()
-        for step, batch in enumerate(self.progress(epoch), start=1):
+        for step, batch in enumerate(self.profile.steps(self.progress(epoch)), start=1):
             check_batch_labels(batch.labels)  # on the host's copy: no wait for the device
             pixels = batch.images.to(self.accelerator.device, non_blocking=True)
             labels = batch.labels.to(self.accelerator.device, non_blocking=True)

@@ -44,13 +44,14 @@ class Run(NamedTuple):
 def train(tiny_data, tmp_path):
     """Run train.py as `nproc` processes and read what it left."""
 
-    def run(name, *flags, nproc=1, device="npu"):
+    def run(name, *flags, nproc=1, device="npu", **variables):
         folder = tmp_path / name
         report = tmp_path / f"report_{name}"
         environment = {
             "PYTHONPATH": str(SIMULATION),
             "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
             "NPU_SIM_REPORT": str(report),
+            **variables,
         }
         script = ROOT / "script" / "train.py" if device == "npu" else SIMULATION / "train_contiguous.py"
         command = [script, f"--data_path={tiny_data}", *SMALL, f"--device={device}", f"--exp_dir={folder}", *flags]
@@ -102,6 +103,21 @@ def test_mixed_precision(train, backend):
     assert saved["scaler"]["scale"] == 128.0
     if backend == "apex":
         assert run.reports[0]["apex"] == {"opt_level": "O1", "loss_scale": 128.0, "combine_grad": True}
+
+
+@pytest.mark.slow
+def test_modes_reach_the_device_and_the_log(train):
+    flags = ("--tf32=true", "--deterministic=true", "--compile=true", "--profile=1", "--amp=O0", "--total_epochs=2")
+    run = train("modes", *flags, NPU_SIM_COMPILER="1")
+    assert "float32, HF32 convolutions, deterministic, compiled by npu, torch" in run.results["device"]
+    (report,) = run.reports
+    assert report["hf32"] == {"conv": True, "matmul": False}
+    assert report["compiled_nodes"] > 2 * 150  # the model for training, and folded for features
+    assert run.results["profile"]["flops_per_step"] > 1e9
+    assert [path.name for path in (run.folder / "profile").iterdir()] == ["simulated_ascend_pt.json"]
+    plain = train("plain", "--amp=O0", "--total_epochs=2")
+    assert plain.reports[0]["hf32"] == {"conv": False, "matmul": False}
+    assert plain.losses == run.losses
 
 
 @pytest.mark.slow

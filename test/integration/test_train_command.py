@@ -68,6 +68,20 @@ def test_a_run_writes_its_folder_and_prints_what_tools_read(command, tiny_flags,
     }
 
 
+def test_a_profile_is_in_the_run_folder_and_in_the_results(command, tiny_flags, tmp_path, small_trunk):
+    folder = tmp_path / "run"
+    done = command("train.py", *tiny_flags, "--total_epochs=2", "--profile=1", f"--exp_dir={folder}")
+    assert done.status == 0, done.err
+    profile = json.loads((folder / "results.json").read_text())["profile"]
+    images, positions, first, second = 8, 2 * 1, 16 * 3 * 32 * 32, 2048 * 16  # convolutions: places, weights
+    forward = images * positions * (first + second + 2048 * 128) + images * 2048 * 12  # the heads too; 12 identities
+    backward = images * positions * (first + 2 * second)  # by weight, and by input where it is not the image
+    distances = 3 * images * images * 2048  # features with themselves, and a gradient for either side
+    assert profile["flops_per_step"] == 2 * (forward + backward + distances)  # a multiplication and an addition
+    assert sorted(path.name for path in (folder / "profile").iterdir()) == ["operators.txt", "trace.json.gz"]
+    assert sum(line.startswith("profile: ") for line in done.out.splitlines()) == 2
+
+
 def test_local_scores_are_null_where_the_branch_was_not_trained(command, tiny_flags, tmp_path, small_trunk):
     assert command("train.py", *tiny_flags, "--total_epochs=1", f"--exp_dir={tmp_path / 'run'}").status == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())

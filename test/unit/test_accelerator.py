@@ -157,6 +157,48 @@ def test_apex_is_for_npus():
         open_accelerator("cpu", None, 0, mixed_precision=True, amp_backend="apex")
 
 
+@pytest.fixture
+def deterministic_is_undone():
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.usefixtures("deterministic_is_undone")
+def test_modes_are_set_and_said(monkeypatch):
+    plain = open_accelerator("cpu", None, 0, mixed_precision=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert plain.compile(network := torch.nn.Linear(2, 2)) is network
+    modes = open_accelerator("cpu", None, 0, mixed_precision=False, deterministic=True, compiled=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert "float32, deterministic, compiled by inductor, torch" in modes.describe()
+    assert "compiled" not in plain.describe()
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_for_convolutions_of_devices_that_have_it(monkeypatch, tf32):
+    for name in ("set_device", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, lambda index: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
+    gpu = open_accelerator("cuda", 0, 0, mixed_precision=False, tf32=tf32)
+    assert torch.backends.cudnn.allow_tf32 is tf32
+    assert torch.backends.cuda.matmul.allow_tf32 is False  # distances are matrix products
+    assert ("float32, TF32 convolutions" in gpu.describe()) is tf32
+    with pytest.raises(InputError, match="--tf32 true: cpu has no short float32"):
+        open_accelerator("cpu", None, 0, mixed_precision=False, tf32=True)
+
+
+def test_compiling_needs_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(InputError, match=r"--compile true: there is no C\+\+ compiler"):
+        open_accelerator("cpu", None, 0, mixed_precision=False, compiled=True)
+    open_accelerator("cpu", None, 0, mixed_precision=False)
+
+
 def test_a_device_that_another_process_holds(monkeypatch):
     def select(self):
         raise RuntimeError("aclrtSetDevice failed: 507033\nmore lines")

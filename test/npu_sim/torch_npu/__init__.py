@@ -15,7 +15,7 @@ os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # this import may come first:
 import torch  # noqa: E402
 import torch.utils.backend_registration  # noqa: E402
 
-from torch_npu import autocast, hccl, npu, operators, optim, report, storage  # noqa: E402
+from torch_npu import autocast, dynamo, hccl, npu, operators, optim, profiler, report, storage  # noqa: E402
 
 if _wanted is None:
     del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
@@ -23,7 +23,7 @@ else:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = _wanted
 
 __version__ = "1.0+sim"
-__all__ = ["npu", "optim"]
+__all__ = ["npu", "optim", "profiler"]
 
 
 def _autoload() -> None:
@@ -40,6 +40,7 @@ def _install() -> None:
     autocast.register()
     storage.register()
     hccl.register()
+    dynamo.register()
     report.register()
 
 

@@ -78,6 +78,20 @@ def _is_in_bad_fork() -> bool:
     return False
 
 
+class _HF32:
+    """torch.npu.conv and torch.npu.matmul: whether float32 products may round their input (conv: yes, unless told)."""
+
+    def __init__(self, name: str, allowed: bool) -> None:
+        self.__dict__.update(name=name, allow_hf32=allowed)
+
+    def __setattr__(self, option: str, value: bool) -> None:
+        self.__dict__[option] = value
+        facts.setdefault("hf32", {})[self.name] = value  # type: ignore[attr-defined]
+
+
+conv, matmul = _HF32("conv", True), _HF32("matmul", False)
+
+
 class Event:
     """Work is done when its call returns, so an event is always past."""
 

@@ -1,0 +1,76 @@
+"""What a step costs: counted exactly where it can be worked out by hand, and traced into files."""
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from aligned_reid.accelerator import Accelerator
+from aligned_reid.training.log import Throughput
+from aligned_reid.training.profile import StepProfile
+
+
+@pytest.fixture
+def profile_steps(tmp_path):
+    """Profile `num_steps` of `num_batches` products [4, 8] x [8, 16], forward and backward."""
+
+    def run(num_steps, num_batches):
+        lines = []
+        profile = StepProfile(num_steps, Accelerator(mixed_precision=False), tmp_path / "profile", lines.append)
+        weight = torch.zeros(8, 16, requires_grad=True)
+        seen = 0
+        for batch in profile.steps(torch.ones(num_batches, 4, 8)):
+            product = batch.requires_grad_(False) @ weight
+            product.backward(torch.ones_like(product))
+            weight.grad = None
+            seen += 1
+        profile.finish()
+        profile.finish()
+        return profile, lines, seen
+
+    return run
+
+
+def test_operations_and_bytes_are_counted(profile_steps):
+    profile, lines, seen = profile_steps(2, 6)
+    assert seen == 6
+    product = 2 * 4 * 8 * 16  # a multiplication and an addition each
+    assert profile.flops == 2 * product  # the product and the gradient of its weight; the input has none
+    x, weight, y = 4 * 8 * 4, 8 * 16 * 4, 4 * 16 * 4  # bytes
+    gradient = 2 * y  # ones_like reads a tensor for its shape, and writes one
+    assert profile.bytes == (x + weight + y) + gradient + (x + y + weight) + extra_copies(profile.bytes, x, weight, y)
+    assert len(lines) == 2
+    assert set(profile.results()) == {"flops_per_step", "bytes_per_step", "seconds_per_step"}
+    assert profile.results()["seconds_per_step"] > 0
+
+
+def extra_copies(total, x, weight, y):
+    """Autograd may detach or clone a gradient: whole weights, nothing else."""
+    rest = total - (x + weight + y) - 2 * y - (x + y + weight)
+    assert rest % weight == 0
+    assert 0 <= rest <= 2 * weight
+    return rest
+
+
+def test_a_trace_is_written_for_a_viewer(profile_steps):
+    profile, lines, _ = profile_steps(2, 6)
+    trace = json.loads(gzip.decompress((profile.folder / "trace.json.gz").read_bytes()))
+    assert sum(event.get("name") == "aten::mm" for event in trace["traceEvents"]) == 2 * 2  # 2 steps of 2 products
+    assert "aten::mm" in (profile.folder / "operators.txt").read_text()
+    assert str(profile.folder) in lines[1]
+
+
+def test_what_was_traced_is_reported_where_the_run_ends_early(profile_steps):
+    profile, lines, _ = profile_steps(100, Throughput.WARM_UP_STEPS + 1 + 3)
+    assert profile.num_traced == 3
+    assert "a step over 3" in lines[1]
+
+
+@pytest.mark.parametrize(("num_steps", "num_batches"), [(0, 6), (2, 2)])
+def test_nothing_is_profiled_without_being_asked_or_without_steps(profile_steps, num_steps, num_batches):
+    profile, lines, seen = profile_steps(num_steps, num_batches)
+    assert seen == num_batches
+    assert lines == []
+    assert profile.results() is None
+    assert not profile.folder.exists()
