@@ -151,7 +151,7 @@ class Config:
     )
     tf32: bool = option(False, "round the float32 input of convolutions to TF32 (cuda) or HF32 (npu); speeds up O0")
     deterministic: bool = option(False, "same flags and seed, same bits: deterministic operators, some of them slower")
-    compile: bool = option(False, "torch.compile the model, for training and for features (a minute or more at the start)")
+    compile: bool = option(False, "torch.compile the model, for training and for features (it takes minutes)")
     addr: str = option("", "address of the first machine of several; default: MASTER_ADDR, or this one")
     # run
     exp_dir: str = option("", "run folder; default: exp/train/<data set>/<settings>/run<N>")

@@ -29,6 +29,7 @@ SMALL = (
 )
 # What crosses to the host in a step: the scaler's question whether a gradient overflowed, and numbers that are read.
 TO_HOST = re.compile(r"_local_scalar_dense|_copy_from\[npu to cpu\]")
+SCALE_IN_FLOAT64 = {"aten::_copy_from[float64]", "aten::reciprocal[float64]"}  # of one number, by torch's scaler
 WAITS = re.compile(r"nonzero|masked_select|unique|aten::index$|index_put")  # shapes that depend on values
 
 
@@ -90,13 +91,25 @@ def test_float32_gives_the_cpus_numbers_and_the_step_stays_on_the_device(train):
     assert report["calls"]["optim::NpuFusedAdam"] == 6
     step = report["steps"][4]  # in the middle of an epoch: a checkpoint is written between them
     assert step["aten::convolution_backward_overrideable"] == 54
+    assert not [name for name in step if "float64" in name]
     assert not [name for name in step if WAITS.search(name)]
     assert sum(count for name, count in step.items() if TO_HOST.search(name)) <= 2, step
 
 
+def operators_in(text):
+    """Names of 'name calls, name calls, ...', whatever its line breaks."""
+    return {one.rsplit(maxsplit=1)[0] for one in " ".join(text.split()).split(", ")}
+
+
 @pytest.mark.parametrize("backend", ["native", "apex"])
-def test_mixed_precision(train, backend):
+def test_mixed_precision(train, backend, tmp_path):
     run = train(backend, f"--amp_backend={backend}", "--total_epochs=2")
+    if backend == "native":
+        section = (ROOT / "docs" / "ascend.md").read_text().split("## The operators of a step")[1].split("\n\n")
+        listed = next(part for part in section if part.startswith("    "))
+        done = run_script(SIMULATION / "operators_of_step.py", tmp_path / f"report_{backend}.0.json")
+        assert operators_in(done.out) == operators_in(listed)
+        assert {name for name in run.reports[0]["steps"][3] if "float64" in name} == SCALE_IN_FLOAT64
     assert float(run.losses[-1]) < float(run.losses[0])
     assert f"float16{' by apex' if backend == 'apex' else ''}" in run.results["device"]
     saved = torch.load(run.folder / "ckpt.pth", weights_only=True)

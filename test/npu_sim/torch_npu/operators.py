@@ -97,6 +97,8 @@ class Call:
                 self.hosts.append(value.device)
             return value
         self.indices.add(value.device.index)
+        if value.dtype == torch.float64:  # which a device computes slowly or not at all
+            report.calls[f"{self.name}[float64]"] += 1
         host = to_host(value)
         self.own[id(host)] = value
         self.keep.append(host)
