@@ -4,13 +4,15 @@
 
 The published loop is the reference's algorithm, line for line, on today's torch: PIL decoding and float64 normalising
 in two threads, float32 NCHW, Adam, hard samples by boolean masks, figures read back in every step. Both sides train
-ResNet-50 from the same kind of start on the same images with 32 x 4 images a step; they take turns in blocks of steps,
-and the first step of each block is not timed.
+ResNet-50 from the same kind of start on the same images with 32 x 4 images a step. Each has a process of its own, so
+that neither runs with the other's memory settings; they take turns in blocks of steps, and the first step of a block is
+not timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import queue
 import statistics
 import sys
@@ -18,7 +20,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -157,6 +161,22 @@ class PublishedTraining:
         for figure in (dist_an > dist_ap, dist_an > dist_ap + 0.3, dist_ap, dist_an, loss):
             figure.detach().float().mean().item()
 
+    def extract(self, images: TestImages) -> float:
+        """Images/s of the reference's feature extraction: one batch of 32 after another, float32 NCHW."""
+        self.model.eval()
+        start = time.perf_counter()
+        with torch.no_grad():
+            for first in range(0, len(images), TEST_BATCH):
+                names = images.image_names[first : first + TEST_BATCH]
+                batch = np.stack([published_image(f"{images.images_dir}/{name}", images.size, False) for name in names])
+                for feat in self.model(torch.from_numpy(batch).float())[:2]:
+                    feat.numpy()
+        self.model.train()
+        return len(images) / (time.perf_counter() - start)
+
+    def describe(self) -> str:
+        return "the published loop"
+
 
 class OurTraining:
     """The library's loop, a block of steps at a time."""
@@ -166,7 +186,7 @@ class OurTraining:
         sampler = IdentityBatchSampler(images.person_ids, IDS_PER_BATCH, IMS_PER_ID, False, 0)
         model = AlignedReID(images.num_classes, pretrained="none")
         accelerator = open_accelerator("auto", None, 0, mixed_precision=True)
-        self.accelerator = accelerator
+        self.accelerator, self.workers = accelerator, workers
         self.epoch = 0
         self.trainer = Trainer(config, model, images, sampler, accelerator, World(), Log(None, is_main=False), folder)
 
@@ -190,25 +210,29 @@ class OurTraining:
         self.trainer.train_epoch(self.epoch)
         return seconds[1:]
 
+    def extract(self, images: TestImages) -> float:
+        start = time.perf_counter()
+        model = self.trainer.model
+        extract_features(model, images, self.accelerator, World(), local=True, workers=self.workers)
+        return len(images) / (time.perf_counter() - start)
 
-def published_extraction(model: PublishedModel, images: TestImages, count: int) -> float:
-    """Images/s of the reference's feature extraction: one batch of 32 after another, float32 NCHW."""
-    model.eval()
-    start = time.perf_counter()
-    with torch.no_grad():
-        for first in range(0, count, TEST_BATCH):
-            names = images.image_names[first : min(first + TEST_BATCH, count)]
-            batch = np.stack([published_image(f"{images.images_dir}/{name}", images.size, False) for name in names])
-            for feat in model(torch.from_numpy(batch).float())[:2]:
-                feat.numpy()
-    model.train()
-    return count / (time.perf_counter() - start)
+    def describe(self) -> str:
+        return self.accelerator.describe()
 
 
-def our_extraction(ours: OurTraining, images: TestImages, workers: int) -> float:
-    start = time.perf_counter()
-    extract_features(ours.trainer.model, images, ours.accelerator, World(), local=True, workers=workers)
-    return len(images) / (time.perf_counter() - start)
+def serve(side: str, arguments: argparse.Namespace, connection: Connection) -> None:
+    """One side, in its own process: answers "train" with seconds per step, "extract" with images/s, until "end"."""
+    data = open_data(arguments.data_path)
+    train, test = TrainImages(data, size=arguments.resize_h_w), TestImages(data, size=arguments.resize_h_w)
+    test.image_names = test.image_names[: arguments.extract]
+    with tempfile.TemporaryDirectory() as folder:
+        if side == "published":
+            training: PublishedTraining | OurTraining = PublishedTraining(train)
+        else:
+            training = OurTraining(train, arguments.workers, Path(folder))
+        connection.send(training.describe())
+        while (work := connection.recv()) != "end":
+            connection.send(training.block(arguments.steps) if work == "train" else training.extract(test))
 
 
 def main() -> None:
@@ -220,28 +244,35 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--extract", type=int, default=1024, help="test images to extract features of")
     arguments = parser.parse_args()
-    data = open_data(arguments.data_path)
-    train = TrainImages(data, size=arguments.resize_h_w)
-    test = TestImages(data, size=arguments.resize_h_w)
-    test.image_names = test.image_names[: arguments.extract]
+    context = multiprocessing.get_context("spawn")
+    connections, described = {}, {}
+    for side in ("published", "ours"):
+        connections[side], theirs = context.Pipe()
+        context.Process(target=serve, args=(side, arguments, theirs), daemon=True).start()
+        theirs.close()  # so that a side that has ended is noticed
+        described[side] = connections[side].recv()
 
-    with tempfile.TemporaryDirectory() as folder:
-        published, ours = PublishedTraining(train), OurTraining(train, arguments.workers, Path(folder))
-        times: dict[str, list[float]] = {"published": [], "ours": []}
-        extraction: dict[str, list[float]] = {"published": [], "ours": []}
-        for _ in range(arguments.rounds):
-            times["published"] += published.block(arguments.steps)
-            times["ours"] += ours.block(arguments.steps)
-            extraction["published"].append(published_extraction(published.model, test, len(test.image_names)))
-            extraction["ours"].append(our_extraction(ours, test, arguments.workers))
-    print(f"{ours.accelerator.describe()}; {arguments.resize_h_w[0]} x {arguments.resize_h_w[1]}; medians")
+    def ask(side: str, work: str) -> Any:
+        connections[side].send(work)
+        return connections[side].recv()
+
+    seconds: dict[str, list[float]] = {side: [] for side in connections}
+    rates: dict[str, list[float]] = {side: [] for side in connections}
+    for _ in range(arguments.rounds):
+        for side in connections:
+            seconds[side] += ask(side, "train")
+        for side in connections:
+            rates[side].append(ask(side, "extract"))
+    for connection in connections.values():
+        connection.send("end")
+    print(f"{described['ours']}; {arguments.resize_h_w[0]} x {arguments.resize_h_w[1]}; medians")
     print("| work | published, images/s | ours, images/s | ratio |")
     print("| --- | --- | --- | --- |")
     batch = IDS_PER_BATCH * IMS_PER_ID
-    training = {side: batch / statistics.median(seconds) for side, seconds in times.items()}
-    extracting = {side: statistics.median(rates) for side, rates in extraction.items()}
-    for name, rates in (("training, data included", training), ("feature extraction, data included", extracting)):
-        print(f"| {name} | {rates['published']:.1f} | {rates['ours']:.1f} | {rates['ours'] / rates['published']:.2f} |")
+    training = {side: batch / statistics.median(steps) for side, steps in seconds.items()}
+    extracting = {side: statistics.median(measured) for side, measured in rates.items()}
+    for name, found in (("training, data included", training), ("feature extraction, data included", extracting)):
+        print(f"| {name} | {found['published']:.1f} | {found['ours']:.1f} | {found['ours'] / found['published']:.2f} |")
 
 
 if __name__ == "__main__":
