@@ -31,4 +31,5 @@ setup(
         "tensorboardX>=2.6",
         "tqdm>=4.65",
     ],
+    extras_require={"export": ["onnx>=1.15", "onnxruntime>=1.16", "onnxscript>=0.1"]},
 )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from aligned_reid.errors import InputError
-from aligned_reid.weights import load_trunk, read_imagenet_weights, read_state_dict
+from aligned_reid.weights import find_state_dict, load_trunk, read_imagenet_weights, read_state_dict
 
 TRUNK_CHANNELS = 2048
 RESIDUAL_START = 0.2
@@ -84,6 +84,17 @@ def start_near_identity(trunk: nn.Module) -> None:
     for module in trunk.modules():
         if isinstance(module, Bottleneck):
             nn.init.constant_(module.bn3.weight, RESIDUAL_START)
+
+
+def open_model(content: Any, source: str, *, need_local: bool) -> tuple[AlignedReID, str]:
+    """The model without classifier that a weight file's `content` holds, and a line that says what was loaded.
+
+    Raises InputError where the trunk, or with `need_local` the local branch, is not whole in it.
+    """
+    weights = find_state_dict(content, source)
+    local_channels = len(weights["local_bn.weight"]) if "local_bn.weight" in weights else 128
+    model = AlignedReID(None, local_channels, pretrained="none")
+    return model, load_weights(model, weights, source, need_local=need_local)
 
 
 def load_weights(model: AlignedReID, weights: dict[str, Tensor], source: str, *, need_local: bool) -> str:

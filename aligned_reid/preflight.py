@@ -109,6 +109,16 @@ def check_run_dir(config: Config) -> None:
         )
 
 
+def check_save_file(file: Path) -> None:
+    """A file can be written there. Raises InputError where it cannot."""
+    if file.is_dir():
+        raise InputError(f"--save_file {file} is a folder: name a file in it")
+    if not file.absolute().parent.is_dir():
+        raise InputError(f"--save_file {file}: there is no folder {file.parent}")
+    if not can_write(file.absolute().parent):
+        raise InputError(f"--save_file {file}: {file.parent} cannot be written to; choose another folder")
+
+
 def can_write(folder: Path) -> bool:
     """Whether a file can be made there: os.access does not know of read-only mounts or, for root, of permissions."""
     probe = folder / f".write_test_{os.getpid()}"

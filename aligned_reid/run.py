@@ -20,12 +20,12 @@ from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.distributed import World, close_group, open_group, read_world, sum_over_ranks
 from aligned_reid.evaluation.extract import extract_features
 from aligned_reid.evaluation.protocol import evaluate_features
-from aligned_reid.model import AlignedReID, load_weights
+from aligned_reid.model import AlignedReID, load_weights, open_model
 from aligned_reid.preflight import RunInput, check_input
 from aligned_reid.training.checkpoint import read_checkpoint, set_aside
 from aligned_reid.training.log import Log
 from aligned_reid.training.trainer import Speed, Trainer
-from aligned_reid.weights import CHECKPOINT_NAME, find_state_dict
+from aligned_reid.weights import CHECKPOINT_NAME, find_state_dict, settings_of
 
 RESULTS_NAME = "results.json"
 MARK_NAMES = ("query", "gallery", "multi-query")
@@ -191,14 +191,10 @@ def load_for_test(config: Config, content: Any, log: Log) -> tuple[AlignedReID, 
     content: of the weight file.
     """
     source = config.model_weight_file or str(config.run_dir)
-    weights = find_state_dict(content, source)
-    trained = config.l_loss_weight > 0
-    if isinstance(content, dict) and isinstance(content.get("config"), dict):
-        trained = trained or content["config"].get("l_loss_weight", 0.0) > 0
-    local_channels = len(weights["local_bn.weight"]) if "local_bn.weight" in weights else 128
-    model = AlignedReID(None, local_channels, pretrained="none")
+    trained = config.l_loss_weight > 0 or settings_of(content).get("l_loss_weight", 0.0) > 0
     need_local = trained if config.use_local_distance is None else config.use_local_distance
-    log(load_weights(model, weights, source, need_local=need_local))
+    model, report = open_model(content, source, need_local=need_local)
+    log(report)
     return model, trained
 
 

@@ -67,6 +67,12 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return find_state_dict(read_weight_file(path), str(path))
 
 
+def settings_of(content: Any) -> dict[str, Any]:
+    """The settings of the run that wrote a weight file; empty where it holds none."""
+    settings = content.get("config") if isinstance(content, Mapping) else None
+    return settings if isinstance(settings, dict) else {}
+
+
 def find_state_dict(content: Any, source: str) -> dict[str, Tensor]:
     """The model's tensors in what a weight file holds.
 

@@ -1,0 +1,192 @@
+"""A trained model as an ONNX graph for inference elsewhere, and the check that it computes the same."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aligned_reid.data.dataset import TestImages, make_loader
+from aligned_reid.data.transforms import IM_MEAN, IM_STD
+from aligned_reid.distance import normalize
+from aligned_reid.errors import InputError, RunStopped
+from aligned_reid.evaluation.extract import FeatureSet, inference_copy
+from aligned_reid.model import AlignedReID
+
+OPSETS = range(13, 19)
+NEW_EXPORTER_OPSET = 18  # torch's newer exporter writes this one and newer; it does not convert to an older
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+TOLERANCE = 1e-4  # of the largest value of a feature
+CHECK_BATCHES = (3, 1)
+
+
+class InferenceGraph(nn.Module):
+    """What the graph holds: images as they come from a decoder and a resize, normalisation, the folded network.
+
+    uint8_input: images are uint8 [N, H, W, 3]; else float32 [N, 3, H, W] from 0 to 1. RGB in either case.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: AlignedReID, *, local: bool, uint8_input: bool, normalize_feature: bool) -> None:
+        super().__init__()
+        self.network = inference_copy(model)
+        self.local, self.uint8_input, self.normalize_feature = local, uint8_input, normalize_feature
+        scale = 255 if uint8_input else 1
+        self.register_buffer("mean", scale * torch.tensor(IM_MEAN).view(3, 1, 1))
+        self.register_buffer("std", scale * torch.tensor(IM_STD).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Images -> global_feat [N, 2048] and, where asked for, local_feat [N, H / 32, local_channels]."""
+        if self.uint8_input:
+            images = images.permute(0, 3, 1, 2).to(torch.float32)
+        features = self.network((images - self.mean) / self.std)
+        chosen = [features.global_feat, features.local_feat][: 1 + self.local]
+        return tuple(normalize(feat) if self.normalize_feature else feat for feat in chosen)
+
+    @property
+    def output_names(self) -> list[str]:
+        return ["global_feat", "local_feat"][: 1 + self.local]
+
+    def example(self, num_images: int, size: tuple[int, int], seed: int = 0) -> Tensor:
+        """Images of noise in the graph's form."""
+        generator = torch.Generator().manual_seed(seed)
+        pixels = torch.randint(0, 256, (num_images, *size, 3), dtype=torch.uint8, generator=generator)
+        return pixels if self.uint8_input else to_float_images(pixels)
+
+
+def to_float_images(pixels: Tensor) -> Tensor:
+    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] from 0 to 1."""
+    return pixels.permute(0, 3, 1, 2).to(torch.float32).div(255).contiguous()
+
+
+def check_packages(opset: int) -> None:
+    """Raise InputError where `opset` cannot be written or checked with what is installed."""
+    if opset not in OPSETS:
+        raise InputError(f"--opset {opset}: choose one of {OPSETS[0]} to {OPSETS[-1]}")
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"export needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    if opset >= NEW_EXPORTER_OPSET and not has_new_exporter():
+        raise InputError(f"--opset {opset} needs torch 2.5 or newer, and this is {torch.__version__}; use --opset 17")
+
+
+def has_new_exporter() -> bool:
+    return "dynamo" in inspect.signature(torch.onnx.export).parameters
+
+
+def export_onnx(
+    graph: InferenceGraph, path: Path, size: tuple[int, int], *, opset: int, batch_size: int | None
+) -> tuple[float, str]:
+    """Write `graph` to `path` and check it; returns the largest difference from torch and a line about the graph.
+
+    size: height and width of its images. batch_size: None lets it take any number of images. The difference is that of
+    ONNX Runtime's features, as a share of the largest value. A graph that differs by more than TOLERANCE raises
+    RunStopped and is not left at `path`; what was there before is.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    graph = graph.eval()
+    try:
+        with torch.no_grad(), quiet():
+            write_graph(graph, temporary, size, opset, batch_size)
+        difference = compare(graph, temporary, size, [batch_size] if batch_size else CHECK_BATCHES)
+        if not difference <= TOLERANCE:
+            raise RunStopped(f"the graph's features differ from torch's by {difference:.1e} of the largest value")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return difference, describe_graph(path)
+
+
+def write_graph(graph: InferenceGraph, path: Path, size: tuple[int, int], opset: int, batch_size: int | None) -> None:
+    example = graph.example(batch_size or 2, size)
+    named: dict[str, Any] = {"input_names": ["images"], "output_names": graph.output_names, "opset_version": opset}
+    if opset >= NEW_EXPORTER_OPSET:
+        shapes = None if batch_size else {"images": {0: torch.export.Dim("N")}}
+        torch.onnx.export(graph, (example,), path, dynamo=True, dynamic_shapes=shapes, external_data=False, **named)
+        return
+    if has_new_exporter():
+        named["dynamo"] = False
+    axes = None if batch_size else {name: {0: "N"} for name in ("images", *graph.output_names)}
+    torch.onnx.export(graph, (example,), str(path), dynamic_axes=axes, **named)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporters' remarks about themselves."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def compare(graph: InferenceGraph, path: Path, size: tuple[int, int], batch_sizes: Any) -> float:
+    """The largest difference of ONNX Runtime's features from torch's, as a share of the largest value."""
+    session = OnnxFeatures(path)
+    differences = []
+    for seed, num_images in enumerate(batch_sizes, start=1):
+        images = graph.example(num_images, size, seed)
+        with torch.inference_mode():
+            expected = graph(images)
+        for ours, theirs in zip(session(images.numpy()), expected, strict=True):
+            differences.append(float(np.abs(ours - theirs.numpy()).max() / theirs.abs().max()))
+    return max(differences)
+
+
+def describe_graph(path: Path) -> str:
+    """Opset, inputs and outputs of an ONNX file, with types and shapes."""
+    import onnx
+
+    content = onnx.load(path)
+
+    def describe(value: Any) -> str:
+        tensor = value.type.tensor_type
+        dims = [one.dim_param or str(one.dim_value) for one in tensor.shape.dim]
+        return f"{value.name} {onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)} [{', '.join(dims)}]"
+
+    inputs, outputs = (", ".join(map(describe, values)) for values in (content.graph.input, content.graph.output))
+    opset = next(one.version for one in content.opset_import if one.domain in ("", "ai.onnx"))
+    return f"opset {opset}, {inputs} -> {outputs}"
+
+
+class OnnxFeatures:
+    """An exported graph on ONNX Runtime's CPU: images [N, ...] -> its outputs as arrays."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.batch_size: int | str = self.session.get_inputs()[0].shape[0]  # a name where any number may come
+        self.takes_uint8 = self.session.get_inputs()[0].type == "tensor(uint8)"
+
+    def __call__(self, images: np.ndarray) -> list[np.ndarray]:
+        return self.session.run(None, {"images": images})
+
+    def extract(self, images: TestImages, workers: int = 0) -> FeatureSet:
+        """Features of all `images`; the last batch is filled up where the graph takes one size only."""
+        batch_size = self.batch_size if isinstance(self.batch_size, int) else 32
+        parts = []
+        for batch in make_loader(images, batch_size=batch_size, workers=workers):
+            pixels, num_images = batch.images, len(batch.images)
+            if num_images < batch_size and isinstance(self.batch_size, int):
+                pixels = torch.cat([pixels, pixels.new_zeros((batch_size - num_images, *pixels.shape[1:]))])
+            given = pixels if self.takes_uint8 else to_float_images(pixels)
+            parts.append([torch.from_numpy(output[:num_images]) for output in self(given.numpy())])
+        outputs = [torch.cat(blocks) for blocks in zip(*parts, strict=True)]
+        return FeatureSet(outputs[0], outputs[1] if len(outputs) > 1 else None)

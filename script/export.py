@@ -1,0 +1,73 @@
+"""Write a trained model as an ONNX graph, and check the graph against torch; see --help."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from aligned_reid.command import run_command
+from aligned_reid.config import OneLineParser, parse_bool, parse_height_width
+
+
+def parse_batch_size(text: str) -> int | None:
+    if text == "dynamic":
+        return None
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of images nor dynamic")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The flags of export."""
+    parser = OneLineParser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model_weight_file", required=True, help="weights: a file, or a folder that holds ckpt.pth")
+    add("--save_file", type=Path, required=True, help="the file to write, e.g. aligned_reid.onnx")
+    add("--to", choices=["onnx"], default="onnx", help="the graph's format (default: onnx)")
+    add("--features", choices=["global", "global_local"], default="global", help="outputs (default: global)")
+    add("--input", choices=["uint8", "float32"], default="uint8", help="images as uint8 [N, H, W, 3], or as float32 "
+        "[N, 3, H, W] from 0 to 1; RGB, resized; normalised in the graph (default: uint8)")  # fmt: skip
+    add("--batch_size", type=parse_batch_size, default=None, help="images a call, or dynamic (default: dynamic)")
+    add("--resize_h_w", type=parse_height_width, help="height,width (default: as trained, else 256,128)")
+    add("--normalize_feature", type=parse_bool, help="features of unit length: true or false (default: as trained)")
+    add("--opset", type=int, default=17, help="13 to 18 (default: 17)")
+    add("--data_path", default="", help="a prepared data set: evaluate the graph's features on its test part too")
+    add("--workers", type=int, default=2, help="processes that decode images of --data_path (default: 2)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from aligned_reid.data import TestImages, open_data  # torch takes seconds to import
+    from aligned_reid.evaluation.protocol import evaluate_features
+    from aligned_reid.export import InferenceGraph, OnnxFeatures, check_packages, export_onnx
+    from aligned_reid.model import open_model
+    from aligned_reid.preflight import check_save_file
+    from aligned_reid.weights import read_weight_file, settings_of
+
+    check_packages(arguments.opset)
+    check_save_file(arguments.save_file)
+    content = read_weight_file(arguments.model_weight_file)
+    trained = settings_of(content)
+    size = arguments.resize_h_w or tuple(trained.get("resize_h_w", (256, 128)))
+    unit_length = arguments.normalize_feature
+    if unit_length is None:
+        unit_length = trained.get("normalize_feature", False)
+    images = TestImages(open_data(arguments.data_path), size=size) if arguments.data_path else None
+    local = arguments.features == "global_local"
+    model, report = open_model(content, arguments.model_weight_file, need_local=local)
+    print(report)
+    graph = InferenceGraph(model, local=local, uint8_input=arguments.input == "uint8", normalize_feature=unit_length)
+    difference, described = export_onnx(
+        graph, arguments.save_file, size, opset=arguments.opset, batch_size=arguments.batch_size
+    )
+    print(f"{arguments.save_file} ({arguments.save_file.stat().st_size / 1e6:.1f} MB): {described}")
+    print(f"ONNX Runtime's features differ from torch's by at most {difference:.1e} of the largest value")
+    if images is not None:
+        features = OnnxFeatures(arguments.save_file).extract(images, arguments.workers)
+        evaluate_features(features, images, print, normalize_feature=False)
+
+
+if __name__ == "__main__":
+    run_command(main)

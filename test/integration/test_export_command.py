@@ -1,0 +1,63 @@
+"""script/export.py as a user runs it."""
+
+import pytest
+import torch
+from conftest import run_script
+
+
+@pytest.fixture
+def trained(command, tiny_flags, tmp_path, small_trunk):
+    """The folder of a short run."""
+    folder = tmp_path / "run"
+    done = command("train.py", *tiny_flags, "--total_epochs=1", "--seed=1", "-llw=1", f"--exp_dir={folder}")
+    assert done.status == 0, done.err
+    return folder
+
+
+def scores_in(output):
+    return [line for line in output.splitlines() if "cmc1" in line or line.endswith(("distance", "re-ranked"))]
+
+
+@pytest.mark.parametrize("features", ["global", "global_local"])
+def test_the_graph_has_the_models_scores(command, tiny_data, trained, tmp_path, features):
+    graph = tmp_path / "model.onnx"
+    flags = (f"--model_weight_file={trained}", f"--save_file={graph}", f"--features={features}")
+    done = command("export.py", *flags, f"--data_path={tiny_data}", "--workers=0")
+    assert (done.status, done.err) == (0, "")
+    assert f"{graph} (" in done.out
+    assert "opset 17, images uint8 [N, 64, 32, 3] -> global_feat float32 [N, 2048]" in done.out
+    trained_scores = scores_in((trained / "log.txt").read_text())
+    assert scores_in(done.out) == (trained_scores if features == "global_local" else trained_scores[-4:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [13, 18])
+def test_a_whole_resnet50(tiny_data, tmp_path, opset):
+    flags = (f"--data_path={tiny_data}", "--pretrained=none", "--resize_h_w=64,32", "--ids_per_batch=4")
+    run = run_script("train.py", *flags, "--ims_per_id=2", "--total_epochs=1", f"--exp_dir={tmp_path}", "-llw=1")
+    graph = (f"--save_file={tmp_path}/model.onnx", f"--opset={opset}", "--features=global_local")
+    done = run_script("export.py", f"--model_weight_file={tmp_path}", *graph, f"--data_path={tiny_data}")
+    assert (done.status, done.err) == (0, "")
+    assert scores_in(done.out) == scores_in(run.out)
+
+
+def test_mistakes_are_one_line(command, tmp_path, small_trunk):
+    weights = tmp_path / "weights.pth"
+    torch.save({"a": torch.zeros(1)}, weights)
+    target = tmp_path / "model.onnx"
+    for flags, reason in (
+        ((), "required: --model_weight_file, --save_file"),
+        ((f"--model_weight_file={tmp_path}/none.pth", f"--save_file={target}"), "no weight file"),
+        ((f"--model_weight_file={weights}", f"--save_file={target}"), "conv1.weight"),
+        ((f"--model_weight_file={weights}", f"--save_file={target}", "--opset=12"), "choose one of 13 to 18"),
+        ((f"--model_weight_file={weights}", f"--save_file={target}", "--to=om"), "invalid choice: 'om'"),
+        ((f"--model_weight_file={weights}", f"--save_file={target}", "--batch_size=0"), "neither a number"),
+        ((f"--model_weight_file={weights}", f"--save_file={tmp_path}"), "is a folder"),
+        ((f"--model_weight_file={weights}", f"--save_file={tmp_path}/none/model.onnx"), "there is no folder"),
+        ((f"--model_weight_file={weights}", f"--save_file={target}", "--data_path=/none"), "/none"),
+    ):
+        done = command("export.py", *flags)
+        assert done.status == 2, flags
+        assert done.err.count("\n") == 1, done.err
+        assert reason in done.err
+    assert not target.exists()
