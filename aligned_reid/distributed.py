@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -69,6 +70,13 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if is_grouped():
         dist.all_reduce(value)
     return value
+
+
+def take_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrite the tensors with rank 0's, on every rank."""
+    if is_grouped():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def gather_rows(rows: Tensor, total: int) -> Tensor:

@@ -17,7 +17,7 @@ from aligned_reid.config import Config
 from aligned_reid.data.dataset import TrainImages, make_loader
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.data.transforms import normalize_images
-from aligned_reid.distributed import World, sum_over_ranks
+from aligned_reid.distributed import World, sum_over_ranks, take_from_main
 from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import AlignedReID
@@ -91,6 +91,7 @@ class Trainer:
             self.epoch += 1
             if self.world.is_main and (self.epoch == self.config.total_epochs or self.checkpoints.is_due()):
                 self.save()
+        take_from_main(self.model.buffers())  # each rank's last step moved its own batch norm statistics
         self.profile.finish()
 
     def train_epoch(self, epoch: int) -> None:

@@ -4,6 +4,7 @@ Most cases run copies of the wrappers with a stand-in for Python that says and d
 train.
 """
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from aligned_reid.data import make_synthetic
 
@@ -517,24 +519,52 @@ def test_refuse_an_npu_that_is_not_there(real):
     assert not (real.project / "test" / "output").exists() and not list(real.here.iterdir())
 
 
-@pytest.mark.slow
-def test_train_then_evaluate_and_fine_tune(real, tmp_path):
-    """The weight file of a run is what --pth_path=. takes, and no run loses another's."""
-    result = real.run("train_full_8p.sh", real.data, *TINY, "--nproc=1", "--total_epochs=3")
-    assert result.returncode == 0, result.stderr
-    _, trained = check_against_log(real, result, "bs4_1p_acc")
-    first = (real.here / "ckpt.pth").read_bytes()
+@pytest.fixture(params=["cpu", "simulated npu"])
+def platform(request, real, tmp_path):
+    """Run a wrapper as the platform does, on the CPU or on two simulated NPUs; returns its figures."""
+    flags = [flag for flag in TINY if not flag.startswith("--device")]
+    if request.param == "cpu":
+        flags.append("--device=cpu")
+    else:
+        if not torch.__version__.startswith("2.14"):
+            pytest.skip("the simulated NPU is made for torch 2.14")
+        real.environment |= {"PYTHONPATH": str(TEST / "npu_sim"), "etp_running_flag": "true"}
+    report = tmp_path / "report"
 
-    result = real.run("train_eval_8p.sh", real.data, *TINY, "--nproc=2", "--pth_path=.")
-    assert result.returncode == 0, result.stderr
-    _, evaluated = check_against_log(real, result, "bs4_2p_eval")
+    def run(wrapper, name, *options, device=0, num_devices=1, **environment):
+        for file in tmp_path.glob("report.*.json"):
+            file.unlink()
+        result = real.run(wrapper, real.data, *flags, *options, NPU_SIM_REPORT=str(report), **environment)
+        assert result.returncode == 0, result.stderr
+        log, figures = check_against_log(real, result, name, device)
+        if request.param != "cpu":
+            assert "npu (simulated Ascend" in log and "float16" in log  # without --device: the wrappers' default
+            reports = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("report.*.json"))]
+            assert [one["device"] for one in reports] == [device] if num_devices == 1 else [0, 1]
+            assert all(one["calls"]["aten::convolution_overrideable"] >= 53 for one in reports)
+        assert figures["RankSize"] == str(num_devices)
+        return figures
+
+    return run
+
+
+@pytest.mark.slow
+def test_every_wrapper_on_cpu_and_npu(platform, real, tmp_path):
+    """The weight file of a run is what --pth_path=. takes, and no run loses another's."""
+    figures = platform("train_performance_8p.sh", "bs4_2p_perf", "--nproc=2", num_devices=2)
+    assert float(figures["ActualFPS"]) > 0 and float(figures["TrainingTime"]) > 0
+    platform("train_performance_1p.sh", "bs4_1p_perf", device=1, ASCEND_DEVICE_ID="1")
+
+    trained = platform("train_full_8p.sh", "bs4_2p_acc", RANK_SIZE="2", num_devices=2)
+    first = (real.here / "ckpt.pth").read_bytes()
+    evaluated = platform("train_eval_8p.sh", "bs4_2p_eval", "--nproc=2", "--pth_path=.", num_devices=2)
+    assert (evaluated["ActualFPS"], evaluated["ActualLoss"]) == ("", "")
     assert evaluated["TrainAccuracy"] == trained["TrainAccuracy"]
     assert (real.here / "ckpt.pth").read_bytes() == first
 
     other = make_synthetic(tmp_path / "other", num_ids=20, num_cameras=4, images_per_camera=2, seed=2)
-    result = real.run("train_finetune_1p.sh", f"--data_path={other}", *TINY, "--pth_path=.", "-idlw=1")
-    assert result.returncode == 0, result.stderr
-    check_against_log(real, result, "bs4_1p_finetune")
+    real.data = f"--data_path={other}"
+    platform("train_finetune_1p.sh", "bs4_1p_finetune", "--pth_path=.", "-idlw=1")
     kept = [file for file in real.here.iterdir() if file.is_file() and file.read_bytes() == first]
     assert len(kept) == 1 and kept[0].name != "ckpt.pth"
     assert (real.here / "ckpt.pth").is_file()
