@@ -45,13 +45,14 @@ class Accelerator:
     pin_memory = False
     tf32_name = ""  # what the device calls its short float32; empty where it has none
     compile_backend = "inductor"
+    passed_over = ""  # what auto would rather have taken, and why it could not
 
     def __init__(self, index: int = 0, **modes: bool) -> None:
         """modes: the fields of Modes."""
         self.index = index
         self.modes = Modes(**modes)
         self.apex_amp: Any = None  # its module, once it casts
-        self.device = torch.device(self.name, index) if self.name != "cpu" else torch.device("cpu")
+        self.device = self.find_device()
         self.half: torch.dtype | None = self.find_half() if self.modes.mixed_precision else None
         if self.modes.deterministic:
             self.make_deterministic()
@@ -71,6 +72,10 @@ class Accelerator:
     @classmethod
     def count(cls) -> int:
         return 1
+
+    def find_device(self) -> torch.device:
+        """Where the tensors are."""
+        return torch.device("cpu")
 
     def find_half(self) -> torch.dtype | None:
         """The 16-bit type of mixed precision; a CPU without bfloat16 units would emulate it, slower than float32."""
@@ -102,7 +107,7 @@ class Accelerator:
         """Mixed precision for what runs inside."""
         if self.half is None or self.apex_amp is not None:  # where apex casts, it casts everywhere
             return contextlib.nullcontext()
-        return torch.autocast(self.name, dtype=self.half)
+        return torch.autocast(self.device.type, dtype=self.half)
 
     def full_precision(self) -> contextlib.AbstractContextManager[Any]:
         """Around losses, whose tensors are in float32 already: nothing casts them back."""
@@ -148,7 +153,7 @@ class Accelerator:
         with torch.profiler.profile() as profiler:
             yield
         profiler.export_chrome_trace(str(folder / "trace.json.gz"))
-        by = f"self_{self.name}_time_total"
+        by = f"self_{self.device.type}_time_total"
         (folder / "operators.txt").write_text(profiler.key_averages().table(sort_by=by, row_limit=40))
 
     def data_parallel_arguments(self) -> dict[str, Any]:
@@ -201,6 +206,9 @@ class Cuda(Accelerator):
     def api(self) -> Any:
         """torch.cuda, or what stands for it on another device."""
         return torch.cuda
+
+    def find_device(self) -> torch.device:
+        return torch.device(self.name, self.index)
 
     def find_half(self) -> torch.dtype | None:
         return torch.float16
@@ -336,7 +344,14 @@ class Npu(Cuda):
         super().load_optimizer(optimizer, {**state, "state": counted})
 
 
+# In the order in which auto looks for them. Another kind of device is a class above and a name here.
 ACCELERATORS: dict[str, type[Accelerator]] = {"npu": Npu, "cuda": Cuda, "cpu": Accelerator}
+
+
+def check_device_name(device: str) -> None:
+    """Raise InputError unless --device names a kind of device, or is auto."""
+    if device not in ("auto", *ACCELERATORS):
+        raise InputError(f"--device {device}: there is no such kind of device; choose auto, {', '.join(ACCELERATORS)}")
 
 
 def open_accelerator(
@@ -355,6 +370,7 @@ def open_accelerator(
     index: device index; None takes the process's local rank. amp_backend: "apex" is Huawei's package, "native" and
     "auto" are torch's own. The others are fields of Modes. Raises InputError with the reason where it cannot be used.
     """
+    check_device_name(device)
     kinds = list(ACCELERATORS) if device == "auto" else [device]
     reasons = {name: ACCELERATORS[name].why_not() for name in kinds}
     usable = [name for name in kinds if not reasons[name]]
@@ -378,13 +394,16 @@ def open_accelerator(
         raise InputError(f"--compile true: {reason}")
     modes = Modes(mixed_precision, amp_backend == "apex" and mixed_precision, tf32, deterministic, compiled)
     try:
-        return kind(index, **asdict(modes))
+        accelerator = kind(index, **asdict(modes))
     except RuntimeError as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise InputError(
             f"device {kind.name}:{index} cannot be used ({reason}): another process may hold it; see `npu-smi info` "
             "or `nvidia-smi`, or choose another with --npu"
         ) from error
+    before = kinds[: kinds.index(kind.name)]
+    accelerator.passed_over = "; ".join(f"no {name}: {reasons[name]}" for name in before)
+    return accelerator
 
 
 def import_torch_npu() -> tuple[ModuleType | None, str]:

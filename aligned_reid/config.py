@@ -136,9 +136,7 @@ class Config:
     )
     multi_query: bool = option(False, "extract the multi-query images too")
     # device
-    device: str = option(
-        "auto", "device; auto takes the first of npu, cuda, cpu", choices=["auto", "npu", "cuda", "cpu"]
-    )
+    device: str = option("auto", "device: npu, cuda, cpu, or auto, which takes the first of these that is there")
     npu: int | None = option(None, "index of the device (npu or cuda); default: 0, or the local rank")
     amp: str = option("O1", "mixed precision: O1 where the device has it, or O0 (float32)", choices=["O0", "O1"])
     amp_backend: str = option(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from aligned_reid.accelerator import check_device_name
 from aligned_reid.config import Config
 from aligned_reid.data.checks import check_images, check_protocol
 from aligned_reid.data.dataset import TestImages, TrainImages, open_data
@@ -40,6 +41,7 @@ def check_input(config: Config) -> RunInput:
 
     A launcher calls it once before it starts processes; each process finds the images' stamp and is spared the reading.
     """
+    check_device_name(config.device)
     given = open_images(config)
     if given.train is not None:
         person_ids = given.train.person_ids

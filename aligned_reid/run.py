@@ -108,6 +108,8 @@ def settle_seed(config: Config, world: World, accelerator: Accelerator) -> Confi
 def log_settings(config: Config, world: World, accelerator: Accelerator, given: RunInput, log: Log) -> None:
     """What runs where, on what, with which settings."""
     log(f"device {accelerator.describe()}, {world.size} process{'es' if world.size > 1 else ''}, seed {config.seed}")
+    if accelerator.passed_over:
+        log(accelerator.passed_over)
     log(f"settings: {' '.join(config.to_flags())}")
     if given.train is not None:
         log(f"{config.trainset_part}: {len(given.train):,} images of {given.train.num_classes:,} identities")

@@ -8,6 +8,8 @@ import cv2
 
 from aligned_reid.config import Config, make_parser, markdown_table
 from aligned_reid.data import TestImages, check_protocol, make_synthetic, open_data
+from aligned_reid.export import InferenceGraph, export_onnx
+from aligned_reid.model import AlignedReID
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,7 +36,7 @@ def test_its_example_prepares_own_photos(tmp_path, monkeypatch):
     for distractor in (tmp_path / "mine" / "images").glob("00000000_*"):
         distractor.unlink()
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(example, {})
     test = TestImages(open_data(tmp_path / "mine"))
     check_protocol(test.person_ids, test.cameras, test.marks)
@@ -45,3 +47,14 @@ def test_its_picture_is_a_picture():
     picture = cv2.imread(str(ROOT / "docs" / "matches.png"))
     assert picture is not None
     assert picture.shape[0] > 500
+
+
+def test_its_example_reads_a_graph(small_trunk, tiny_data, tmp_path, monkeypatch):
+    graph = InferenceGraph(AlignedReID(None, pretrained="none"), local=False, uint8_input=True, normalize_feature=False)
+    export_onnx(graph, tmp_path / "aligned_reid.onnx", (256, 128), opset=17, batch_size=None)
+    shutil.copy(next((tiny_data / "images").iterdir()), tmp_path / "person.jpg")
+    monkeypatch.chdir(tmp_path)
+    _, example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    found: dict = {}
+    exec(example, found)
+    assert found["global_feat"].shape == (1, 2048)

@@ -41,6 +41,8 @@ def current_device() -> int:
 def set_device(device: object) -> None:
     global _current
     _current = index_of(device)
+    if os.environ.get("NPU_SIM_BUSY") == str(_current):
+        raise RuntimeError(f"aclrtSetDevice failed for device {_current}: error code 507033\n[PID: 1] more lines")
     facts["device"] = _current
 
 
