@@ -134,7 +134,10 @@ class Config:
         "evaluate local distance: true, false, or auto (where the local branch was trained)",
         parse=parse_local_distance,
     )
-    multi_query: bool = option(False, "extract the multi-query images too")
+    multi_query: bool = option(
+        False, "measure multi-query too: queries pooled over their person's images in the camera"
+    )
+    multi_query_pool: str = option("average", "how features are pooled for multi-query", choices=["average", "max"])
     # device
     device: str = option("auto", "device: npu, cuda, cpu, or auto, which takes the first of these that is there")
     npu: int | None = option(None, "index of the device (npu or cuda); default: 0, or the local rank")

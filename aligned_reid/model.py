@@ -13,6 +13,7 @@ from aligned_reid.errors import InputError
 from aligned_reid.weights import find_state_dict, load_trunk, read_imagenet_weights, read_state_dict
 
 TRUNK_CHANNELS = 2048
+TRUNK_STRIDE = 32
 RESIDUAL_START = 0.2
 
 
@@ -57,6 +58,12 @@ class AlignedReID(nn.Module):
         self.local_bn.requires_grad_(local)
         if self.fc is not None:
             self.fc.requires_grad_(identity)
+
+    def feature_shapes(self, size: tuple[int, int], *, local: bool) -> dict[str, tuple[int, ...]]:
+        """Shapes of one image's features, by name in a feature file; size: height and width of the image."""
+        stripes = -(-size[0] // TRUNK_STRIDE)
+        local_shape = {"local": (stripes, self.local_conv.out_channels)} if local else {}
+        return {"global": (TRUNK_CHANNELS,), **local_shape}
 
     def forward(self, images: Tensor) -> Features:
         """images [N, 3, h, w], normalised; h and w are multiples of 32 (256 x 128 gives 8 stripes)."""

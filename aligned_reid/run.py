@@ -18,14 +18,15 @@ from aligned_reid.accelerator import Accelerator, open_accelerator
 from aligned_reid.config import Config
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.distributed import World, close_group, open_group, read_world, sum_over_ranks
-from aligned_reid.evaluation.extract import extract_features
-from aligned_reid.evaluation.protocol import evaluate_features
+from aligned_reid.evaluation.extract import extract_features, feature_blocks
+from aligned_reid.evaluation.feature_file import FeatureWriter
+from aligned_reid.evaluation.protocol import Measures, evaluate_features
 from aligned_reid.model import AlignedReID, load_weights, open_model
-from aligned_reid.preflight import RunInput, check_input
+from aligned_reid.preflight import RunInput, check_input, check_save_file
 from aligned_reid.training.checkpoint import read_checkpoint, set_aside
 from aligned_reid.training.log import Log
 from aligned_reid.training.trainer import Speed, Trainer
-from aligned_reid.weights import CHECKPOINT_NAME, find_state_dict, settings_of
+from aligned_reid.weights import CHECKPOINT_NAME, digest_of, find_state_dict, settings_of
 
 RESULTS_NAME = "results.json"
 MARK_NAMES = ("query", "gallery", "multi-query")
@@ -139,9 +140,13 @@ def train_and_evaluate(
     extract_seconds = time.monotonic() - start
     rate = len(given.test) / extract_seconds
     log(f"features of {len(given.test):,} images in {extract_seconds:.1f}s ({rate:.1f} images/s)")
-    scores = evaluate_features(features, given.test, log, normalize_feature=config.normalize_feature)
+    measures = Measures(
+        config.normalize_feature, multi_query_pool=config.multi_query_pool if config.multi_query else ""
+    )
+    scores = evaluate_features(features, given.test, log, measures)
     results = {
-        **{name: scores.get(name) for name in SCORE_NAMES},
+        **dict.fromkeys(SCORE_NAMES),
+        **scores,
         "FPS": speed.fps,
         "ids_per_second": speed.fps / config.ims_per_id if speed.fps else None,
         "train_seconds": train_seconds if given.train is not None else None,
@@ -154,6 +159,46 @@ def train_and_evaluate(
     }
     write_json(config.run_dir / RESULTS_NAME, results)
     return results
+
+
+def run_extraction(config: Config, save_file: Path) -> None:
+    """Write the features of the test part to `save_file`, as `config` says; `only_test` is set in it.
+
+    Under a launcher every process calls it and extracts a share; rank 0 writes. Raises InputError for a user's mistake.
+    """
+    world = read_world()
+    given = check_input(config)
+    check_save_file(save_file)
+    accelerator = open_device(config, world.local_rank)
+    log = Log(None, is_main=world.is_main)
+    images = given.test
+    with process_group(world, accelerator, config):
+        log(f"device {accelerator.describe()}")
+        model, local_was_trained = load_for_test(config, given.weights, log)
+        local = local_was_trained if config.use_local_distance is None else config.use_local_distance
+        made_by = {
+            "weights": digest_of(model),
+            "resize_h_w": list(config.resize_h_w),
+            "precision": str(accelerator.half or torch.float32),
+            "normalize_feature": settings_of(given.weights).get("normalize_feature", config.normalize_feature),
+        }
+        writer = None
+        if world.is_main:
+            labels = {"person_id": images.person_ids, "camera": images.cameras, "mark": images.marks}
+            shapes = model.feature_shapes(config.resize_h_w, local=local)
+            writer = FeatureWriter(save_file, images.image_names, labels, made_by, shapes)
+        num_done = torch.tensor(writer.num_done if writer else 0, device=accelerator.device)
+        start = int(sum_over_ranks(num_done).item())
+        if start:
+            log(f"{start:,} of {len(images):,} images are in {save_file}.part already")
+        blocks = feature_blocks(model, images, accelerator, world, local=local, workers=config.workers, start=start)
+        for first, block in blocks:
+            if writer:
+                feats = {"global": block.global_feat, "local": block.local_feat}
+                writer.write(first, {name: feat.numpy() for name, feat in feats.items() if feat is not None})
+        if writer:
+            writer.finish()
+    log(f"features of {len(images):,} images in {save_file}; next: python script/evaluate.py --features {save_file}")
 
 
 def train(config: Config, world: World, accelerator: Accelerator, given: RunInput, log: Log) -> Trainer:

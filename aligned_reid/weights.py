@@ -7,6 +7,7 @@ import os
 import pickle
 import urllib.error
 from collections.abc import Iterator, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ def settings_of(content: Any) -> dict[str, Any]:
     """The settings of the run that wrote a weight file; empty where it holds none."""
     settings = content.get("config") if isinstance(content, Mapping) else None
     return settings if isinstance(settings, dict) else {}
+
+
+def digest_of(model: nn.Module) -> str:
+    """A digest of a model's tensors: the same weights give the same one, whatever file they came from."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def find_state_dict(content: Any, source: str) -> dict[str, Tensor]:

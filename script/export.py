@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from aligned_reid.data import TestImages, open_data  # torch takes seconds to import
-    from aligned_reid.evaluation.protocol import evaluate_features
+    from aligned_reid.evaluation.protocol import Measures, evaluate_features
     from aligned_reid.export import InferenceGraph, OnnxFeatures, check_packages, export_onnx
     from aligned_reid.model import open_model
     from aligned_reid.preflight import check_save_file
@@ -66,7 +66,7 @@ def main() -> None:
     print(f"ONNX Runtime's features differ from torch's by at most {difference:.1e} of the largest value")
     if images is not None:
         features = OnnxFeatures(arguments.save_file).extract(images, arguments.workers)
-        evaluate_features(features, images, print, normalize_feature=False)
+        evaluate_features(features, images, print, Measures())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -17,6 +18,7 @@ from aligned_reid.distributed import World, gather_rows, share_of
 from aligned_reid.model import AlignedReID, Features
 
 BATCH_SIZE = 64
+BATCHES_PER_BLOCK = 8  # of each rank: what is gathered at a time, and what an interrupted extraction loses at most
 
 
 class FeatureSet(NamedTuple):
@@ -36,29 +38,50 @@ def extract_features(
     workers: int,
 ) -> FeatureSet:
     """Features of all `images`, on every rank; each rank runs its share of them through the model."""
+    blocks = [block for _, block in feature_blocks(model, images, accelerator, world, local=local, workers=workers)]
+    local_feats = [block.local_feat for block in blocks if block.local_feat is not None]
+    return FeatureSet(torch.cat([block.global_feat for block in blocks]), torch.cat(local_feats) if local else None)
+
+
+def feature_blocks(
+    model: AlignedReID,
+    images: TestImages,
+    accelerator: Accelerator,
+    world: World,
+    *,
+    local: bool,
+    workers: int,
+    start: int = 0,
+) -> Iterator[tuple[int, FeatureSet]]:
+    """Features of images[start:], some batches at a time and in order: (first image, features), on every rank."""
     folded = inference_copy(model).to(accelerator.device).to(memory_format=accelerator.memory_format)
     network = accelerator.compile(folded, inference=True)
-    share = share_of(len(images), world)
+    firsts = range(start, len(images), BATCHES_PER_BLOCK * BATCH_SIZE * world.size)
+    totals = [min(firsts.step, len(images) - first) for first in firsts]
+    shares = [share_of(total, world) for total in totals]
     batches = [
-        range(start, min(start + BATCH_SIZE, share.stop)) for start in range(share.start, share.stop, BATCH_SIZE)
+        range(first + begin, first + min(begin + BATCH_SIZE, share.stop))
+        for first, share in zip(firsts, shares, strict=True)
+        for begin in range(share.start, share.stop, BATCH_SIZE)
     ]
-    loader = make_loader(images, batches, workers=workers, pin_memory=accelerator.pin_memory)
+    loader = iter(make_loader(images, batches, workers=workers, pin_memory=accelerator.pin_memory))
     height, width = images.size
     blank = torch.zeros((1, height, width, 3), dtype=torch.uint8, device=accelerator.device)
-    with torch.inference_mode(), progress(len(share), world) as bar:
-        example = run_network(network, blank, accelerator)  # for the shapes, and for a rank whose share is empty
-        global_feat = torch.empty((len(share), *example.global_feat.shape[1:]), device=accelerator.device)
-        local_feat = torch.empty((len(share) if local else 0, *example.local_feat.shape[1:]), device=accelerator.device)
-        for batch in loader:
-            start, stop = int(batch.indices[0]) - share.start, int(batch.indices[-1]) + 1 - share.start
-            features = run_network(network, batch.images.to(accelerator.device, non_blocking=True), accelerator)
-            global_feat[start:stop] = features.global_feat
-            if local:
-                local_feat[start:stop] = features.local_feat
-            bar.update(stop - start)
-        everyones_global = gather_rows(global_feat, len(images)).cpu()
-        everyones_local = gather_rows(local_feat, len(images)).cpu() if local else None
-    return FeatureSet(everyones_global, everyones_local)
+    with progress(len(images), start, world) as bar:
+        with torch.inference_mode():
+            example = run_network(network, blank, accelerator)  # for the shapes, and for a rank whose share is empty
+        for first, total, share in zip(firsts, totals, shares, strict=True):
+            with torch.inference_mode():
+                parts = [Features(example.global_feat[:0], example.local_feat[:0], None)]
+                for _ in range(-(-len(share) // BATCH_SIZE)):
+                    pixels = next(loader).images.to(accelerator.device, non_blocking=True)
+                    parts.append(run_network(network, pixels, accelerator))
+                global_feat = gather_rows(torch.cat([part.global_feat for part in parts]).float(), total).cpu()
+                local_feat = None
+                if local:
+                    local_feat = gather_rows(torch.cat([part.local_feat for part in parts]).float(), total).cpu()
+            bar.update(total)
+            yield first, FeatureSet(global_feat, local_feat)
 
 
 def run_network(network: nn.Module, images: Tensor, accelerator: Accelerator) -> Features:
@@ -71,9 +94,10 @@ def run_network(network: nn.Module, images: Tensor, accelerator: Accelerator) ->
     return Features(features.global_feat[:num_images], features.local_feat[:num_images], None)
 
 
-def progress(total: int, world: World) -> tqdm[NoReturn]:
+def progress(total: int, start: int, world: World) -> tqdm[NoReturn]:
     """A bar of images on a terminal; nothing where there is none, or on another rank than 0."""
-    return tqdm(total=total, unit="im", desc="features", leave=False, disable=None if world.is_main else True)
+    hidden = None if world.is_main else True
+    return tqdm(total=total, initial=start, unit="im", desc="features", leave=False, disable=hidden)
 
 
 def inference_copy(model: AlignedReID) -> AlignedReID:

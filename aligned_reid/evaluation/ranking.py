@@ -5,6 +5,9 @@ the query's own person and camera are removed. Nothing is sorted: the rank of a 
 before it, less the removed ones among them.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,12 +51,14 @@ class _Labels:
 
 
 @dataclass(frozen=True)
-class _Options:
-    topk: int
-    separate_camera_set: bool
-    single_gallery_shot: bool
-    first_match_break: bool
-    seed: int
+class RankOptions:
+    """The options of `rank`."""
+
+    topk: int = 10
+    separate_camera_set: bool = False
+    single_gallery_shot: bool = False
+    first_match_break: bool = True
+    seed: int = 0
 
 
 def rank(
@@ -85,27 +90,66 @@ def rank(
     dist = to_numpy(dist)
     if dist.ndim != 2 or 0 in dist.shape:
         raise InputError(f"rank: needs dist [queries, gallery] with at least one of each, got {list(dist.shape)}")
-    if topk < 1:
-        raise InputError(f"rank: topk must be at least 1, got {topk}")
-    if dist.dtype not in (np.float32, np.float64):
-        dist = dist.astype(np.float64)
-    labels = _encode(dist.shape, query_ids, gallery_ids, query_cams, gallery_cams)
-    options = _Options(topk, separate_camera_set, single_gallery_shot, first_match_break, seed)
-    compiled("count_ranks", dist.dtype.name)  # once, before the threads ask for it
+    options = RankOptions(topk, separate_camera_set, single_gallery_shot, first_match_break, seed)
+    ranker = BlockRanker(dist.shape, query_ids, gallery_ids, query_cams, gallery_cams, options)
+    return ranker.finish([ranker.rank_rows(dist, 0)])
 
-    blocks = range(0, len(dist), QUERIES_PER_BLOCK)
-    parts = in_threads(lambda first: _rank_block(dist, labels, options, first), blocks)
+
+class RankedRows(NamedTuple):
+    """What is known of B queries once they are ranked: all that CMC and the means are made of."""
+
+    ap: Floats  # [B]
+    ap_step: Floats  # [B]
+    inp: Floats  # [B]
+    increments: Floats  # [topk], the queries' sum of what each adds to the CMC at its ranks
+
+
+class BlockRanker:
+    """`rank` for distances that arrive some queries at a time, so that no [Q, G] matrix has to exist."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        query_ids: Any,
+        gallery_ids: Any,
+        query_cams: Any,
+        gallery_cams: Any,
+        options: RankOptions | None = None,
+    ) -> None:
+        """shape: (Q, G); the rest as in `rank`, with its errors."""
+        self._options = options or RankOptions()
+        if self._options.topk < 1:
+            raise InputError(f"rank: topk must be at least 1, got {self._options.topk}")
+        self._labels = _encode(shape, query_ids, gallery_ids, query_cams, gallery_cams)
+
+    def rank_rows(self, dist: NDArray[Any], first_query: int) -> RankedRows:
+        """dist [B, G] of queries first_query, first_query + 1, ..."""
+        if dist.dtype not in (np.float32, np.float64):
+            dist = dist.astype(np.float64)
+        compiled("count_ranks", dist.dtype.name)  # once, before the threads ask for it
+
+        def rank_block(begin: int) -> RankedRows:
+            block = np.ascontiguousarray(dist[begin : begin + QUERIES_PER_BLOCK])
+            return _rank_block(block, self._labels, self._options, first_query + begin)
+
+        return _join(in_threads(rank_block, range(0, len(dist), QUERIES_PER_BLOCK)))
+
+    def finish(self, parts: Sequence[RankedRows]) -> Ranking:
+        """The scores of all queries, whose parts come in their order."""
+        ap, ap_step, inp, increments = _join(parts)
+        num_valid = int(np.count_nonzero(~np.isnan(ap)))
+        if num_valid == 0:
+            raise InputError(
+                "No valid query: a query needs an image of the same person from another camera in the gallery (those "
+                "of its own camera are removed), and no query has one; check person ids and cameras"
+            )
+        mean_ap, mean_ap_step, mean_inp = (float(np.nanmean(values)) for values in (ap, ap_step, inp))
+        return Ranking(increments.cumsum() / num_valid, mean_ap, mean_ap_step, mean_inp, num_valid, ap, ap_step)
+
+
+def _join(parts: Sequence[RankedRows]) -> RankedRows:
     ap, ap_step, inp = (np.concatenate([part[i] for part in parts]) for i in range(3))
-    num_valid = int(np.count_nonzero(~np.isnan(ap)))
-    if num_valid == 0:
-        raise InputError(
-            "No valid query: a query needs an image of the same person from another camera in the gallery (those of "
-            "its own camera are removed), and no query has one; check person ids and cameras"
-        )
-    cmc = np.sum([part[3] for part in parts], axis=0).cumsum() / num_valid
-    return Ranking(
-        cmc, float(np.nanmean(ap)), float(np.nanmean(ap_step)), float(np.nanmean(inp)), num_valid, ap, ap_step
-    )
+    return RankedRows(ap, ap_step, inp, np.sum([part.increments for part in parts], axis=0))
 
 
 def _encode(shape: tuple[int, ...], query_ids: Any, gallery_ids: Any, query_cams: Any, gallery_cams: Any) -> _Labels:
@@ -128,11 +172,8 @@ def _encode(shape: tuple[int, ...], query_ids: Any, gallery_ids: Any, query_cams
     return _Labels(ids[: shape[0]], gallery, cams[: shape[0]], cams[shape[0] :], by_person, starts)
 
 
-def _rank_block(
-    dist: NDArray[Any], labels: _Labels, options: _Options, first: int
-) -> tuple[Floats, Floats, Floats, Floats]:
-    """Queries first, first + 1, ...: ap, ap_step and inp, each [B], and the sum of their CMC increments [topk]."""
-    block = np.ascontiguousarray(dist[first : first + QUERIES_PER_BLOCK])
+def _rank_block(block: NDArray[Any], labels: _Labels, options: RankOptions, first: int) -> RankedRows:
+    """Queries first, first + 1, ...: block [B, G]."""
     _check_finite(block, first)
     query, ranks = _match_ranks(block, labels, first)
     num_matches = np.bincount(query, minlength=len(block))
@@ -149,7 +190,7 @@ def _rank_block(
         unit = 1
     shown = hits < options.topk
     increments = np.bincount(hits[shown], weights[shown], minlength=options.topk)
-    return ap, ap_step, inp, increments / unit
+    return RankedRows(ap, ap_step, inp, increments / unit)
 
 
 def _check_finite(block: NDArray[Any], first: int) -> None:
@@ -226,7 +267,7 @@ def _matches_and_kept(
 
 
 def _single_shot_hits(
-    block: NDArray[Any], labels: _Labels, options: _Options, first: int, valid: Indices
+    block: NDArray[Any], labels: _Labels, options: RankOptions, first: int, valid: Indices
 ) -> tuple[Indices, Indices]:
     """For the valid queries' random galleries of one image a person: query, and how many persons are before its own.
 

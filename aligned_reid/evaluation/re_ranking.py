@@ -64,7 +64,7 @@ def re_rank(
     Raises InputError on other shapes, empty sets, distances that are not finite, k1 < 1, k2 < 1, lambda_value outside 0
     to 1.
     """
-    _check_settings(k1, k2, lambda_value)
+    check_settings(k1, k2, lambda_value)
     return _re_rank(_GivenDistances(to_numpy(q_g_dist), to_numpy(q_q_dist), to_numpy(g_g_dist)), k1, k2, lambda_value)
 
 
@@ -73,11 +73,12 @@ def re_rank_features(query: Any, gallery: Any, k1: int = 20, k2: int = 6, lambda
 
     Differs from re_rank only where rounding swaps neighbours. Raises InputError as re_rank does.
     """
-    _check_settings(k1, k2, lambda_value)
+    check_settings(k1, k2, lambda_value)
     return _re_rank(_FeatureDistances(query, gallery), k1, k2, lambda_value)
 
 
-def _check_settings(k1: int, k2: int, lambda_value: float) -> None:
+def check_settings(k1: int, k2: int, lambda_value: float) -> None:
+    """Raise InputError where one of `re_rank`'s settings is out of range."""
     for name, value in (("k1", k1), ("k2", k2)):
         if not isinstance(value, int | np.integer) or value < 1:
             raise InputError(f"re-ranking: {name} must be a whole number of at least 1, got {value}")

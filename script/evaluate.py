@@ -1,0 +1,70 @@
+"""Evaluate saved features, without a model or images: python script/evaluate.py --features features.h5
+
+Features are those of script/extract.py, or anybody's .h5, .npz or .mat file with the fields global [N, D], person_id,
+camera, mark (0 query, 1 gallery, 2 multi-query; each [N]) and, as far as they are there, local [N, H, d], image_name.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from aligned_reid.command import run_command
+from aligned_reid.config import OneLineParser, parse_bool, parse_local_distance
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = OneLineParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--features", type=Path, required=True, help="file with queries, and gallery images unless --gallery has them")
+    add("--gallery", type=Path, nargs="+", default=[], help="more files whose gallery images are searched too")
+    add("--save_file", type=Path, help="results, JSON (default: beside --features, ending in .results.json)")
+    add(
+        "--normalize_feature",
+        type=parse_bool,
+        help="bring features to unit length: true or false (default: as trained)",
+    )
+    add(
+        "--use_local_distance",
+        type=parse_local_distance,
+        help="true, false or auto (default: where there are features)",
+    )
+    add("--re_ranked", type=parse_bool, default=True, help="measure re-ranked distances too (default: true)")
+    add("--k1", type=int, default=20, help="neighbours of re-ranking (default: 20)")
+    add("--k2", type=int, default=6, help="neighbours averaged in query expansion (default: 6)")
+    add("--lambda_value", type=float, default=0.3, help="weight of the original distance (default: 0.3)")
+    add("--multi_query_pool", choices=["average", "max"], default="", help="measure pooled queries too (default: no)")
+    arguments = parser.parse_args()
+    if arguments.save_file is None:
+        arguments.save_file = arguments.features.with_suffix(".results.json")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from aligned_reid.evaluation.protocol import Measures
+    from aligned_reid.evaluation.saved import evaluate_files
+    from aligned_reid.preflight import check_save_file
+
+    check_save_file(arguments.save_file)
+    given = vars(arguments)
+    options = {name: given[name] for name in ("re_ranked", "k1", "k2", "lambda_value", "multi_query_pool")}
+    results = evaluate_files(
+        [arguments.features, *arguments.gallery],
+        Measures(**options),
+        print,
+        state=arguments.save_file.with_name(arguments.save_file.name + ".part.npz"),
+        normalize_feature=arguments.normalize_feature,
+        use_local=arguments.use_local_distance,
+    )
+    temporary = arguments.save_file.with_name(arguments.save_file.name + ".tmp")
+    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(arguments.save_file)
+
+
+if __name__ == "__main__":
+    run_command(main)
