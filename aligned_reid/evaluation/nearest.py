@@ -1,5 +1,6 @@
 """The nearest images of each image, from distances that arrive part by part: none is kept, nothing sorted whole."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,17 @@ class NearestLists:
         else:
             lists = (self._dist, self._indices, self._bound, self.largest, self.total, self._values)
             insert_nearest(dist, first_column, first_image, square, *lists)
+
+    @property
+    def arrays(self) -> list[NDArray[Any]]:
+        """All that the lists hold, one row or entry a column: to save and `restore` them."""
+        return [self._dist, self._indices, self.largest, self.total]
+
+    def restore(self, arrays: Sequence[NDArray[Any]]) -> None:
+        """Take over the `arrays` of other lists of the same size."""
+        for own, given in zip(self.arrays, arrays, strict=True):
+            own[:] = given
+        self._bound[: len(self._dist)] = self._dist[:, -1]
 
     def _add_without_numba(self, dist: NDArray[Any], first_image: int, square: bool) -> None:
         dist = (np.square(dist) if square else dist).T

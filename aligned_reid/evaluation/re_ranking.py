@@ -4,16 +4,16 @@ The N = Q + G images are the queries, then the gallery. Of their N x N distances
 image are kept; whatever follows from them is sparse.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from aligned_reid.distance import MIN_SQUARED_DISTANCE, at_least_float32
 from aligned_reid.errors import InputError
-from aligned_reid.evaluation.compiled import compiled, in_threads, to_numpy, to_tensor
+from aligned_reid.evaluation.compiled import compiled, in_threads, to_numpy
+from aligned_reid.evaluation.feature_distances import FeatureDistances, name_of, transposed
 from aligned_reid.evaluation.nearest import NearestLists
 
 # Rows of 2 kB: narrower blocks of columns are read from memory at half the speed.
@@ -22,9 +22,6 @@ COLUMNS_PER_BLOCK = 512
 ROWS_PER_PART = 256
 # How many pairs of weights the Jaccard step unrolls at a time, so that its arrays stay in the cache.
 PAIRS_PER_BLOCK = 100_000
-# The same in features: large enough for the matrix product, 4 MB; and how many pairs of them are compared at a time.
-FEATURES_PER_PART = 2048
-FEATURE_PAIRS_PER_BLOCK = 1024
 
 Array = NDArray[Any]
 Float32s = NDArray[np.float32]
@@ -32,13 +29,13 @@ Indices = NDArray[np.int64]
 
 
 class _Distances(Protocol):
-    """Squared distances among N images, of which the first num_query are queries. Column i belongs to image i."""
+    """Squared distances among N images, of which the first num_query are queries."""
 
     num_query: int
     num_images: int
 
-    def collect(self, first: int, last: int, lists: NearestLists, final: Float32s) -> None:
-        """Add columns first to last to the lists, and write those of queries into their rows of final [Q, G]."""
+    def lists(self, length: int, final: Float32s | None) -> Sequence[NearestLists]:
+        """The `length` nearest of each image, in the images' order, and those of queries into final [Q, G]."""
 
     def entries(self, rows: Indices, columns: Indices) -> Float32s:
         """[n], [n] -> [n]."""
@@ -74,7 +71,7 @@ def re_rank_features(query: Any, gallery: Any, k1: int = 20, k2: int = 6, lambda
     Differs from re_rank only where rounding swaps neighbours. Raises InputError as re_rank does.
     """
     check_settings(k1, k2, lambda_value)
-    return _re_rank(_FeatureDistances(query, gallery), k1, k2, lambda_value)
+    return _re_rank(FeatureDistances.between(query, gallery), k1, k2, lambda_value)
 
 
 def check_settings(k1: int, k2: int, lambda_value: float) -> None:
@@ -89,13 +86,71 @@ def check_settings(k1: int, k2: int, lambda_value: float) -> None:
 def _re_rank(distances: _Distances, k1: int, k2: int, lambda_value: float) -> Float32s:
     num_query, num_images = distances.num_query, distances.num_images
     final = np.empty((num_query, num_images - num_query), np.float32)
-    neighbours = _nearest(distances, min(max(k1 + 1, k2), num_images), final)
-    encoding = _encode(distances, neighbours, k1)
-    if k2 != 1:
-        expansion = neighbours.indices[:, :k2]
-        encoding = _rows_to_sparse(expansion, np.float32(1 / expansion.shape[1])) @ encoding
-    _blend_jaccard(final, neighbours.column_max[:num_query], encoding, lambda_value)
+    lists = distances.lists(list_length(num_images, k1, k2), final)
+    ReRanker(distances, lists, k1, k2, lambda_value).blend(final, 0)
     return final
+
+
+def list_length(num_images: int, k1: int, k2: int) -> int:
+    """How many nearest images of each image re-ranking needs.
+
+    Two more than are used, for values that differ may be equal once divided, and then the lower index goes first.
+    """
+    return min(max(k1 + 1, k2) + 2, num_images)
+
+
+class ReRanker:
+    """Re-ranks queries some at a time, once the nearest images of all images are known."""
+
+    def __init__(
+        self, distances: _Distances, lists: Sequence[NearestLists], k1: int, k2: int, lambda_value: float
+    ) -> None:
+        num_query = distances.num_query
+        neighbours = _neighbours(lists, min(max(k1 + 1, k2), distances.num_images), num_query)
+        encoding = _encode(distances, neighbours, k1)
+        if k2 != 1:
+            expansion = neighbours.indices[:, :k2]
+            encoding = _rows_to_sparse(expansion, np.float32(1 / expansion.shape[1])) @ encoding
+        self._lambda_value = lambda_value
+        self._largest = neighbours.column_max[:num_query]
+        self._queries, self._lists = encoding[:num_query], encoding[num_query:].tocsc()
+        self._list_sizes = np.diff(self._lists.indptr)
+        sizes = self._list_sizes[self._queries.indices]
+        self._pairs = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[self._queries.indptr]  # [Q + 1]
+
+    def blend(self, dist: Float32s, first_query: int) -> None:
+        """Re-rank the squared distances [B, G] of queries first_query, first_query + 1, ..., in place."""
+        num_query, num_gallery = dist.shape
+        bounds, end = [first_query], first_query + num_query
+        while bounds[-1] < end:
+            by_pairs = int(np.searchsorted(self._pairs, self._pairs[bounds[-1]] + PAIRS_PER_BLOCK, side="right")) - 1
+            by_cells = bounds[-1] + max(1, 10 * PAIRS_PER_BLOCK // num_gallery)
+            bounds.append(min(max(by_pairs, bounds[-1] + 1), by_cells, end))
+        targets = [dist[a - first_query : b - first_query] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        in_threads(self._blend_block, targets, bounds[:-1])
+
+    def _blend_block(self, target: Float32s, first: int) -> None:
+        """target := lambda * target / largest + (1 - lambda) * jaccard, where jaccard = 1 - overlap / (2 - overlap).
+
+        overlap[q, g] = sum over n of min(V[q, n], V[g, n]). It is 0 but where a gallery image shares a neighbour n with
+        the query: these are found in inverted lists, one for each column n of V.
+        """
+        num_query, num_gallery = target.shape
+        last, lambda_value = first + num_query, self._lambda_value
+        indptr, lists = self._queries.indptr, self._lists
+        entries = slice(indptr[first], indptr[last])
+        sizes = self._list_sizes[self._queries.indices[entries]]
+        before = np.cumsum(sizes) - sizes
+        place = np.arange(sizes.sum()) + np.repeat(lists.indptr[self._queries.indices[entries]] - before, sizes)
+        shared = np.minimum(np.repeat(self._queries.data[entries], sizes), lists.data[place])
+        row_start = np.repeat(np.arange(num_query) * num_gallery, np.diff(indptr[first : last + 1]))
+        overlap = np.bincount(np.repeat(row_start, sizes) + lists.indices[place], shared)
+        touched = np.flatnonzero(overlap)
+        overlap = overlap[touched]
+        target /= self._largest[first:last, None]
+        target *= np.float32(lambda_value)
+        target += np.float32(1 - lambda_value)
+        target.reshape(-1)[touched] -= ((1 - lambda_value) * overlap / (2 - overlap)).astype(np.float32)
 
 
 class _GivenDistances:
@@ -114,7 +169,21 @@ class _GivenDistances:
         self.num_query, self.num_images = num_query, num_query + num_gallery
         self._q_g, self._q_q, self._g_g = q_g_dist, q_q_dist, g_g_dist
 
+    def lists(self, length: int, final: Float32s | None) -> Sequence[NearestLists]:
+        assert final is not None, "given distances are re-ranked whole"
+        compiled("insert_nearest")  # once, before the threads ask for it
+
+        def block(first: int, last: int) -> NearestLists:
+            lists = NearestLists(last - first, length)
+            self.collect(first, last, lists, final)
+            return lists
+
+        num_query, num_images = self.num_query, self.num_images
+        bounds = [*range(0, num_query, COLUMNS_PER_BLOCK), *range(num_query, num_images, COLUMNS_PER_BLOCK), num_images]
+        return in_threads(block, bounds[:-1], bounds[1:])
+
     def collect(self, first: int, last: int, lists: NearestLists, final: Float32s) -> None:
+        """Add columns first to last to the lists, and write those of queries into their rows of final [Q, G]."""
         if first >= self.num_query:
             lists.add(self._q_g, first - self.num_query, 0, square=True)
             lists.add(self._g_g, first - self.num_query, self.num_query, square=True)
@@ -122,7 +191,7 @@ class _GivenDistances:
         lists.add(self._q_q, first, 0, square=True)
         np.square(self._q_g[first:last], out=final[first:last], casting="same_kind")
         for begin in range(0, final.shape[1], ROWS_PER_PART):
-            part = _transposed(final[first:last, begin : begin + ROWS_PER_PART])
+            part = transposed(final[first:last, begin : begin + ROWS_PER_PART])
             lists.add(part, 0, self.num_query + begin, square=False)
 
     def entries(self, rows: Indices, columns: Indices) -> Float32s:
@@ -139,79 +208,19 @@ class _GivenDistances:
         return values
 
 
-def _transposed(source: Float32s) -> Float32s:
-    """A contiguous copy, by torch, which goes by tiles where numpy goes by rows."""
-    return torch.from_numpy(source).t().contiguous().numpy()
-
-
-class _FeatureDistances:
-    """Of features, on their own device."""
-
-    def __init__(self, query: Any, gallery: Any) -> None:
-        query, gallery = to_tensor(query), to_tensor(gallery)
-        if query.dim() != 2 or gallery.dim() != 2 or 0 in (len(query), len(gallery)):
-            shapes = f"{list(query.shape)} and {list(gallery.shape)}"
-            raise InputError(f"re-ranking: needs features [Q, D] and [G, D], neither Q nor G being 0, got {shapes}")
-        if query.shape[1] != gallery.shape[1]:
-            raise InputError(f"re-ranking: features differ in width: {query.shape[1]} and {gallery.shape[1]}")
-        self.num_query, self.num_images = len(query), len(query) + len(gallery)
-        self._features = torch.cat([at_least_float32(query), at_least_float32(gallery)])
-        self._norms = self._features.square().sum(1)
-        finite = torch.isfinite(self._norms)
-        if not finite.all():
-            name = _name_of(int(finite.int().argmin()), self.num_query)
-            raise InputError(f"re-ranking: the features of {name} hold NaN or infinity")
-
-    def collect(self, first: int, last: int, lists: NearestLists, final: Float32s) -> None:
-        columns = self._features[first:last].t()
-        for begin in range(0, self.num_images, FEATURES_PER_PART):
-            rows = slice(begin, begin + FEATURES_PER_PART)
-            squared = torch.addmm(self._norms[first:last], self._features[rows], columns, alpha=-2)
-            squared = squared.add_(self._norms[rows].unsqueeze(1)).clamp_(min=MIN_SQUARED_DISTANCE)
-            part = squared.float().cpu().numpy()
-            lists.add(part, 0, begin, square=False)
-            if first < self.num_query:
-                to_gallery = part[max(self.num_query - begin, 0) :]
-                end = begin + len(part) - self.num_query
-                final[first:last, end - len(to_gallery) : end] = _transposed(to_gallery)
-
-    def entries(self, rows: Indices, columns: Indices) -> Float32s:
-        values = np.empty(len(rows), np.float32)
-        for first in range(0, len(rows), FEATURE_PAIRS_PER_BLOCK):
-            block = slice(first, first + FEATURE_PAIRS_PER_BLOCK)
-            i, j = (torch.from_numpy(index[block]).to(self._features.device) for index in (rows, columns))
-            difference = self._features.index_select(0, i).sub_(self._features.index_select(0, j))
-            values[block] = difference.square_().sum(1).clamp_(min=MIN_SQUARED_DISTANCE).cpu().numpy()
-        return values
-
-
-def _nearest(distances: _Distances, num_neighbours: int, final: Float32s) -> _Neighbours:
-    """The nearest images of every image; on the way, `final` [Q, G] is filled with the squared distances."""
-    num_query, num_images = distances.num_query, distances.num_images
-    indices = np.empty((num_images, num_neighbours), np.int32)
-    dist = np.empty((num_images, num_neighbours), np.float32)
-    column_max = np.empty(num_images, np.float32)
-    compiled("insert_nearest")  # once, before the threads ask for it
-
-    def block(first: int, last: int) -> None:
-        # Two more, for values that differ may be equal once divided, and then the lower index goes first.
-        lists = NearestLists(last - first, min(num_neighbours + 2, num_images))
-        distances.collect(first, last, lists, final)
-        if not np.isfinite(lists.total).all():
-            name = _name_of(first + int(np.argmin(np.isfinite(lists.total))), num_query)
-            raise InputError(f"re-ranking: the distances of {name} hold NaN or infinity; check the features")
-        largest = np.where(lists.largest > 0, lists.largest, np.float32(1))  # 0 where all images coincide
-        indices[first:last], dist[first:last] = lists.ascending(largest, num_neighbours)
-        column_max[first:last] = largest
-
-    bounds = [*range(0, num_query, COLUMNS_PER_BLOCK), *range(num_query, num_images, COLUMNS_PER_BLOCK), num_images]
-    in_threads(block, bounds[:-1], bounds[1:])
-    return _Neighbours(indices, dist, column_max)
-
-
-def _name_of(image: int, num_query: int) -> str:
-    kind, number = ("query", image) if image < num_query else ("gallery image", image - num_query)
-    return f"{kind} {number} (counted from 0)"
+def _neighbours(lists: Sequence[NearestLists], number: int, num_query: int) -> _Neighbours:
+    """The `number` nearest images of every image, from its lists."""
+    total, largest = (np.concatenate([getattr(one, name) for one in lists]) for name in ("total", "largest"))
+    if not np.isfinite(total).all():
+        name = name_of(int(np.argmin(np.isfinite(total))), num_query)
+        raise InputError(f"re-ranking: the distances of {name} hold NaN or infinity; check the features")
+    largest = np.where(largest > 0, largest, np.float32(1))  # 0 where all images coincide
+    starts = np.cumsum([0, *(len(one.largest) for one in lists)])
+    parts = in_threads(
+        lambda one, start: one.ascending(largest[start : start + len(one.largest)], number), lists, starts[:-1]
+    )
+    indices, dist = (np.concatenate([part[i] for part in parts]) for i in range(2))
+    return _Neighbours(indices, dist, largest)
 
 
 def _encode(distances: _Distances, neighbours: _Neighbours, k1: int) -> sparse.csr_matrix:
@@ -256,38 +265,3 @@ def _in_index_order(neighbours: _Neighbours, number: int) -> Float32s:
     """Distances of the first `number` neighbours as _rows_to_sparse orders them, [N * number]."""
     index, dist = neighbours.indices[:, :number], neighbours.dist[:, :number]
     return np.take_along_axis(dist, np.argsort(index, axis=1), axis=1).ravel()
-
-
-def _blend_jaccard(final: Float32s, largest: Float32s, encoding: sparse.csr_matrix, lambda_value: float) -> None:
-    """final := lambda * final / largest + (1 - lambda) * jaccard, where jaccard = 1 - overlap / (2 - overlap).
-
-    final [Q, G], largest [Q]; overlap[q, g] = sum over n of min(V[q, n], V[g, n]). It is 0 but where a gallery image
-    shares a neighbour n with the query: these are found in inverted lists, one for each column n of V.
-    """
-    num_query, num_gallery = final.shape
-    queries, lists = encoding[:num_query], encoding[num_query:].tocsc()
-    list_sizes = np.diff(lists.indptr)
-    pairs = np.concatenate([[0], np.cumsum(list_sizes[queries.indices], dtype=np.int64)])[queries.indptr]  # [Q + 1]
-
-    def block(first: int, last: int) -> None:
-        entries = slice(queries.indptr[first], queries.indptr[last])
-        sizes = list_sizes[queries.indices[entries]]
-        before = np.cumsum(sizes) - sizes
-        place = np.arange(sizes.sum()) + np.repeat(lists.indptr[queries.indices[entries]] - before, sizes)
-        shared = np.minimum(np.repeat(queries.data[entries], sizes), lists.data[place])
-        row_start = np.repeat(np.arange(last - first) * num_gallery, np.diff(queries.indptr[first : last + 1]))
-        overlap = np.bincount(np.repeat(row_start, sizes) + lists.indices[place], shared)
-        touched = np.flatnonzero(overlap)
-        overlap = overlap[touched]
-        target = final[first:last]
-        target /= largest[first:last, None]
-        target *= np.float32(lambda_value)
-        target += np.float32(1 - lambda_value)
-        target.reshape(-1)[touched] -= ((1 - lambda_value) * overlap / (2 - overlap)).astype(np.float32)
-
-    bounds = [0]
-    while bounds[-1] < num_query:
-        by_pairs = int(np.searchsorted(pairs, pairs[bounds[-1]] + PAIRS_PER_BLOCK, side="right")) - 1
-        by_cells = bounds[-1] + max(1, 10 * PAIRS_PER_BLOCK // num_gallery)
-        bounds.append(min(max(by_pairs, bounds[-1] + 1), by_cells, num_query))
-    in_threads(block, bounds[:-1], bounds[1:])

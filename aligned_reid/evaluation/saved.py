@@ -17,13 +17,15 @@ from aligned_reid.evaluation.feature_file import FeatureTable, check_partner, re
 from aligned_reid.evaluation.protocol import (
     LabelArrays,
     Measures,
+    Scores,
     evaluate_features,
     format_ranking,
     title_of,
     to_scores,
 )
+from aligned_reid.evaluation.ranking import Ranking
 from aligned_reid.evaluation.re_ranking import check_settings
-from aligned_reid.evaluation.streaming import LargeSet, rank_streamed, take
+from aligned_reid.evaluation.streaming import LargeSet, rank_streamed, re_rank_streamed, take
 
 MATRIX_BYTES = 6 * 2**30  # of all distance matrices that an evaluation in memory holds at a time
 
@@ -40,9 +42,10 @@ def evaluate_files(
     """Evaluate the queries of the first file against the gallery images of all; returns what results.json holds.
 
     normalize_feature: None does as the features' model was trained. use_local: None measures local distances where all
-    files have local features. Where the matrices take more than MATRIX_BYTES, scores of plain distances are streamed
-    and others left out, which the log says; `state` is rank_streamed's. Raises InputError for a file that is not
-    usable, or does not fit the first.
+    files have local features. Where the matrices take more than MATRIX_BYTES, distances are streamed; pooled queries
+    and re-ranked local distances are then left out, which the log says. What a streamed evaluation has done is kept in
+    files named as `state`, for a call that goes on. Raises InputError for a file that is not usable, or does not fit
+    the first.
     """
     check_settings(measures.k1, measures.k2, measures.lambda_value)
     first, *others = tables = [read_features(paths[0])] + [
@@ -67,14 +70,15 @@ def evaluate_files(
         features, labels = join(tables, local)
         scores = evaluate_features(features, labels, log, measures)
     else:
-        if measures.re_ranked or measures.multi_query_pool:
-            log("too many images for distance matrices: plain distances of single queries only")
-        data = LargeSet.of(tables, normalize_feature=normalize_feature, local=local)
-        scores = {}
-        for name, ranking in rank_streamed(data, state).items():
-            scores[name] = to_scores(ranking)
-            log(title_of(name, measures))
-            log(format_ranking(ranking))
+        left_out = "single queries only" if measures.multi_query_pool else ""
+        left_out += ", local distances not re-ranked" if local and measures.re_ranked else ""
+        log(
+            "too many images for distance matrices, so distances are streamed"
+            + (left_out and f": {left_out.lstrip(', ')}")
+        )
+        scores = evaluate_large(
+            LargeSet.of(tables, normalize_feature=normalize_feature, local=local), log, measures, state
+        )
     made_by = {table.source: dict(table.made_by) for table in tables}
     return {
         **scores,
@@ -83,6 +87,22 @@ def evaluate_files(
         "files": made_by,
         **dataclasses.asdict(measures),
     }
+
+
+def evaluate_large(data: LargeSet, log: Callable[[str], None], measures: Measures, state: Path) -> Scores:
+    """Scores of plain distances, then of re-ranked global ones, which may take hours; each is logged once known."""
+    scores: Scores = {}
+
+    def take_in(rankings: dict[str, Ranking]) -> None:
+        for name, ranking in rankings.items():
+            scores[name] = to_scores(ranking)
+            log(title_of(name, measures))
+            log(format_ranking(ranking))
+
+    take_in(rank_streamed(data, state))
+    if measures.re_ranked:
+        take_in(re_rank_streamed(data, measures.k1, measures.k2, measures.lambda_value, state))
+    return scores
 
 
 def matrix_bytes(num_query: int, num_gallery: int, within_gallery: bool) -> int:

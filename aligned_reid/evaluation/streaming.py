@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,10 +19,13 @@ from tqdm import tqdm
 
 from aligned_reid.data.partitions import GALLERY, QUERY
 from aligned_reid.distance import normalize
+from aligned_reid.evaluation.compiled import to_tensor
 from aligned_reid.evaluation.distance_matrix import global_distance_matrix, local_distance_matrix
 from aligned_reid.evaluation.extract import FeatureSet
+from aligned_reid.evaluation.feature_distances import FeatureDistances, Piece
 from aligned_reid.evaluation.feature_file import FeatureTable
 from aligned_reid.evaluation.ranking import BlockRanker, RankedRows, Ranking
+from aligned_reid.evaluation.re_ranking import ReRanker, list_length
 
 BLOCK_BYTES = 2**30  # distances of some queries to the whole gallery; there may be two such blocks
 GALLERY_ROWS_PER_PART = 8192  # copied out of the mapped file at a time
@@ -51,6 +54,18 @@ class LargeSet:
     def rows(self) -> list[NDArray[np.int64]]:
         """Of each table, its gallery images."""
         return [np.flatnonzero(table.marks == GALLERY) for table in self.gallery]
+
+    @property
+    def num_gallery(self) -> int:
+        return sum(map(len, self.rows))
+
+    def pieces(self) -> list[Piece]:
+        """The global features of the queries, then of the gallery."""
+        pieces = [Piece(self.query.global_feat)]
+        for table, rows in zip(self.gallery, self.rows, strict=True):
+            if len(rows):
+                pieces.append(Piece(to_tensor(table.global_feat), rows, self.normalize_feature))
+        return pieces
 
     def gallery_labels(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Person and camera of every gallery image, both [G]."""
@@ -90,22 +105,59 @@ def rank_streamed(data: LargeSet, state: Path) -> dict[str, Ranking]:
     a block that they fill BLOCK_BYTES. What is ranked is kept in the file `state` until all is: an interrupted call on
     the same data goes on behind it.
     """
+    names = ("local", "global_local", "global") if data.query.local_feat is not None else ("global",)
+    num_gallery = data.num_gallery
+
+    def rank_block(ranker: BlockRanker, first: int, last: int) -> dict[str, RankedRows]:
+        dist, local_dist = block_distances(data, first, last, num_gallery)
+        ranked = {"global": ranker.rank_rows(dist, first)}
+        if local_dist is not None:
+            ranked["local"] = ranker.rank_rows(local_dist, first)
+            ranked["global_local"] = ranker.rank_rows(np.add(local_dist, dist, out=local_dist), first)
+        return ranked
+
+    return rank_blocks(data, names, rank_block, state, fingerprint(data))
+
+
+def re_rank_streamed(data: LargeSet, k1: int, k2: int, lambda_value: float, state: Path) -> dict[str, Ranking]:
+    """`rank` of the global distances that `re_rank_features` gives, without a matrix; resumed as rank_streamed is.
+
+    The nearest images of every image are found first, which is nearly all of the work: it grows with the square of the
+    number of images.
+    """
+    key = f"{fingerprint(data)} {k1} {k2} {lambda_value}"
+    distances = FeatureDistances(data.pieces())
+    nearest_state = state.with_name(f"{state.name}.neighbours")
+    lists = distances.lists(list_length(distances.num_images, k1, k2), None, nearest_state, key)
+    re_ranker = ReRanker(distances, lists, k1, k2, lambda_value)
+
+    def rank_block(ranker: BlockRanker, first: int, last: int) -> dict[str, RankedRows]:
+        dist = distances.to_gallery(first, last)
+        re_ranker.blend(dist, first)
+        return {"global_re_ranked": ranker.rank_rows(dist, first)}
+
+    rankings = rank_blocks(data, ("global_re_ranked",), rank_block, state, key)
+    nearest_state.unlink(missing_ok=True)
+    return rankings
+
+
+def rank_blocks(
+    data: LargeSet,
+    names: Sequence[str],
+    rank_block: Callable[[BlockRanker, int, int], dict[str, RankedRows]],
+    state: Path,
+    key: str,
+) -> dict[str, Ranking]:
+    """Rank all queries, a block at a time; `state` keeps what is done, for a call with the same `key`."""
     gallery_ids, gallery_cams = data.gallery_labels()
     num_query, num_gallery = len(data.query_ids), len(gallery_ids)
     ranker = BlockRanker((num_query, num_gallery), data.query_ids, gallery_ids, data.query_cams, gallery_cams)
     size = max(1, BLOCK_BYTES // (4 * num_gallery * ROWS_PER_STEP)) * ROWS_PER_STEP
-    has_local = data.query.local_feat is not None
-    names = ("local", "global_local", "global") if has_local else ("global",)
-    done = Progress(state, fingerprint(data, size), names)
-    with tqdm(total=num_query, initial=done.num_queries, unit="query", desc="distances", disable=None) as bar:
+    done = Progress(state, f"{key} {size}", names)
+    with tqdm(total=num_query, initial=done.num_queries, unit="query", desc=names[-1], disable=None) as bar:
         for first in range(done.num_queries, num_query, size):
             last = min(first + size, num_query)
-            dist, local_dist = block_distances(data, first, last, num_gallery)
-            ranked = {"global": ranker.rank_rows(dist, first)}
-            if local_dist is not None:
-                ranked["local"] = ranker.rank_rows(local_dist, first)
-                ranked["global_local"] = ranker.rank_rows(np.add(local_dist, dist, out=local_dist), first)
-            done.add(ranked, last)
+            done.add(rank_block(ranker, first, last), last)
             bar.update(last - first)
     rankings = {name: ranker.finish(done.parts[name]) for name in names}
     state.unlink(missing_ok=True)
@@ -126,11 +178,11 @@ def block_distances(
     return dist, local_dist
 
 
-def fingerprint(data: LargeSet, block: int) -> str:
+def fingerprint(data: LargeSet) -> str:
     """What a state file has to have in common with a run that goes on with it."""
     files = [(os.path.realpath(table.source), os.stat(table.source).st_mtime_ns, len(table)) for table in data.gallery]
     has_local = data.query.local_feat is not None
-    text = json.dumps([files, data.normalize_feature, has_local, block, len(data.query_ids)])
+    text = json.dumps([files, data.normalize_feature, has_local, len(data.query_ids)])
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from aligned_reid import InputError
-from aligned_reid.evaluation import global_distance_matrix, nearest, re_rank, re_rank_features, re_ranking
+from aligned_reid.evaluation import (
+    feature_distances,
+    global_distance_matrix,
+    nearest,
+    re_rank,
+    re_rank_features,
+    re_ranking,
+)
 from aligned_reid.evaluation.nearest import NearestLists
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "re_ranking.npz")
@@ -24,14 +31,12 @@ def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in {
-        "COLUMNS_PER_BLOCK": 11,
-        "ROWS_PER_PART": 9,
-        "PAIRS_PER_BLOCK": 50,
-        "FEATURES_PER_PART": 13,
-        "FEATURE_PAIRS_PER_BLOCK": 7,
-    }.items():
-        monkeypatch.setattr(re_ranking, name, size)
+    for module, sizes in (
+        (re_ranking, {"COLUMNS_PER_BLOCK": 11, "ROWS_PER_PART": 9, "PAIRS_PER_BLOCK": 50}),
+        (feature_distances, {"TILE": 13, "UNIT": 5, "TILES_PER_THREAD": 1, "ROWS_PER_CHECK": 7, "PAIRS_PER_BLOCK": 7}),
+    ):
+        for name, size in sizes.items():
+            monkeypatch.setattr(module, name, size)
 
 
 def features_with_structure(seed: int, num_query: int = 30, num_gallery: int = 75, width: int = 8) -> list[np.ndarray]:

@@ -5,9 +5,17 @@ import pytest
 import torch
 
 from aligned_reid.distance import normalize
-from aligned_reid.evaluation import global_distance_matrix, local_distance_matrix, rank, streaming
+from aligned_reid.evaluation import (
+    feature_distances,
+    global_distance_matrix,
+    local_distance_matrix,
+    rank,
+    re_rank_features,
+    streaming,
+)
+from aligned_reid.evaluation.feature_distances import FeatureDistances
 from aligned_reid.evaluation.feature_file import FeatureTable
-from aligned_reid.evaluation.streaming import LargeSet, rank_streamed
+from aligned_reid.evaluation.streaming import LargeSet, rank_streamed, re_rank_streamed
 
 
 def make_table(source, num_images, seed, with_queries):
@@ -95,3 +103,39 @@ def test_an_interrupted_run_goes_on(tables, tmp_path, monkeypatch):
         state.write_bytes(content)
         other = LargeSet.of(tables, normalize_feature=True, local=True)
         assert rank_streamed(other, state)["global"].mean_ap == expected(tables, True)["global"].mean_ap
+
+
+@pytest.mark.parametrize("normalize_feature", [False, True])
+def test_re_ranked_scores_are_those_of_the_matrix(tables, tmp_path, monkeypatch, normalize_feature):
+    monkeypatch.setattr(feature_distances, "TILE", 40)
+    monkeypatch.setattr(feature_distances, "UNIT", 16)
+    monkeypatch.setattr(feature_distances, "SECONDS_BETWEEN_SAVES", -1)
+    data = LargeSet.of(tables, normalize_feature=normalize_feature, local=False)
+    query, *gallery = [piece.get(slice(0, piece.num_images)) for piece in data.pieces()]
+    matrix = re_rank_features(query, torch.cat(gallery), 9, 3, 0.4)
+    gallery_ids, gallery_cams = data.gallery_labels()
+    whole = rank(matrix, data.query_ids, gallery_ids, data.query_cams, gallery_cams)
+
+    state = tmp_path / "state.npz"
+    add_block = FeatureDistances.add_block
+
+    def interrupted(self, blocks, units, number, final):
+        if number == len(blocks) - 2:
+            raise KeyboardInterrupt
+        add_block(self, blocks, units, number, final)
+
+    monkeypatch.setattr(FeatureDistances, "add_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        re_rank_streamed(data, 9, 3, 0.4, state)
+    added = []
+
+    def counted(self, blocks, units, number, final):
+        added.append(number)
+        add_block(self, blocks, units, number, final)
+
+    monkeypatch.setattr(FeatureDistances, "add_block", counted)
+    found = re_rank_streamed(data, 9, 3, 0.4, state)["global_re_ranked"]
+    assert len(added) == 2  # the rest was in the state file
+    np.testing.assert_allclose(found.ap, whole.ap, atol=1e-6)
+    np.testing.assert_array_equal(found.cmc, whole.cmc)
+    assert not list(tmp_path.glob("state*"))
