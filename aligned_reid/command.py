@@ -14,7 +14,7 @@ STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.E
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and exit: 0 done, 1 the run stopped itself, 2 a user's mistake, 130 Ctrl-C."""
+    """Run a script's `main` and exit: 0 done, 1 the run stopped itself, 2 a user's mistake, 128 + n signal n."""
     name = os.path.basename(sys.argv[0])
     try:
         main()
@@ -22,7 +22,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except InputError as error:
         complain(f"{name}: error: {error}", 2)
     except RunStopped as error:
-        complain(f"{name}: stopped: {error}", 1)
+        complain(f"{name}: stopped: {error}", error.status)
     except KeyboardInterrupt:
         complain(f"{name}: interrupted", 130)
     except OSError as error:

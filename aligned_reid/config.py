@@ -109,6 +109,11 @@ class Config:
     ids_per_batch: int = option(32, "identities per batch and device")
     ims_per_id: int = option(4, "images per identity in a batch")
     train_final_batch: bool = option(False, "keep the last, smaller batch of an epoch")
+    id_sampling: str = option(
+        "independent",
+        "with several processes: each walks all identities (independent), or they share them (sharded)",
+        choices=["independent", "sharded"],
+    )
     # model
     pretrained: str = option("imagenet", "start of the trunk: imagenet, none, or a file with ResNet-50 weights")
     model_weight_file: str = option("", "weights to start or test from: a file, or a folder that holds ckpt.pth")
@@ -123,6 +128,9 @@ class Config:
     # schedule
     total_epochs: int = option(300, "epochs to train; an epoch shows every identity once")
     base_lr: float = option(2e-4, "learning rate of Adam before decay")
+    lr_scale: str = option(
+        "none", "multiply --base_lr by the number of processes, or its root", choices=["none", "linear", "sqrt"]
+    )
     lr_decay_type: str = option("exp", "learning rate schedule", choices=["exp", "staircase"])
     exp_decay_at_epoch: int = option(151, "epoch from which the rate falls exponentially, to 1/1000 at the end")
     staircase_decay_at_epochs: tuple[int, ...] = option((101, 201), "epochs at which the rate drops")
@@ -158,6 +166,7 @@ class Config:
     exp_dir: str = option("", "run folder; default: exp/train/<data set>/<settings>/run<N>")
     run: int = option(1, "number of the run, for the default run folder", aliases=["-r"])
     resume: bool = option(False, "go on from the run folder's ckpt.pth")
+    checkpoint_every_steps: int = option(0, "write ckpt.pth every so many steps too, not only after epochs; 0: no")
     seed: int | None = option(None, "seed of everything random; default: drawn at random and logged")
     set_seed: bool = option(False, "true is --seed 1")
     profile: int = option(0, "count what a step computes and trace this many steps, into profile/ of the run folder")
@@ -186,6 +195,7 @@ class Config:
             (min(self.resize_h_w) >= 32, "--resize_h_w is at least 32,32 pixels"),
             (0.0 <= self.crop_prob <= 1.0, "--crop_prob is a probability, 0 to 1"),
             (0.0 < self.crop_ratio <= 1.0, "--crop_ratio is above 0 and at most 1"),
+            (self.checkpoint_every_steps >= 0, "--checkpoint_every_steps is a number of steps, 0 or more"),
             (self.profile >= 0, "--profile is a number of steps, 0 or more"),
             (self.run >= 1, "--run counts from 1"),
             (self.seed is None or 0 <= self.seed < 2**31, "--seed is a whole number from 0 to 2147483647"),

@@ -9,4 +9,8 @@ class InputError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """A run that cannot go on, through no fault of its input; commands print its one line and exit with status 1."""
+    """A run that cannot go on, through no fault of its input; commands print its one line and exit with `status`."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status

@@ -212,6 +212,7 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
         config.train_final_batch,
         config.seed or 0,
         world.rank,
+        num_shards=world.size if config.id_sampling == "sharded" else 1,
     )
     if sampler.ids_with_few_images:
         log(

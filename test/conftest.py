@@ -29,21 +29,22 @@ def tiny_flags(tiny_data):
     return (f"--data_path={tiny_data}", *TINY)
 
 
+def make_small_trunk():
+    """A trunk of a few thousand weights in ResNet-50's place, for tests about what is around it."""
+    layers = {
+        "conv1": nn.Conv2d(3, 16, 32, stride=32, bias=False),
+        "bn1": nn.BatchNorm2d(16),
+        "relu": nn.ReLU(),
+        "conv2": nn.Conv2d(16, 2048, 1),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
 @pytest.fixture
 def small_trunk(monkeypatch):
-    """A trunk of a few thousand weights in ResNet-50's place, for tests about what is around it."""
-
-    def make():
-        layers = {
-            "conv1": nn.Conv2d(3, 16, 32, stride=32, bias=False),
-            "bn1": nn.BatchNorm2d(16),
-            "relu": nn.ReLU(),
-            "conv2": nn.Conv2d(16, 2048, 1),
-        }
-        return nn.Sequential(OrderedDict(layers))
-
+    """Models with make_small_trunk's."""
     for module in ("model", "preflight"):
-        monkeypatch.setattr(f"aligned_reid.{module}.make_trunk", make)
+        monkeypatch.setattr(f"aligned_reid.{module}.make_trunk", make_small_trunk)
 
 
 class Finished(NamedTuple):

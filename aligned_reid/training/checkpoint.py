@@ -41,8 +41,11 @@ class Checkpoints:
         """Whether writing now keeps to WRITING_SHARE: an epoch of seconds shall not wait for each of its files."""
         return time.monotonic() - self.last_end >= self.last_duration / WRITING_SHARE
 
-    def save(self, epoch: int, config: Config) -> None:
-        """Write the state after `epoch`; raises OSError where that fails, and then the former file is still there."""
+    def save(self, epoch: int, config: Config, step: int = 0, meters: dict[str, Any] | None = None) -> None:
+        """Write the state after `epoch`, and `step` steps of the next with its `meters`.
+
+        Raises OSError where that fails, and then the former file is still there.
+        """
         start = time.monotonic()
         content = {
             "format": FORMAT,
@@ -51,6 +54,8 @@ class Checkpoints:
             "scaler": on_host(self.scaler.state_dict()),
             "sampler": {"seed": config.seed, "epoch": epoch},
             "epoch": epoch,
+            "step": step,
+            "meters": on_host(meters),
             "random": random_states(self.accelerator),
             "config": config.to_dict(),
         }

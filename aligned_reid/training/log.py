@@ -64,6 +64,14 @@ class Meters:
         self.sums = step if self.sums is None else self.sums + step
         self.count += 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint in the middle of an epoch keeps."""
+        return {"names": self.names, "sums": self.sums, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self.names, self.count = list(state["names"]), int(state["count"])
+        self.sums = None if state["sums"] is None else state["sums"].to(device)
+
     def means(self) -> dict[str, float]:
         if self.sums is None:
             return {}

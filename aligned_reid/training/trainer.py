@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
 from aligned_reid.training.objective import Objective
 from aligned_reid.training.profile import StepProfile
 from aligned_reid.training.schedule import learning_rate
+from aligned_reid.training.stop import StopSignals
 
 WEIGHT_DECAY = 5e-4
 LOSS_CHECK_LAG = 3  # steps: reading a loss at once would make a device wait for the host
@@ -60,6 +62,10 @@ class Trainer:
         self.config, self.images, self.sampler = config, images, sampler
         self.accelerator, self.world, self.log = accelerator, world, log
         self.epoch = 0  # the last one that is done
+        self.step = 0  # the last one of the next epoch that is done
+        self.meters = Meters()
+        self.between_steps = True  # and not in the middle of one, where nothing can be saved
+        self.stop = StopSignals()
         self.speed = Speed()
         self.throughput = Throughput()
         self.profile = StepProfile(config.profile if world.is_main else 0, accelerator, folder / "profile", log)
@@ -76,8 +82,11 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the run folder's checkpoint."""
         content = self.checkpoints.load()
-        self.epoch = content["epoch"]
-        self.log(f"resumed from {self.checkpoints.path} after epoch {self.epoch}")
+        self.epoch, self.step = content["epoch"], content.get("step", 0)
+        if self.step:
+            self.meters.load_state_dict(content["meters"], self.accelerator.device)
+        in_epoch = f" and step {self.step} of the next" if self.step else ""
+        self.log(f"resumed from {self.checkpoints.path} after epoch {self.epoch}{in_epoch}")
         changed = [
             line for line in self.config.differences(content["config"]) if not line.startswith(("resume:", "seed:"))
         ]
@@ -85,23 +94,34 @@ class Trainer:
             self.log(f"flags that differ from those of the checkpoint: {'; '.join(changed)}")
 
     def train(self) -> None:
-        """Train the epochs that are left; a checkpoint after the last, and after each before it as far as due."""
-        while self.epoch < self.config.total_epochs:
-            self.train_epoch(self.epoch + 1)
-            self.epoch += 1
-            if self.world.is_main and (self.epoch == self.config.total_epochs or self.checkpoints.is_due()):
-                self.save()
+        """Train the epochs that are left; a checkpoint after the last, and after each before it as far as due.
+
+        At SIGTERM or SIGINT rank 0 saves after the step that it is in. Raises RunStopped with status 128 + signal.
+        """
+        with self.stop:
+            while self.epoch < self.config.total_epochs:
+                try:
+                    self.train_epoch(self.epoch + 1)
+                except RunStopped:
+                    raise
+                except RuntimeError:  # a loader's worker, or another rank, may have answered a signal by ending
+                    if not self.stop.number:
+                        raise
+                    self.stop_here()
+                if self.world.is_main and (self.epoch == self.config.total_epochs or self.checkpoints.is_due()):
+                    self.save()
         take_from_main(self.model.buffers())  # each rank's last step moved its own batch norm statistics
         self.profile.finish()
 
     def train_epoch(self, epoch: int) -> None:
-        """One epoch: every identity once."""
-        self.set_learning_rate(learning_rate(epoch, self.config))
-        self.sampler.set_epoch(epoch)
+        """One epoch, or what is left of it: every identity once (sharded: once among all ranks)."""
+        self.set_learning_rate(learning_rate(epoch, self.config, self.world.size))
+        self.sampler.set_epoch(epoch, first_batch=self.step)
         self.network.train()
-        meters, watch = Meters(), LossWatch(self.accelerator, self.describe_batch(epoch))
+        watch = LossWatch(self.accelerator, self.describe_batch(epoch))
         self.throughput.start_epoch()
-        for step, batch in enumerate(self.profile.steps(self.progress(epoch)), start=1):
+        for step, batch in enumerate(self.profile.steps(self.progress(epoch)), start=self.step + 1):
+            self.between_steps = False
             check_batch_labels(batch.labels)  # on the host's copy: no wait for the device
             pixels = batch.images.to(self.accelerator.device, non_blocking=True)
             labels = batch.labels.to(self.accelerator.device, non_blocking=True)
@@ -119,11 +139,32 @@ class Trainer:
                 scale = self.scaler.current
                 self.log(f"epoch {epoch}, step {step}: a gradient is not finite, step skipped (loss scale {scale:g})")
 
-            meters.update(figures)
+            self.meters.update(figures)
             self.throughput.add(len(labels), self.accelerator.synchronize)
+            self.end_step(step, watch)
         watch.flush()
         self.accelerator.synchronize()
-        self.finish_epoch(epoch, meters)
+        self.finish_epoch(epoch, self.meters)
+        self.epoch, self.step, self.meters = epoch, 0, Meters()
+
+    def end_step(self, step: int, watch: LossWatch) -> None:
+        """Save where that is due, and end here where a signal asks for it."""
+        self.step, self.between_steps = step, True
+        every = self.config.checkpoint_every_steps
+        if not self.world.is_main or not (self.stop.number or (every and step % every == 0)):
+            return
+        watch.flush()  # no checkpoint of a loss that is not finite
+        if self.stop.number:
+            self.stop_here()
+        self.save()
+
+    def stop_here(self) -> NoReturn:
+        """End the run as a signal asks: what is done is saved, by rank 0 and unless it is in the middle of a step."""
+        if self.world.is_main and self.between_steps:
+            self.save()
+        at = f"step {self.step} of epoch {self.epoch + 1}"
+        line = f"{self.stop.name} at {at}; {self.last_checkpoint()}: go on with --resume true"
+        raise RunStopped(line, 128 + self.stop.number)
 
     def finish_epoch(self, epoch: int, meters: Meters) -> None:
         """Log the epoch: rank 0's means, all ranks' images."""
@@ -134,14 +175,30 @@ class Trainer:
         self.speed.images += all_images
         fps = all_images / timed_seconds
         means = meters.means()
+        self.check_ranks(epoch)
         self.log(format_epoch(epoch, seconds, fps, fps / self.config.ims_per_id, means))
         rate = self.optimizer.param_groups[0]["lr"]
         self.log.scalars(means | {"learning_rate": rate, "images_per_second": fps}, epoch)
 
+    def check_ranks(self, epoch: int) -> None:
+        """Raise RunStopped unless all ranks hold the same weights, as they do while gradients are averaged."""
+        if self.world.size == 1:
+            return
+        sums = torch.stack([parameter.detach().float().sum() for parameter in self.model.parameters()])
+        of_main = sums.clone()
+        take_from_main([of_main])
+        num_different = sum_over_ranks((sums != of_main).any().float())
+        if num_different.item() > 0:
+            raise RunStopped(
+                f"after epoch {epoch} the weights of {num_different.item():.0f} of {self.world.size} processes differ "
+                f"from the first one's; {self.last_checkpoint()}"
+            )
+
     def progress(self, epoch: int) -> tqdm:
         """The epoch's batches, with a bar on a terminal."""
         hidden = None if self.world.is_main else True
-        return tqdm(self.loader, desc=f"epoch {epoch}", unit="step", leave=False, disable=hidden)
+        total, done = len(self.sampler), self.step
+        return tqdm(self.loader, f"epoch {epoch}", total, initial=done, unit="step", leave=False, disable=hidden)
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -150,7 +207,7 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint; a full or read-only folder ends the run with the former checkpoint in place."""
         try:
-            self.checkpoints.save(self.epoch, self.config)
+            self.checkpoints.save(self.epoch, self.config, self.step, self.meters.state_dict())
         except OSError as error:
             raise InputError(f"{error}; {self.last_checkpoint()}") from error
 

@@ -137,3 +137,30 @@ def test_without_shuffling_identities_come_sorted():
     assert persons == sorted(COUNTS)
     shuffled = [int(PERSON_IDS[group[0]]) for group in groups(list(sampler()))]
     assert shuffled != persons
+
+
+def test_an_epoch_goes_on_where_it_was_left():
+    subject = sampler()
+    subject.set_epoch(3)
+    whole = list(subject)
+    subject.set_epoch(3, first_batch=2)
+    assert list(subject) == whole[2:]
+    subject.set_epoch(3)
+    assert list(subject) == whole
+
+
+def test_shards_walk_one_order_and_have_each_identity_once():
+    shards = [sampler(ids_per_batch=3, rank=rank, num_shards=3) for rank in range(3)]
+    assert len({len(shard) for shard in shards}) == 1
+    orders = []
+    for epoch in (1, 2):
+        persons = []
+        for shard in shards:
+            shard.set_epoch(epoch)
+            persons.append([int(PERSON_IDS[group[0]]) for group in groups(list(shard))])
+        together = [person for shard in persons for person in shard]
+        assert len(together) == len(set(together)) == 9  # of 10: one is left out, for ranks to be equal
+        orders.append(persons)
+    assert orders[0] != orders[1]
+    with pytest.raises(InputError, match="10 identities of the training data, of which each of 3 processes has 3"):
+        sampler(ids_per_batch=4, num_shards=3)

@@ -27,3 +27,10 @@ def test_settings_choose_the_schedule():
     assert learning_rate(10, config) == pytest.approx(1e-6)
     config = Config(base_lr=1e-3, lr_decay_type="staircase", staircase_decay_at_epochs=(3, 5))
     assert [learning_rate(epoch, config) for epoch in (2, 3, 5)] == pytest.approx([1e-3, 1e-4, 1e-5])
+
+
+@pytest.mark.parametrize(("scale", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2)])
+def test_the_rate_follows_the_number_of_processes_where_asked(scale, factor):
+    config = Config(base_lr=1e-3, total_epochs=10, exp_decay_at_epoch=6, lr_scale=scale)
+    for epoch in (1, 6, 10):
+        assert learning_rate(epoch, config, 4) == pytest.approx(factor * learning_rate(epoch, config, 1))

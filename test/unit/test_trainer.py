@@ -1,6 +1,8 @@
 """The loop: what it learns, what stops it, what it skips, and that a resumed run is the same run."""
 
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -88,6 +90,94 @@ def test_a_resumed_run_is_the_same_run(tiny_data, tmp_path):
     assert same(weights_of(whole), weights_of(second))
     losses = [[line.rsplit("loss ", 1)[1] for line in t.log if line.startswith("Ep ")] for t in (whole, first, second)]
     assert losses[0] == losses[1] + losses[2]
+
+
+def test_a_run_goes_on_in_the_middle_of_an_epoch(tiny_data, tmp_path):
+    settings = {"total_epochs": 3, "checkpoint_every_steps": 2, "l_loss_weight": 1.0}
+    (tmp_path / "whole").mkdir()
+    whole = make_trainer(tiny_data, tmp_path / "whole", **settings)
+    whole.train()
+
+    (tmp_path / "parts").mkdir()
+    first = make_trainer(tiny_data, tmp_path / "parts", **settings)
+    add = first.throughput.add
+
+    def ends_in_its_fifth_step(*given):
+        add(*given)
+        if first.throughput.steps == 5:
+            raise KeyboardInterrupt
+
+    first.throughput.add = ends_in_its_fifth_step
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    saved = read_weight_file(tmp_path / "parts")
+    assert (saved["epoch"], saved["step"]) == (
+        1,
+        0,
+    )  # 3 steps an epoch: after the epoch, then its step 2 was not reached
+    second = make_trainer(tiny_data, tmp_path / "parts", **settings)
+    second.resume()
+    second.train()
+    assert same(weights_of(whole), weights_of(second))
+
+
+def test_a_signal_ends_the_run_after_its_step_with_all_saved(tiny_data, tmp_path):
+    trainer = make_trainer(tiny_data, tmp_path, total_epochs=3)
+    add = trainer.throughput.add
+
+    def signalled(*given):
+        add(*given)
+        if trainer.throughput.steps == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.throughput.add = signalled
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RunStopped, match=r"SIGTERM at step 1 of epoch 2; the last good checkpoint is") as error:
+        trainer.train()
+    assert error.value.status == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    saved = read_weight_file(tmp_path)
+    assert (saved["epoch"], saved["step"]) == (1, 1)
+    assert same(saved["model"], trainer.model.state_dict())
+    rest = make_trainer(tiny_data, tmp_path, total_epochs=3)
+    rest.resume()
+    assert any("after epoch 1 and step 1 of the next" in line for line in rest.log)
+    rest.train()
+    (tmp_path / "whole").mkdir()
+    whole = make_trainer(tiny_data, tmp_path / "whole", total_epochs=3)
+    whole.train()
+    assert same(weights_of(whole), weights_of(rest))
+    losses = [[line.rsplit("loss ", 1)[1] for line in t.log if line.startswith("Ep ")] for t in (whole, trainer, rest)]
+    assert losses[0] == losses[1] + losses[2]
+
+
+@pytest.mark.parametrize("error", ["DataLoader worker exited unexpectedly", "Connection closed by peer"])
+def test_what_ends_of_a_signal_is_no_error_of_its_own(tiny_data, tmp_path, error):
+    trainer = make_trainer(tiny_data, tmp_path, total_epochs=3)
+
+    def fails(batches):
+        for number, batch in enumerate(batches):
+            if number == 2:
+                trainer.stop.take_note(signal.SIGINT, None)
+                raise RuntimeError(error)
+            yield batch
+
+    trainer.profile.steps = fails
+    with pytest.raises(RunStopped, match="SIGINT at step 2 of epoch 1") as stopped:
+        trainer.train()
+    assert stopped.value.status == 130
+    assert read_weight_file(tmp_path)["step"] == 2
+
+
+def test_ranks_whose_weights_differ_stop_the_run(tiny_data, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_data, tmp_path, total_epochs=1)
+    trainer.world = World(0, 2, 0)
+    monkeypatch.setattr(trainer_module, "sum_over_ranks", lambda value: value)
+    monkeypatch.setattr(trainer_module, "take_from_main", lambda tensors: None)
+    trainer.check_ranks(1)
+    monkeypatch.setattr(trainer_module, "take_from_main", lambda tensors: [tensor.add_(1) for tensor in tensors])
+    with pytest.raises(RunStopped, match="after epoch 1 the weights of 1 of 2 processes differ"):
+        trainer.check_ranks(1)
 
 
 def test_resuming_with_other_flags_says_which(tiny_data, tmp_path):
