@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import importlib.util
 import inspect
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from aligned_reid.errors import InputError
+from aligned_reid.host import cpu_has_bfloat16, keep_freed_memory
 from aligned_reid.loss_scaler import ApexScaler, LossScaler, NativeScaler
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
@@ -449,27 +449,3 @@ def make_adam(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float
         return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True, **ADAM)  # type: ignore[arg-type]
     except RuntimeError:
         return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, **ADAM)  # type: ignore[arg-type]
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep memory that tensors free, for the tensors of the next step.
-
-    As it is, it gives each activation back to the system and gets it again, zeroed, page by page. Peak memory grows by
-    what lies between the pieces. Other libraries than glibc are left alone.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware (AMX or AVX-512 BF16)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,24 @@ def draw(rows: list[tuple[int, str, float, float]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def measure_sizes(
+    galleries: Sequence[int], re_rank_up_to: int, local: bool, parent: str | None = None, figure: Path | None = None
+) -> None:
+    """Measure each size of the gallery and print a table; draw it into `figure`."""
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {NUM_QUERY} queries")
+    print("| gallery | distance | published | ours, s | ours, MB |")
+    print("| --- | --- | --- | --- | --- |")
+    rows = []
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        for num_gallery in galleries:
+            re_rank = num_gallery <= re_rank_up_to
+            for name, seconds, megabytes in measure_size(Path(folder), num_gallery, local, re_rank):
+                print(f"| {num_gallery:,} | {name} | - | {seconds:.1f} | {megabytes:.0f} |", flush=True)
+                rows.append((num_gallery, name, seconds, megabytes))
+    if figure:
+        draw(rows, figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--galleries", type=parse_ints, default=(1000, 4000, 16000, 64000, 256000, 516000))
@@ -145,18 +163,7 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="where the features are written")
     parser.add_argument("--figure", type=Path, default=None)
     arguments = parser.parse_args()
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {NUM_QUERY} queries")
-    print("| gallery | distance | published | ours, s | ours, MB |")
-    print("| --- | --- | --- | --- | --- |")
-    rows = []
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for num_gallery in arguments.galleries:
-            re_rank = num_gallery <= arguments.re_rank_up_to
-            for name, seconds, megabytes in measure_size(Path(folder), num_gallery, arguments.local, re_rank):
-                print(f"| {num_gallery:,} | {name} | - | {seconds:.1f} | {megabytes:.0f} |", flush=True)
-                rows.append((num_gallery, name, seconds, megabytes))
-    if arguments.figure:
-        draw(rows, arguments.figure)
+    measure_sizes(arguments.galleries, arguments.re_rank_up_to, arguments.local, arguments.folder, arguments.figure)
 
 
 if __name__ == "__main__":

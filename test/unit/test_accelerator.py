@@ -212,7 +212,7 @@ def test_a_device_that_another_process_holds(monkeypatch):
 def test_freed_memory_is_kept_for_the_next_step():
     source = """
 import resource, sys, torch
-from aligned_reid.accelerator import keep_freed_memory
+from aligned_reid.host import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for step in range(10):
