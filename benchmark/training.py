@@ -12,6 +12,7 @@ not timed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import queue
 import statistics
@@ -221,7 +222,7 @@ class OurTraining:
 
 
 def serve(side: str, arguments: argparse.Namespace, connection: Connection) -> None:
-    """One side, in its own process: answers "train" with seconds per step, "extract" with images/s, until "end"."""
+    """One side, in its own process: answers "train" with seconds per step and "extract" with images/s."""
     data = open_data(arguments.data_path)
     train, test = TrainImages(data, size=arguments.resize_h_w), TestImages(data, size=arguments.resize_h_w)
     test.image_names = test.image_names[: arguments.extract]
@@ -231,8 +232,10 @@ def serve(side: str, arguments: argparse.Namespace, connection: Connection) -> N
         else:
             training = OurTraining(train, arguments.workers, Path(folder))
         connection.send(training.describe())
-        while (work := connection.recv()) != "end":
-            connection.send(training.block(arguments.steps) if work == "train" else training.extract(test))
+        with contextlib.suppress(EOFError):  # the benchmark has ended
+            while True:
+                work = connection.recv()
+                connection.send(training.block(arguments.steps) if work == "train" else training.extract(test))
 
 
 def main() -> None:
@@ -248,7 +251,7 @@ def main() -> None:
     connections, described = {}, {}
     for side in ("published", "ours"):
         connections[side], theirs = context.Pipe()
-        context.Process(target=serve, args=(side, arguments, theirs), daemon=True).start()
+        context.Process(target=serve, args=(side, arguments, theirs)).start()
         theirs.close()  # so that a side that has ended is noticed
         described[side] = connections[side].recv()
 
@@ -258,13 +261,15 @@ def main() -> None:
 
     seconds: dict[str, list[float]] = {side: [] for side in connections}
     rates: dict[str, list[float]] = {side: [] for side in connections}
-    for _ in range(arguments.rounds):
-        for side in connections:
-            seconds[side] += ask(side, "train")
-        for side in connections:
-            rates[side].append(ask(side, "extract"))
-    for connection in connections.values():
-        connection.send("end")
+    try:
+        for _ in range(arguments.rounds):
+            for side in connections:
+                seconds[side] += ask(side, "train")
+            for side in connections:
+                rates[side].append(ask(side, "extract"))
+    finally:
+        for connection in connections.values():
+            connection.close()
     print(f"{described['ours']}; {arguments.resize_h_w[0]} x {arguments.resize_h_w[1]}; medians")
     print("| work | published, images/s | ours, images/s | ratio |")
     print("| --- | --- | --- | --- |")

@@ -1,9 +1,12 @@
 """A prepared data set: opening it, its training and test images, and the loader that brings them as uint8 batches."""
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -20,6 +23,8 @@ from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_na
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, mirror_image, random_crop, resize_image
 from aligned_reid.errors import InputError
+
+SECONDS_BETWEEN_LOOKS = 2.0  # of a worker for its main process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +227,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=images.collate,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=functools.partial(_start_worker, os.getpid()),
         multiprocessing_context=context,
         generator=torch.Generator(),  # else it draws from the global one, and more often with workers than without
         persistent_workers=workers > 0,
@@ -234,8 +239,20 @@ def num_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_worker(_: int) -> None:
-    """One core a worker, and Ctrl-C is the main process's to answer."""
+def _start_worker(main_process: int, _: int) -> None:
+    """One core a worker, Ctrl-C is the main process's to answer, and no worker outlives it."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # torch's workers watch their parent, which here is the fork server; that lives as long as one of them does.
+    threading.Thread(target=_end_with, args=(main_process,), daemon=True).start()
+
+
+def _end_with(process: int) -> None:
+    """End this process once another one, which may be killed, is gone."""
+    while True:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -92,3 +92,29 @@ def test_a_signal_saves_first(tiny_data, tmp_path, number, status):
     assert message, err
     saved = torch.load(tmp_path / "ckpt.pth", weights_only=True)
     assert (saved["step"], saved["epoch"]) == (int(message[1]), int(message[2]) - 1)
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_process_behind(tiny_data, tmp_path):
+    flags = ("--pretrained=none", "--resize_h_w=64,32", "--ids_per_batch=4", "--ims_per_id=2", "--workers=2")
+    command = [sys.executable, ROOT / "script" / "train.py", f"--data_path={tiny_data}", *flags, "--device=cpu"]
+    process = subprocess.Popen(
+        [*map(str, command), f"--exp_dir={tmp_path / 'run'}", "--total_epochs=1000"],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    for line in process.stdout:
+        if line.startswith("Ep 1,"):
+            break
+    process.kill()
+    process.wait()
+    for _ in range(300):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("processes of the killed run are still there after 30 seconds")

@@ -1,8 +1,8 @@
 """The operators of a training step, for docs/ascend.md, each with its calls and looked up in torch_npu's own lists.
 
-    NPU_SIM_REPORT=/tmp/report PYTHONPATH=test/npu_sim TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+    NPU_SIM_REPORT=report PYTHONPATH=test/npu_sim TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
         python script/train.py --device=npu -llw=1 -idlw=1 ...
-    python test/npu_sim/operators_of_step.py /tmp/report.0.json <unpacked torch_npu wheel>
+    python test/npu_sim/operators_of_step.py report.0.json <unpacked torch_npu wheel>
 
 torch_npu's wheel lists the operators that it implements in csrc/aten/npu_native_functions*.yaml.
 """
