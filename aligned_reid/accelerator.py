@@ -9,7 +9,7 @@ import inspect
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from aligned_reid.errors import InputError
 from aligned_reid.host import cpu_has_bfloat16, keep_freed_memory
 from aligned_reid.loss_scaler import ApexScaler, LossScaler, NativeScaler
-
-ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
+from aligned_reid.optimizer import ADAM, Parameters, make_adam, parameters_of
 
 
 @dataclass(frozen=True)
@@ -114,20 +113,25 @@ class Accelerator:
         return contextlib.nullcontext()
 
     def prepare(
-        self, model: nn.Module, lr: float, weight_decay: float, scale: float | None
+        self, model: nn.Module, lr: float, weight_decay: float, scale: float | None, *, decay_norms: bool = True
     ) -> tuple[torch.optim.Optimizer, LossScaler]:
         """The optimiser of what `model` trains, and its loss scaler; before the model is wrapped for several processes.
 
-        scale: static loss scale; None: dynamic.
+        scale: static loss scale; None: dynamic. decay_norms: whether weight_decay is for norms and biases too.
         """
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return self.adam(parameters, lr, weight_decay), self.loss_scaler(scale)
+        return self.adam(parameters_of(model, decay_norms), lr, weight_decay), self.loss_scaler(scale)
+
+    def convert_sync_bn(self, model: nn.Module) -> nn.Module:
+        """`model` with batch norms that normalise by the batches of all processes. A CPU raises InputError."""
+        if self.name == "cpu":
+            raise InputError("--sync_bn true: torch has no batch norm over several processes for CPUs; leave it out")
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def loss_scaler(self, scale: float | None) -> LossScaler:
         """scale: static loss scale; None: dynamic. bfloat16 and float32 need none, so the CPU's is 1."""
         return LossScaler()
 
-    def adam(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def adam(self, parameters: Parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         return make_adam(parameters, lr, weight_decay)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -307,7 +311,7 @@ class Npu(Cuda):
         """
         return self.api.amp.GradScaler(**options)
 
-    def adam(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def adam(self, parameters: Parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         module, _ = import_torch_npu()
         return module.optim.NpuFusedAdam(list(parameters), lr=lr, weight_decay=weight_decay, **ADAM)  # type: ignore[union-attr]
 
@@ -324,14 +328,14 @@ class Npu(Cuda):
         return self.apex_amp.disable_casts() if self.apex_amp is not None else contextlib.nullcontext()
 
     def prepare(
-        self, model: nn.Module, lr: float, weight_decay: float, scale: float | None
+        self, model: nn.Module, lr: float, weight_decay: float, scale: float | None, *, decay_norms: bool = True
     ) -> tuple[torch.optim.Optimizer, LossScaler]:
         if not self.modes.apex or self.half is None:
-            return super().prepare(model, lr, weight_decay, scale)
+            return super().prepare(model, lr, weight_decay, scale, decay_norms=decay_norms)
         amp, reason = import_apex()
         assert amp is not None, reason
         optimizers = importlib.import_module("apex.optimizers")
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameters = parameters_of(model, decay_norms)
         optimizer = optimizers.NpuFusedAdam(parameters, lr=lr, weight_decay=weight_decay, **ADAM)
         given = "dynamic" if scale is None else scale
         _, optimizer = amp.initialize(model, optimizer, opt_level="O1", loss_scale=given, combine_grad=True)
@@ -440,12 +444,3 @@ def import_apex() -> tuple[ModuleType | None, str]:
         return None, f"apex cannot be imported ({error})"
     except Exception as error:  # a foreign package may fail in any way
         return None, f"apex cannot be imported ({(str(error).splitlines() or [type(error).__name__])[0]})"
-
-
-def make_adam(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """torch's Adam, fused where this torch can for these tensors (CPU: torch >= 2.4)."""
-    parameters = list(parameters)
-    try:
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True, **ADAM)  # type: ignore[arg-type]
-    except RuntimeError:
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, **ADAM)  # type: ignore[arg-type]

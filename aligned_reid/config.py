@@ -3,79 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from aligned_reid.errors import InputError
-
-
-def parse_bool(text: str) -> bool:
-    """'true' or 'false' in any case; anything else is refused (`bool('false')` would be True)."""
-    try:
-        return {"true": True, "false": False}[text.strip().lower()]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
-
-
-def parse_ints(text: str) -> tuple[int, ...]:
-    """'256,128' or '(256, 128)' -> (256, 128). Parsed, never evaluated."""
-    try:
-        return tuple(int(part) for part in text.strip().strip("()[]").split(",") if part.strip())
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 256,128") from None
-
-
-def parse_height_width(text: str) -> tuple[int, int]:
-    size = parse_ints(text)
-    if len(size) != 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not height,width such as 256,128")
-    return size[0], size[1]
-
-
-def parse_margin(text: str) -> float | None:
-    """A number, or 'none' for the soft margin log(1 + exp(dist_ap - dist_an))."""
-    if text.strip().lower() == "none":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none (soft margin)") from None
-
-
-def parse_loss_scale(text: str) -> float | None:
-    """A positive number for a static scale, or 'dynamic' (None)."""
-    if text.strip().lower() == "dynamic":
-        return None
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = 0.0
-    if not 0.0 < scale < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor dynamic")
-    return scale
-
-
-def parse_local_distance(text: str) -> bool | None:
-    """'true', 'false', or 'auto' (None): where the local branch was trained."""
-    return None if text.strip().lower() == "auto" else parse_bool(text)
-
-
-PARSERS: dict[str, Callable[[str], Any]] = {
-    "bool": parse_bool,
-    "int": int,
-    "int | None": int,
-    "float": float,
-    "float | None": parse_margin,
-    "str": str,
-    "tuple[int, int]": parse_height_width,
-    "tuple[int, ...]": parse_ints,
-}
-
+from aligned_reid.flags import PARSERS, OneLineParser, format_option, parse_local_distance, parse_loss_scale
+from aligned_reid.recipes import RECIPES
 
 # How None is written on the command line; options that are not here are just left out.
 NONE_AS = {"global_margin": "none", "local_margin": "none", "loss_scale": "dynamic", "use_local_distance": "auto"}
@@ -94,6 +30,9 @@ def option(
 class Config:
     """All settings of a run. Frozen: what was parsed is what the log, the checkpoint and results.json say."""
 
+    recipe: str = option(
+        "reference", "settings to start from, a row of aligned_reid/recipes.py; flags come on top", choices=[*RECIPES]
+    )
     # data
     data_path: str = option("", "folder with images/ and partitions.pkl", aliases=["--data_pth"])
     dataset: str = option("market1501", "name of the data set, for the log and the run folder")
@@ -102,6 +41,8 @@ class Config:
     resize_h_w: tuple[int, int] = option((256, 128), "height,width of the images that the model sees, in pixels")
     crop_prob: float = option(0.0, "probability that a training image is cropped at random")
     crop_ratio: float = option(1.0, "smallest share of height and of width that a random crop keeps")
+    pad_crop: int = option(0, "pixels to pad a training image by at each side before it is cropped back at random")
+    erase_prob: float = option(0.0, "probability that a rectangle of a training image is erased")
     workers: int = option(
         4, "processes that decode images, per device, at most one a processor; 0: in the main process"
     )
@@ -114,9 +55,16 @@ class Config:
         "with several processes: each walks all identities (independent), or they share them (sharded)",
         choices=["independent", "sharded"],
     )
+    accumulate: int = option(1, "batches whose gradients are averaged into one step; each is mined by itself")
+    cross_rank_mining: bool = option(False, "mine over the batches of all processes, not each its own")
     # model
     pretrained: str = option("imagenet", "start of the trunk: imagenet, none, or a file with ResNet-50 weights")
     model_weight_file: str = option("", "weights to start or test from: a file, or a folder that holds ckpt.pth")
+    last_stride: int = option(2, "stride of the trunk's last stage: 2, or 1 for twice the stripes and columns")
+    pooling: str = option("avg", "global pooling: avg, or gem (generalised mean)", choices=["avg", "gem"])
+    bnneck: bool = option(False, "a batch norm between global feature and classifier, which then has no bias")
+    grad_checkpoint: bool = option(False, "compute activations twice instead of keeping them: half the memory")
+    sync_bn: bool = option(False, "batch norm over the batches of all processes (torch has none for CPUs)")
     # losses
     normalize_feature: bool = option(False, "bring features to unit length, in training and test")
     local_dist_own_hard_sample: bool = option(False, "the local loss mines its own hard samples, not the global ones")
@@ -125,16 +73,28 @@ class Config:
     g_loss_weight: float = option(1.0, "weight of the global triplet loss", aliases=["-glw"], parse=float)
     l_loss_weight: float = option(0.0, "weight of the local triplet loss", aliases=["-llw"], parse=float)
     id_loss_weight: float = option(0.0, "weight of the identity loss", aliases=["-idlw"], parse=float)
+    label_smoothing: float = option(0.0, "share of the identity loss's target that is spread over all identities")
+    center_loss_weight: float = option(0.0, "weight of the center loss")
+    num_models: int = option(1, "models that are trained together and learn from each other (mutual learning)")
+    models_apart: bool = option(False, "each of --num_models on a device of its own, counted from --npu")
+    pm_loss_weight: float = option(0.0, "weight of the mutual loss on probabilities", aliases=["-pmlw"])
+    gdm_loss_weight: float = option(0.0, "weight of the mutual loss on global distances", aliases=["-gdmlw"])
+    ldm_loss_weight: float = option(0.0, "weight of the mutual loss on local distances", aliases=["-ldmlw"])
     # schedule
     total_epochs: int = option(300, "epochs to train; an epoch shows every identity once")
     base_lr: float = option(2e-4, "learning rate of Adam before decay")
     lr_scale: str = option(
         "none", "multiply --base_lr by the number of processes, or its root", choices=["none", "linear", "sqrt"]
     )
-    lr_decay_type: str = option("exp", "learning rate schedule", choices=["exp", "staircase"])
+    weight_decay: float = option(5e-4, "weight decay of Adam (added to the gradient)")
+    decay_norms: bool = option(True, "decay biases and the weights of norms too")
+    warmup_epochs: int = option(0, "epochs over which the learning rate rises from 1/100, step by step")
+    lr_decay_type: str = option("exp", "learning rate schedule", choices=["exp", "staircase", "cosine"])
     exp_decay_at_epoch: int = option(151, "epoch from which the rate falls exponentially, to 1/1000 at the end")
     staircase_decay_at_epochs: tuple[int, ...] = option((101, 201), "epochs at which the rate drops")
     staircase_decay_multiply_factor: float = option(0.1, "factor of each drop")
+    freeze_trunk_epochs: int = option(0, "first epochs in which only the heads are trained")
+    ema_decay: float = option(0.0, "decay per step of the weights' moving average, which is tested; 0: no average")
     # evaluation
     only_test: bool = option(False, "evaluate --model_weight_file (or the run folder's checkpoint), do not train")
     use_local_distance: bool | None = option(
@@ -142,6 +102,9 @@ class Config:
         "evaluate local distance: true, false, or auto (where the local branch was trained)",
         parse=parse_local_distance,
     )
+    feature_after_bn: bool = option(False, "test the global feature after --bnneck's batch norm")
+    test_distance: str = option("euclidean", "distance at test", choices=["euclidean", "cosine"])
+    flip_test: bool = option(False, "test the mean of an image's features and its mirror image's")
     multi_query: bool = option(
         False, "measure multi-query too: queries pooled over their person's images in the camera"
     )
@@ -167,10 +130,13 @@ class Config:
     run: int = option(1, "number of the run, for the default run folder", aliases=["-r"])
     resume: bool = option(False, "go on from the run folder's ckpt.pth")
     checkpoint_every_steps: int = option(0, "write ckpt.pth every so many steps too, not only after epochs; 0: no")
+    stop_on_collapse: bool = option(False, "end a run that has collapsed, with status 3; it is named in the log anyway")
+    repeat: int = option(1, "runs with seeds that count up; their mean and standard deviation are reported")
     seed: int | None = option(None, "seed of everything random; default: drawn at random and logged")
     set_seed: bool = option(False, "true is --seed 1")
     profile: int = option(0, "count what a step computes and trace this many steps, into profile/ of the run folder")
     log_to_file: bool = option(True, "write log.txt and tensorboard files into the run folder")
+    given: frozenset[str] = field(default=frozenset(), compare=False)  # names of the options that were given
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str] | None = None) -> Config:
@@ -178,9 +144,15 @@ class Config:
         parser = make_parser()
         values = vars(parser.parse_args(arguments))
         try:
-            return cls(**values).checked()
+            return cls.of(**values).checked()
         except InputError as error:
             parser.error(str(error))
+
+    @classmethod
+    def of(cls, **values: Any) -> Config:
+        """The recipe's settings with `values`, which are what a user gave, on top."""
+        recipe = RECIPES[values.get("recipe", "reference")]
+        return cls(**{**recipe, **values}, given=frozenset(values))
 
     def checked(self) -> Config:
         """Self, with --set_seed resolved; raises InputError where a value is out of range."""
@@ -200,10 +172,42 @@ class Config:
             (self.run >= 1, "--run counts from 1"),
             (self.seed is None or 0 <= self.seed < 2**31, "--seed is a whole number from 0 to 2147483647"),
             (self.amp == "O1" or self.amp_backend != "apex", "--amp_backend apex needs --amp O1"),
+            (
+                self.amp_backend != "apex" or self.accumulate == self.num_models == 1,
+                "--amp_backend apex trains one model, a batch a step; use native for --accumulate and --num_models",
+            ),
             (self.npu is None or self.npu >= 0, "--npu is a device index, 0 or more"),
-            (min(self.loss_weights) >= 0.0, "loss weights (-glw, -llw, -idlw) are 0 or more"),
+            (
+                min(*self.loss_weights, *self.mutual_weights, self.center_loss_weight) >= 0.0,
+                "loss weights (-glw, -llw, -idlw, --center_loss_weight, -pmlw, -gdmlw, -ldmlw) are 0 or more",
+            ),
             (self.only_test or sum(self.loss_weights) > 0.0, "one of -glw, -llw, -idlw has to be above 0"),
             (self.exp_decay_at_epoch >= 1, "--exp_decay_at_epoch counts from 1"),
+            (self.last_stride in (1, 2), "--last_stride is 1 or 2"),
+            (self.pad_crop >= 0, "--pad_crop is a number of pixels, 0 or more"),
+            (0.0 <= self.erase_prob <= 1.0, "--erase_prob is a probability, 0 to 1"),
+            (self.accumulate >= 1, "--accumulate is a number of batches, 1 or more"),
+            (0.0 <= self.label_smoothing < 1.0, "--label_smoothing is a share, from 0 to below 1"),
+            (0.0 <= self.ema_decay < 1.0, "--ema_decay is from 0 to below 1, such as 0.999"),
+            (self.weight_decay >= 0.0, "--weight_decay is 0 or more"),
+            (self.warmup_epochs >= 0, "--warmup_epochs is a number of epochs, 0 or more"),
+            (self.freeze_trunk_epochs >= 0, "--freeze_trunk_epochs is a number of epochs, 0 or more"),
+            (self.repeat >= 1, "--repeat is a number of runs, 1 or more"),
+            (self.bnneck or not self.feature_after_bn, "--feature_after_bn needs --bnneck true"),
+            (self.num_models >= 1, "--num_models is 1 or more"),
+            (
+                self.num_models > 1 or sum(self.mutual_weights) == 0,
+                "-pmlw, -gdmlw, -ldmlw need --num_models 2 or more",
+            ),
+            (self.num_models > 1 or not self.models_apart, "--models_apart needs --num_models 2 or more"),
+            (
+                self.pm_loss_weight == 0.0 or self.id_loss_weight > 0.0,
+                "-pmlw needs -idlw above 0: probabilities come from the identity classifier",
+            ),
+            (
+                self.ldm_loss_weight == 0.0 or self.l_loss_weight > 0.0,
+                "-ldmlw needs -llw above 0: local distances come from the local branch",
+            ),
         ]
         for holds, rule in rules:
             if not holds:
@@ -216,16 +220,24 @@ class Config:
         return self.g_loss_weight, self.l_loss_weight, self.id_loss_weight
 
     @property
+    def mutual_weights(self) -> tuple[float, float, float]:
+        """Weights of the mutual losses on probabilities, global and local distances."""
+        return self.pm_loss_weight, self.gdm_loss_weight, self.ldm_loss_weight
+
+    @property
     def run_dir(self) -> Path:
         """--exp_dir, or the reference's naming of a run by its settings."""
         if self.exp_dir:
             return Path(self.exp_dir)
         decay = f"exp_decay_at_{self.exp_decay_at_epoch}"
-        if self.lr_decay_type == "staircase":
+        if self.lr_decay_type == "cosine":
+            decay = "cosine"
+        elif self.lr_decay_type == "staircase":
             epochs = "_".join(str(epoch) for epoch in self.staircase_decay_at_epochs)
             decay = f"staircase_decay_at_{epochs}_factor_{self.staircase_decay_multiply_factor:g}"
         settings = "_".join(
             [
+                *([] if self.recipe == "reference" else [self.recipe]),
                 "nf" if self.normalize_feature else "not_nf",
                 "ohs" if self.local_dist_own_hard_sample else "not_ohs",
                 f"gm_{margin_name(self.global_margin)}",
@@ -233,6 +245,7 @@ class Config:
                 f"glw_{self.g_loss_weight:g}",
                 f"llw_{self.l_loss_weight:g}",
                 f"idlw_{self.id_loss_weight:g}",
+                *([] if self.num_models == 1 else [f"models_{self.num_models}"]),
                 f"lr_{self.base_lr:g}",
                 decay,
                 f"total_{self.total_epochs}",
@@ -242,12 +255,13 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings, booleans, lists and None only: what JSON and a weights_only checkpoint can hold."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps({one.name: getattr(self, one.name) for one in OPTIONS}))
 
     def to_flags(self) -> list[str]:
         """The command line that gives these settings; options that are not set are left out."""
-        values = {one.name: NONE_AS.get(one.name, "") for one in fields(self)}
-        values |= {name: format_option(value) for name, value in vars(self).items() if value is not None}
+        values = {one.name: NONE_AS.get(one.name, "") for one in OPTIONS}
+        set_values = {one.name: getattr(self, one.name) for one in OPTIONS}
+        values |= {name: format_option(value) for name, value in set_values.items() if value is not None}
         return [f"--{name}={value}" for name, value in values.items() if value]
 
     def differences(self, other: dict[str, Any]) -> list[str]:
@@ -259,31 +273,21 @@ class Config:
         ]
 
 
+OPTIONS = tuple(one for one in fields(Config) if "help" in one.metadata)
+
+
 def margin_name(margin: float | None) -> str:
     return "soft" if margin is None else f"{margin:g}"
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line with the nearest flag's name, and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-        if unknown.startswith("-") and message.startswith("unrecognized"):
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown, flags, n=1)
-            message = f"unknown flag {unknown}" + (f" (did you mean {near[0]}?)" if near else "")
-        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(2)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of `script/train.py`: one flag per field of Config."""
     parser = OneLineParser(allow_abbrev=False, description="Train and evaluate AlignedReID.")
-    for one in fields(Config):
+    for one in OPTIONS:
         parser.add_argument(
             *flags_of(one),
             dest=one.name,
-            default=one.default,
+            default=argparse.SUPPRESS,  # what is not given is the recipe's
             type=one.metadata["parse"] or PARSERS[str(one.type)],
             choices=one.metadata["choices"] or None,
             metavar=None if one.metadata["choices"] else "X",
@@ -302,21 +306,10 @@ def default_of(one: Any) -> str:
     return NONE_AS.get(one.name, "") if one.default is None else format_option(one.default)
 
 
-def format_option(value: Any) -> str:
-    """A value other than None as it is written on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return ",".join(str(part) for part in value)
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
-
-
 def markdown_table() -> str:
     """The README's table of flags."""
     rows = ["| flag | default | what it does |", "| --- | --- | --- |"]
-    for one in fields(Config):
+    for one in OPTIONS:
         names = ", ".join(f"`{flag}`" for flag in flags_of(one))
         default = "random" if one.name == "seed" else default_of(one)
         choices = " (" + ", ".join(one.metadata["choices"]) + ")" if one.metadata["choices"] else ""

@@ -79,6 +79,19 @@ def take_from_main(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
+def gather_with_own(own: Tensor) -> Tensor:
+    """Join the ranks' tensors [n, ...], all of one shape, in rank order to [size * n, ...].
+
+    This rank's part is `own` itself, through which gradient flows; the others' are constants.
+    """
+    if not is_grouped():
+        return own
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own.detach().contiguous())
+    parts[dist.get_rank()] = own
+    return torch.cat(parts)
+
+
 def gather_rows(rows: Tensor, total: int) -> Tensor:
     """Join the ranks' blocks [n_r, ...] in rank order to [total, ...]; every rank gets it.
 

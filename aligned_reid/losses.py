@@ -4,12 +4,13 @@ Batch-hard mining: Hermans et al., "In Defense of the Triplet Loss for Person Re
 Mutual learning: Zhang et al., "Deep Mutual Learning", arXiv:1706.00384, on distances: arXiv:1711.08184, section 3.2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from aligned_reid.distance import (
     aligned_distance,
@@ -134,6 +135,36 @@ def local_loss(
     dist = aligned_distance_pairs(feat.repeat(2, 1, 1), feat.index_select(0, partners))
     dist_ap, dist_an = dist.chunk(2)
     return triplet(dist_ap, dist_an), dist_ap, dist_an
+
+
+class CenterLoss(nn.Module):
+    """Half the mean squared distance of features from the center of their identity.
+
+    Wen et al., "A Discriminative Feature Learning Approach for Deep Face Recognition", ECCV 2016, equation 2, as a mean
+    over images. The centers are no parameters: `move` moves them as equation 4 says.
+    """
+
+    centers: Tensor  # [num_classes, width]
+
+    def __init__(self, num_classes: int, width: int, rate: float = 0.5) -> None:
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("centers", torch.zeros(num_classes, width))
+
+    def forward(self, feat: Tensor, labels: Tensor) -> Tensor:
+        """feat [N, width], labels [N] -> scalar; its gradient reaches `feat`."""
+        difference = at_least_float32(feat) - self.centers.index_select(0, labels)
+        return 0.5 * difference.square().sum(1).mean()
+
+    @torch.no_grad()
+    def move(self, feat: Tensor, labels: Tensor, sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        """Move each center by rate * sum(feature - center) / (1 + number), over the images of its identity."""
+        difference = at_least_float32(feat) - self.centers.index_select(0, labels)
+        # One tensor [C, width + 1], the last column counting, so that ranks add up theirs in one go.
+        moved = self.centers.new_zeros((len(self.centers), self.centers.shape[1] + 1))
+        moved.index_add_(0, labels, F.pad(difference, (0, 1), value=1.0))
+        moved = sum_over_ranks(moved)
+        self.centers.add_(moved[:, :-1] / (1.0 + moved[:, -1:]), alpha=self.rate)
 
 
 def mutual_probability_loss(logits: Tensor, other_logits: Tensor) -> Tensor:

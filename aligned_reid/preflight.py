@@ -63,7 +63,15 @@ def open_images(config: Config) -> RunInput:
     test = TestImages(data, "test", config.multi_query, size)
     train = None
     if not config.only_test:
-        train = TrainImages(data, config.trainset_part, size, config.crop_prob, config.crop_ratio)
+        train = TrainImages(
+            data,
+            config.trainset_part,
+            size,
+            config.crop_prob,
+            config.crop_ratio,
+            pad_crop=config.pad_crop,
+            erase_prob=config.erase_prob,
+        )
     check_protocol(test.person_ids, test.cameras, test.marks)
     check_images(data, [*(train.image_names if train else []), *test.image_names])
     return RunInput(test, train)

@@ -16,12 +16,13 @@ import torch
 
 from aligned_reid.accelerator import Accelerator, open_accelerator
 from aligned_reid.config import Config
+from aligned_reid.data.dataset import TestImages
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.distributed import World, close_group, open_group, read_world, sum_over_ranks
 from aligned_reid.evaluation.extract import extract_features, feature_blocks
 from aligned_reid.evaluation.feature_file import FeatureWriter
-from aligned_reid.evaluation.protocol import Measures, evaluate_features
-from aligned_reid.model import AlignedReID, load_weights, open_model
+from aligned_reid.evaluation.protocol import Measures, Scores, evaluate_features
+from aligned_reid.model import AlignedReID, architecture_of, load_weights, open_model
 from aligned_reid.preflight import RunInput, check_input, check_save_file
 from aligned_reid.training.checkpoint import read_checkpoint, set_aside
 from aligned_reid.training.log import Log
@@ -30,6 +31,15 @@ from aligned_reid.weights import CHECKPOINT_NAME, digest_of, find_state_dict, se
 
 RESULTS_NAME = "results.json"
 MARK_NAMES = ("query", "gallery", "multi-query")
+TEST_SETTINGS = (
+    "last_stride",
+    "pooling",
+    "bnneck",
+    "feature_after_bn",
+    "normalize_feature",
+    "test_distance",
+    "flip_test",
+)  # what belongs to a model's weights when it is tested
 SCORE_NAMES = ("global", "global_re_ranked", "local", "local_re_ranked", "global_local", "global_local_re_ranked")
 
 
@@ -49,11 +59,14 @@ def run(config: Config) -> dict[str, Any]:
             return train_and_evaluate(config, world, accelerator, given, log)
 
 
-def open_device(config: Config, local_rank: int) -> Accelerator:
-    """The device that a process of the run computes on. Raises InputError where it cannot be used as asked."""
+def open_device(config: Config, local_rank: int, index: int | None = None) -> Accelerator:
+    """The device that a process of the run computes on, or the one at `index`.
+
+    Raises InputError where it cannot be used as asked.
+    """
     return open_accelerator(
         config.device,
-        config.npu,
+        config.npu if index is None else index,
         local_rank,
         mixed_precision=config.amp == "O1",
         amp_backend=config.amp_backend,
@@ -112,6 +125,9 @@ def log_settings(config: Config, world: World, accelerator: Accelerator, given: 
     if accelerator.passed_over:
         log(accelerator.passed_over)
     log(f"settings: {' '.join(config.to_flags())}")
+    if config.recipe != "reference":
+        recipe = Config.of(recipe=config.recipe).differences(Config().to_dict())
+        log(f"recipe {config.recipe}, where it differs from the reference: {'; '.join(recipe[1:])}")
     if given.train is not None:
         log(f"{config.trainset_part}: {len(given.train):,} images of {given.train.num_classes:,} identities")
     counts = np.bincount(given.test.marks, minlength=len(MARK_NAMES))
@@ -126,27 +142,30 @@ def train_and_evaluate(
     local_was_trained = config.l_loss_weight > 0
     speed, profile = Speed(), None
     if given.train is None:
+        config = settle_test(config, given.weights, log)
         model, local_was_trained = load_for_test(config, given.weights, log)
+        models = [model]
     else:
         trainer = train(config, world, accelerator, given, log)
-        model, speed, profile = trainer.model, trainer.speed, trainer.profile.results()
+        models = [learner.tested_model for learner in trainer.learners]
+        speed, profile = trainer.speed, trainer.profile.results()
     train_seconds = time.monotonic() - start
     use_local = local_was_trained if config.use_local_distance is None else config.use_local_distance
 
     start = time.monotonic()
-    features = extract_features(model, given.test, accelerator, world, local=use_local, workers=config.workers)
+    all_scores = []
+    for number, model in list(enumerate(models, start=1))[::-1]:  # the first one last: tools read the last line
+        if len(models) > 1:
+            log(f"Model {number} of {len(models)}")
+        all_scores.append(evaluate_model(model, config, world, accelerator, given.test, log, local=use_local))
     if not world.is_main:
         return {}
-    extract_seconds = time.monotonic() - start
-    rate = len(given.test) / extract_seconds
-    log(f"features of {len(given.test):,} images in {extract_seconds:.1f}s ({rate:.1f} images/s)")
-    measures = Measures(
-        config.normalize_feature, multi_query_pool=config.multi_query_pool if config.multi_query else ""
-    )
-    scores = evaluate_features(features, given.test, log, measures)
+    extract_seconds = sum(seconds for _, seconds in all_scores)
+    all_scores.reverse()
     results = {
         **dict.fromkeys(SCORE_NAMES),
-        **scores,
+        **all_scores[0][0],
+        **({"models": [scores for scores, _ in all_scores]} if len(models) > 1 else {}),
         "FPS": speed.fps,
         "ids_per_second": speed.fps / config.ims_per_id if speed.fps else None,
         "train_seconds": train_seconds if given.train is not None else None,
@@ -159,6 +178,48 @@ def train_and_evaluate(
     }
     write_json(config.run_dir / RESULTS_NAME, results)
     return results
+
+
+def evaluate_model(
+    model: AlignedReID,
+    config: Config,
+    world: World,
+    accelerator: Accelerator,
+    images: TestImages,
+    log: Log,
+    *,
+    local: bool,
+) -> tuple[Scores, float]:
+    """A model's scores on the test images, on rank 0, and the seconds that its features took."""
+    start = time.monotonic()
+    features = extract_features(
+        model.to(accelerator.device),
+        images,
+        accelerator,
+        world,
+        local=local,
+        workers=config.workers,
+        flip=config.flip_test,
+    )
+    seconds = time.monotonic() - start
+    if not world.is_main:
+        return {}, seconds
+    log(f"features of {len(images):,} images in {seconds:.1f}s ({len(images) / seconds:.1f} images/s)")
+    measures = Measures(
+        config.normalize_feature or config.test_distance == "cosine",
+        multi_query_pool=config.multi_query_pool if config.multi_query else "",
+    )
+    return evaluate_features(features, images, log, measures), seconds
+
+
+def settle_test(config: Config, content: Any, log: Log) -> Config:
+    """The config with what belongs to the weights as the run had it that wrote them, unless a flag says otherwise."""
+    settings = settings_of(content)
+    taken = {name: settings[name] for name in TEST_SETTINGS if name in settings and name not in config.given}
+    changed = {name: value for name, value in taken.items() if value != getattr(config, name)}
+    if changed:
+        log(f"as the weights were trained: {', '.join(f'{name} {value}' for name, value in changed.items())}")
+    return dataclasses.replace(config, **changed)
 
 
 def run_extraction(config: Config, save_file: Path) -> None:
@@ -174,13 +235,15 @@ def run_extraction(config: Config, save_file: Path) -> None:
     images = given.test
     with process_group(world, accelerator, config):
         log(f"device {accelerator.describe()}")
+        config = settle_test(config, given.weights, log)
         model, local_was_trained = load_for_test(config, given.weights, log)
         local = local_was_trained if config.use_local_distance is None else config.use_local_distance
         made_by = {
             "weights": digest_of(model),
             "resize_h_w": list(config.resize_h_w),
             "precision": str(accelerator.half or torch.float32),
-            "normalize_feature": settings_of(given.weights).get("normalize_feature", config.normalize_feature),
+            "normalize_feature": config.normalize_feature or config.test_distance == "cosine",
+            "flip_test": config.flip_test,
         }
         writer = None
         if world.is_main:
@@ -191,7 +254,16 @@ def run_extraction(config: Config, save_file: Path) -> None:
         start = int(sum_over_ranks(num_done).item())
         if start:
             log(f"{start:,} of {len(images):,} images are in {save_file}.part already")
-        blocks = feature_blocks(model, images, accelerator, world, local=local, workers=config.workers, start=start)
+        blocks = feature_blocks(
+            model,
+            images,
+            accelerator,
+            world,
+            local=local,
+            workers=config.workers,
+            start=start,
+            flip=config.flip_test,
+        )
         for first, block in blocks:
             if writer:
                 feats = {"global": block.global_feat, "local": block.local_feat}
@@ -219,18 +291,31 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
             f"{len(sampler.ids_with_few_images)} identities have fewer than {config.ims_per_id} images "
             f"(the first is {sampler.ids_with_few_images[0]}): theirs are drawn with repetition"
         )
-    start_elsewhere = config.resume or config.model_weight_file
-    model = AlignedReID(images.num_classes, pretrained="none" if start_elsewhere else config.pretrained)
-    if given.weights is not None and not config.resume:
-        weights = find_state_dict(given.weights, config.model_weight_file)
-        log(load_weights(model, weights, config.model_weight_file, need_local=False))
-    elif not config.resume:
-        log(model.trunk_report)
-    trainer = Trainer(config, model, images, sampler, accelerator, world, log, config.run_dir)
+    models = [start_model(config, images.num_classes, given.weights, log) for _ in range(config.num_models)]
+    accelerators = [accelerator]
+    if config.models_apart:
+        accelerators += [
+            open_device(config, world.local_rank, accelerator.index + more) for more in range(1, config.num_models)
+        ]
+    trainer = Trainer(config, models, images, sampler, accelerators, world, log, config.run_dir)
     if config.resume:
         trainer.resume()
     trainer.train()
     return trainer
+
+
+def start_model(config: Config, num_classes: int, weights: Any, log: Log) -> AlignedReID:
+    """A model to train; several of a run differ in what starts at random. weights: of --model_weight_file."""
+    start_elsewhere = config.resume or config.model_weight_file
+    architecture = architecture_of(config.to_dict())
+    pretrained = "none" if start_elsewhere else config.pretrained
+    model = AlignedReID(num_classes, pretrained=pretrained, **architecture)
+    if weights is not None and not config.resume:
+        state = find_state_dict(weights, config.model_weight_file)
+        log(load_weights(model, state, config.model_weight_file, need_local=False))
+    elif not config.resume:
+        log(model.trunk_report)
+    return model
 
 
 def load_for_test(config: Config, content: Any, log: Log) -> tuple[AlignedReID, bool]:
@@ -241,7 +326,7 @@ def load_for_test(config: Config, content: Any, log: Log) -> tuple[AlignedReID, 
     source = config.model_weight_file or str(config.run_dir)
     trained = config.l_loss_weight > 0 or settings_of(content).get("l_loss_weight", 0.0) > 0
     need_local = trained if config.use_local_distance is None else config.use_local_distance
-    model, report = open_model(content, source, need_local=need_local)
+    model, report = open_model(content, source, need_local=need_local, settings=config.to_dict())
     log(report)
     return model, trained
 

@@ -89,6 +89,8 @@ def find_state_dict(content: Any, source: str) -> dict[str, Tensor]:
     Known forms: our checkpoints (`model`), the reference's (`state_dicts`: model first), `state_dict` as others name
     it, and a bare state dict. Raises InputError where none of them is there.
     """
+    if isinstance(content, Mapping) and isinstance(content.get("average"), Mapping):
+        return dict(content["average"])  # what was tested, where a run keeps the moving average of its weights
     for key in ("model", "state_dict", "state_dicts"):
         if isinstance(content, Mapping) and key in content and not isinstance(content[key], Tensor):
             inner = content[key]

@@ -28,9 +28,10 @@ from training import IMS_PER_ID, published_image, published_triplets
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_reid.accelerator import Accelerator
-from aligned_reid.config import Config, parse_height_width
+from aligned_reid.config import Config
 from aligned_reid.data import IdentityBatchSampler, TrainImages, open_data
 from aligned_reid.data.dataset import TrainBatch, make_loader
+from aligned_reid.flags import parse_height_width
 from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import Features
 from aligned_reid.training.log import Meters, Throughput

@@ -35,10 +35,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_reid.accelerator import open_accelerator
-from aligned_reid.config import Config, parse_height_width
+from aligned_reid.config import Config
 from aligned_reid.data import IM_MEAN, IM_STD, IdentityBatchSampler, TestImages, TrainImages, open_data
 from aligned_reid.distributed import World
 from aligned_reid.evaluation.extract import extract_features
+from aligned_reid.flags import parse_height_width
 from aligned_reid.model import AlignedReID
 from aligned_reid.training.log import Log
 from aligned_reid.training.trainer import Trainer

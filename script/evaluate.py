@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_reid.command import run_command
-from aligned_reid.config import OneLineParser, parse_bool, parse_local_distance
+from aligned_reid.flags import OneLineParser, parse_bool, parse_local_distance
 
 
 def parse_arguments() -> argparse.Namespace:

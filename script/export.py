@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_reid.command import run_command
-from aligned_reid.config import OneLineParser, parse_bool, parse_height_width
+from aligned_reid.flags import OneLineParser, parse_bool, parse_height_width
 
 
 def parse_batch_size(text: str) -> int | None:
@@ -53,7 +53,7 @@ def main() -> None:
     size = arguments.resize_h_w or tuple(trained.get("resize_h_w", (256, 128)))
     unit_length = arguments.normalize_feature
     if unit_length is None:
-        unit_length = trained.get("normalize_feature", False)
+        unit_length = trained.get("normalize_feature", False) or trained.get("test_distance") == "cosine"
     images = TestImages(open_data(arguments.data_path), size=size) if arguments.data_path else None
     local = arguments.features == "global_local"
     model, report = open_model(content, arguments.model_weight_file, need_local=local)

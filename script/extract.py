@@ -11,7 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_reid.command import run_command
-from aligned_reid.config import Config, OneLineParser
+from aligned_reid.config import Config
+from aligned_reid.flags import OneLineParser
 
 
 def parse_arguments() -> tuple[Path, Config]:

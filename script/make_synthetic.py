@@ -9,9 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_reid.command import run_command
-from aligned_reid.config import OneLineParser
 from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY, read_partitions
 from aligned_reid.data.synthetic import make_synthetic
+from aligned_reid.flags import OneLineParser
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from aligned_reid.data.market1501 import find_raw_market1501, prepare_command
 from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_name, read_partitions
 from aligned_reid.data.sampler import SampleRequest
-from aligned_reid.data.transforms import decode_image, mirror_image, random_crop, resize_image
+from aligned_reid.data.transforms import (
+    decode_image,
+    erase_rectangle,
+    mirror_image,
+    pad_and_crop,
+    random_crop,
+    resize_image,
+)
 from aligned_reid.errors import InputError
 
 SECONDS_BETWEEN_LOOKS = 2.0  # of a worker for its main process
@@ -113,7 +120,8 @@ class TrainImages(_Images):
 
     `self[SampleRequest(index, seed)]` -> (uint8 [H, W, 3], label, index): with probability `crop_prob` a random crop to
     shares of height and width in [crop_ratio, 1], resized to `size` (height, width), mirrored every second time when
-    `mirror`. All chance comes from the request's seed, so it is the same in whatever worker and after a resume.
+    `mirror`, moved by up to `pad_crop` pixels, and with probability `erase_prob` partly erased. All chance comes from
+    the request's seed, so it is the same in whatever worker and after a resume.
     """
 
     def __init__(
@@ -124,6 +132,8 @@ class TrainImages(_Images):
         crop_prob: float = 0.0,
         crop_ratio: float = 1.0,
         mirror: bool = True,
+        pad_crop: int = 0,
+        erase_prob: float = 0.0,
     ) -> None:
         super().__init__(data, part, getattr(data.partitions, f"{part}_im_names"), size)
         ids2labels: dict[int, int] = getattr(data.partitions, f"{part}_ids2labels")
@@ -132,6 +142,8 @@ class TrainImages(_Images):
         self.crop_prob = crop_prob
         self.crop_ratio = crop_ratio
         self.mirror = mirror
+        self.pad_crop = pad_crop
+        self.erase_prob = erase_prob
 
     def __getitem__(self, request: SampleRequest) -> tuple[np.ndarray, int, int]:
         random = Random(request.seed)
@@ -141,6 +153,10 @@ class TrainImages(_Images):
         image = resize_image(image, self.size)
         if self.mirror and random.random() < 0.5:
             image = mirror_image(image)
+        if self.pad_crop:
+            image = pad_and_crop(image, self.pad_crop, random)
+        if self.erase_prob and random.random() < self.erase_prob:
+            image = erase_rectangle(image, random)
         return image, int(self.labels[request.index]), request.index
 
     @staticmethod

@@ -1,5 +1,6 @@
 """From a JPEG file to the network's input: decode, crop, resize (uint8, in workers), normalise (on the device)."""
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -14,6 +15,7 @@ from aligned_reid.errors import InputError
 
 IM_MEAN = (0.486, 0.459, 0.408)  # R, G, B of images in [0, 1]; ImageNet's as the reference rounds it
 IM_STD = (0.229, 0.224, 0.225)
+MEAN_COLOUR = tuple(round(255 * value) for value in IM_MEAN)
 
 
 def decode_image(path: str | Path) -> np.ndarray:
@@ -57,6 +59,35 @@ def random_crop(image: np.ndarray, crop_ratio: float, random: Random) -> np.ndar
     top = random.randint(0, height - crop_height)
     left = random.randint(0, width - crop_width)
     return image[top : top + crop_height, left : left + crop_width]
+
+
+def pad_and_crop(image: np.ndarray, pixels: int, random: Random) -> np.ndarray:
+    """An image [h, w, 3] moved by up to `pixels` down or up and right or left, black where it has moved away."""
+    height, width = image.shape[:2]
+    down, right = random.randint(-pixels, pixels), random.randint(-pixels, pixels)
+    moved = np.zeros_like(image)
+    kept = image[max(0, -down) : height - max(0, down), max(0, -right) : width - max(0, right)]
+    moved[max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)] = kept
+    return moved
+
+
+def erase_rectangle(image: np.ndarray, random: Random) -> np.ndarray:
+    """A copy of an image [h, w, 3] with a random rectangle of the mean colour: 2 to 40 % of it, aspect 0.3 to 3.3.
+
+    Zhong et al., "Random Erasing Data Augmentation", arXiv:1708.04896, algorithm 1. An image in which a hundred
+    rectangles do not fit stays whole.
+    """
+    height, width = image.shape[:2]
+    for _ in range(100):
+        area = random.uniform(0.02, 0.4) * height * width
+        aspect = random.uniform(0.3, 1 / 0.3)
+        high, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < high < height and 0 < wide < width:
+            top, left = random.randint(0, height - high), random.randint(0, width - wide)
+            erased = image.copy()
+            erased[top : top + high, left : left + wide] = MEAN_COLOUR
+            return erased
+    return image
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -36,9 +36,14 @@ def extract_features(
     *,
     local: bool,
     workers: int,
+    flip: bool = False,
 ) -> FeatureSet:
-    """Features of all `images`, on every rank; each rank runs its share of them through the model."""
-    blocks = [block for _, block in feature_blocks(model, images, accelerator, world, local=local, workers=workers)]
+    """Features of all `images`, on every rank; each rank runs its share of them through the model.
+
+    flip: the mean of the features of an image and of its mirror image.
+    """
+    parts = feature_blocks(model, images, accelerator, world, local=local, workers=workers, flip=flip)
+    blocks = [block for _, block in parts]
     local_feats = [block.local_feat for block in blocks if block.local_feat is not None]
     return FeatureSet(torch.cat([block.global_feat for block in blocks]), torch.cat(local_feats) if local else None)
 
@@ -52,6 +57,7 @@ def feature_blocks(
     local: bool,
     workers: int,
     start: int = 0,
+    flip: bool = False,
 ) -> Iterator[tuple[int, FeatureSet]]:
     """Features of images[start:], some batches at a time and in order: (first image, features), on every rank."""
     folded = inference_copy(model).to(accelerator.device).to(memory_format=accelerator.memory_format)
@@ -75,7 +81,7 @@ def feature_blocks(
                 parts = [Features(example.global_feat[:0], example.local_feat[:0], None)]
                 for _ in range(-(-len(share) // BATCH_SIZE)):
                     pixels = next(loader).images.to(accelerator.device, non_blocking=True)
-                    parts.append(run_network(network, pixels, accelerator))
+                    parts.append(run_network(network, pixels, accelerator, flip))
                 global_feat = gather_rows(torch.cat([part.global_feat for part in parts]).float(), total).cpu()
                 local_feat = None
                 if local:
@@ -84,8 +90,12 @@ def feature_blocks(
             yield first, FeatureSet(global_feat, local_feat)
 
 
-def run_network(network: nn.Module, images: Tensor, accelerator: Accelerator) -> Features:
+def run_network(network: nn.Module, images: Tensor, accelerator: Accelerator, flip: bool = False) -> Features:
     """Features of uint8 images [N, h, w, 3]; a compiled network always sees BATCH_SIZE of them, to compile once."""
+    if flip:
+        features, mirrored = (run_network(network, one, accelerator) for one in (images, images.flip(2)))
+        means = [(one.float() + other.float()) / 2 for one, other in zip(features[:2], mirrored[:2], strict=True)]
+        return Features(means[0], means[1], None)
     num_images = len(images)
     if accelerator.modes.compiled and num_images < BATCH_SIZE:
         images = torch.cat([images, images.new_zeros((BATCH_SIZE - num_images, *images.shape[1:]))])

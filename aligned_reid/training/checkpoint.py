@@ -6,14 +6,14 @@ import contextlib
 import os
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
-from aligned_reid.accelerator import Accelerator, LossScaler
+from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.errors import InputError
 from aligned_reid.weights import CHECKPOINT_NAME, read_weight_file
@@ -22,19 +22,24 @@ FORMAT = 1
 WRITING_SHARE = 0.1  # of a run's time at most goes into writing checkpoints
 
 
+class Learns(Protocol):
+    """What a checkpoint holds the state of: a training.learner.Learner."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Checkpoints:
     """Writes and reads the checkpoint of one run folder."""
 
     def __init__(
         self,
         folder: Path,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: LossScaler,
+        learners: Sequence[Learns],
         accelerator: Accelerator,
     ) -> None:
         self.path = folder / CHECKPOINT_NAME
-        self.model, self.optimizer, self.scaler, self.accelerator = model, optimizer, scaler, accelerator
+        self.learners, self.accelerator = learners, accelerator
         self.last_end, self.last_duration = -float("inf"), 0.0
 
     def is_due(self) -> bool:
@@ -49,9 +54,8 @@ class Checkpoints:
         start = time.monotonic()
         content = {
             "format": FORMAT,
-            "model": on_host(self.model.state_dict()),
-            "optimizer": on_host(self.optimizer.state_dict()),
-            "scaler": on_host(self.scaler.state_dict()),
+            **on_host(self.learners[0].state_dict()),
+            "other_models": [on_host(learner.state_dict()) for learner in self.learners[1:]],
             "sampler": {"seed": config.seed, "epoch": epoch},
             "epoch": epoch,
             "step": step,
@@ -70,14 +74,16 @@ class Checkpoints:
         """
         content = read_checkpoint(self.path)
         try:
-            self.model.load_state_dict(content["model"])
-            self.accelerator.load_optimizer(self.optimizer, content["optimizer"])
+            states = [content, *content.get("other_models", [])]
+            if len(states) != len(self.learners):
+                raise ValueError(f"it has {len(states)} models, not {len(self.learners)}")
+            for learner, state in zip(self.learners, states, strict=True):
+                learner.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:160]
             raise InputError(
                 f"{self.path} is of another model or other losses than the flags give ({reason})"
             ) from error
-        self.scaler.load_state_dict(content["scaler"])
         set_random_states(content["random"], self.accelerator)
         return content
 

@@ -113,7 +113,7 @@ def format_epoch(epoch: int, seconds: float, fps: float, ids_per_second: float, 
     """The line of an epoch, as the reference writes it, with throughput: tools read its fields by position."""
     parts = [f"Ep {epoch}", f"{seconds:.2f}s", f"FPS {fps:.2f}", f"ids/s {ids_per_second:.2f}"]
     for name, value in means.items():
-        is_share = name in ("gp", "gm", "lp", "lm")
+        is_share = name.partition(".")[0] in ("gp", "gm", "lp", "lm")
         parts.append(f"{name} {value:.2%}" if is_share else f"{name} {value:.4f}")
     return ", ".join(parts)
 

@@ -2,27 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from aligned_reid.config import Config
-from aligned_reid.losses import TripletLoss, global_loss, local_loss
-from aligned_reid.model import Features
+from aligned_reid.distance import aligned_distance, euclidean_distance, normalize
+from aligned_reid.distributed import World, gather_with_own, sum_over_ranks
+from aligned_reid.losses import (
+    CenterLoss,
+    TripletLoss,
+    global_loss,
+    local_loss,
+    mutual_distance_loss,
+    mutual_probability_loss,
+)
+from aligned_reid.model import TRUNK_CHANNELS, Features
+
+Figures = dict[str, Tensor]
 
 
-class Objective:
-    """Weighted sum of the global triplet, the local triplet and the identity loss (arXiv:1711.08184, section 3)."""
+class Objective(nn.Module):
+    """Weighted sum of the global triplet, the local triplet, the identity and the center loss.
 
-    def __init__(self, config: Config) -> None:
+    Zhang et al., arXiv:1711.08184, section 3. With --cross_rank_mining triplets are mined over the batches of all ranks
+    of `world`, which have one size. num_classes: for the centers.
+    """
+
+    def __init__(self, config: Config, world: World | None = None, num_classes: int = 0) -> None:
+        super().__init__()
         self.config = config
         self.global_triplet = TripletLoss(config.global_margin)
         self.local_triplet = TripletLoss(config.local_margin)
+        self.num_mined = world.size if world and config.cross_rank_mining else 1
+        self.center_loss = CenterLoss(num_classes, TRUNK_CHANNELS) if config.center_loss_weight > 0 else None
 
-    def __call__(self, features: Features, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features of N images and labels [N] -> (loss, named scalars for the log; the last one is the loss)."""
+    def forward(self, features: Features, labels: Tensor) -> tuple[Tensor, Figures]:
+        """Features of N images and labels [N] -> (loss, named scalars for the log; the last one is the loss).
+
+        With mining across ranks the loss is of all ranks' triplets; its gradient reaches this rank's features only and
+        is so many times larger that the mean over ranks, which data parallel training takes, is the whole.
+        """
         config = self.config
         total = features.global_feat.new_zeros(()).float()
-        figures: dict[str, Tensor] = {}
+        mined, mined_labels = features, labels
+        if self.num_mined > 1:
+            mined, mined_labels = gather_batches(features, labels)
+        triplets, figures = self.triplet_losses(mined, mined_labels)
+        if self.num_mined > 1:
+            triplets = triplets.detach() + self.num_mined * (triplets - triplets.detach())
+        total = total + triplets
+        if config.id_loss_weight > 0:
+            assert features.logits is not None, "a model that trains on identities has a classifier"
+            loss = F.cross_entropy(features.logits.float(), labels, label_smoothing=config.label_smoothing)
+            total = total + config.id_loss_weight * loss
+            figures["idL"] = loss
+        if self.center_loss is not None:
+            loss = self.center_loss(features.global_feat, labels)
+            self.center_loss.move(features.global_feat, labels, sum_over_ranks)
+            total = total + config.center_loss_weight * loss
+            figures["cL"] = loss
+        return total, figures | {"loss": total}
+
+    def triplet_losses(self, features: Features, labels: Tensor) -> tuple[Tensor, Figures]:
+        """The weighted sum of the triplet losses, and their figures."""
+        config = self.config
+        total = features.global_feat.new_zeros(()).float()
+        figures: Figures = {}
         p_inds = n_inds = None
         if config.g_loss_weight > 0 or (config.l_loss_weight > 0 and not config.local_dist_own_hard_sample):
             loss, hard, _ = global_loss(self.global_triplet, features.global_feat, labels, config.normalize_feature)
@@ -37,12 +86,58 @@ class Objective:
             )
             total = total + config.l_loss_weight * loss
             figures |= triplet_figures("l", dist_ap, dist_an, config.local_margin, loss)
-        if config.id_loss_weight > 0:
-            assert features.logits is not None, "a model that trains on identities has a classifier"
-            loss = F.cross_entropy(features.logits.float(), labels)
-            total = total + config.id_loss_weight * loss
-            figures["idL"] = loss
-        return total, figures | {"loss": total}
+        return total, figures
+
+
+def gather_batches(features: Features, labels: Tensor) -> tuple[Features, Tensor]:
+    """The features and labels of all ranks' batches, in rank order; gradient reaches this rank's own."""
+    global_feat, local_feat = (gather_with_own(one) for one in (features.global_feat, features.local_feat))
+    return Features(global_feat, local_feat, None), gather_with_own(labels)
+
+
+class Shown(NamedTuple):
+    """What a model lets the others see of a batch; what --num_models does not use is None."""
+
+    logits: Tensor | None  # [N, C]
+    global_dist: Tensor | None  # [N, N]
+    local_dist: Tensor | None  # [N, N]
+
+    def detached(self, device: torch.device) -> Shown:
+        """Without gradient, on another model's device."""
+        return Shown(*(None if one is None else one.detach().to(device) for one in self))
+
+
+def show(features: Features, config: Config) -> Shown:
+    """What the mutual losses of `config` need of a batch."""
+    global_feat, local_feat = features.global_feat, features.local_feat
+    if config.normalize_feature:
+        global_feat, local_feat = normalize(global_feat), normalize(local_feat)
+    return Shown(
+        features.logits if config.pm_loss_weight > 0 else None,
+        euclidean_distance(global_feat, global_feat) if config.gdm_loss_weight > 0 else None,
+        aligned_distance(local_feat, local_feat) if config.ldm_loss_weight > 0 else None,
+    )
+
+
+def mutual_loss(config: Config, own: Shown, others: Sequence[Shown]) -> tuple[Tensor, Figures]:
+    """Weighted sum of a model's mutual losses, each the mean over the other models, and their figures.
+
+    Deep mutual learning, arXiv:1706.00384, section 3.2; on distances arXiv:1711.08184, section 3.2.
+    """
+    terms: list[tuple[str, float, Any]] = [
+        ("pmL", config.pm_loss_weight, [(own.logits, other.logits) for other in others]),
+        ("gdmL", config.gdm_loss_weight, [(own.global_dist, other.global_dist) for other in others]),
+        ("ldmL", config.ldm_loss_weight, [(own.local_dist, other.local_dist) for other in others]),
+    ]
+    figures = {}
+    total: Any = 0.0
+    for name, weight, pairs in terms:
+        if weight > 0:
+            compare = mutual_probability_loss if name == "pmL" else mutual_distance_loss
+            loss = torch.stack([compare(mine, theirs) for mine, theirs in pairs]).mean()
+            total = total + weight * loss
+            figures[name] = loss
+    return total, figures
 
 
 def triplet_figures(

@@ -1,5 +1,6 @@
-"""Learning rate schedules of the reference; epochs count from 1, a rate holds for a whole epoch."""
+"""Learning rate schedules; epochs count from 1. The reference's rates hold for a whole epoch, others move by steps."""
 
+import math
 from collections.abc import Sequence
 
 from aligned_reid.config import Config
@@ -22,9 +23,29 @@ def staircase(epoch: int, base_lr: float, decay_at: Sequence[int], factor: float
     return base_lr * factor ** sum(epoch >= start for start in decay_at)
 
 
-def learning_rate(epoch: int, config: Config, num_processes: int = 1) -> float:
-    """The learning rate that the run's settings give for `epoch` (arXiv:1706.02677, section 2.1 for its scaling)."""
-    base_lr = config.base_lr * num_processes ** LR_SCALE_POWERS[config.lr_scale]
+def cosine(done: float, base_lr: float, total_epochs: int) -> float:
+    """Learning rate after `done` epochs, of which a step is a part: half a cosine from base_lr to base_lr / 1000.
+
+    Loshchilov and Hutter, "SGDR", arXiv:1608.03983, equation 5, without restarts.
+    """
+    low = 0.001 * base_lr
+    return low + (base_lr - low) * 0.5 * (1 + math.cos(math.pi * min(done / total_epochs, 1.0)))
+
+
+def warm_up(done: float, warmup_epochs: int, start: float = 0.01) -> float:
+    """Factor of the learning rate after `done` epochs: from `start` straight to 1 (arXiv:1706.02677, section 2.2)."""
+    return start + (1 - start) * done / warmup_epochs if done < warmup_epochs else 1.0
+
+
+def learning_rate(epoch: int, config: Config, num_processes: int = 1, share_done: float = 0.0) -> float:
+    """The learning rate that the run's settings give in `epoch`, `share_done` of whose steps are done.
+
+    Scaled by the number of processes as the settings say (arXiv:1706.02677, section 2.1).
+    """
+    done = epoch - 1 + share_done
+    base_lr = config.base_lr * num_processes ** LR_SCALE_POWERS[config.lr_scale] * warm_up(done, config.warmup_epochs)
+    if config.lr_decay_type == "cosine":
+        return cosine(done, base_lr, config.total_epochs)
     if config.lr_decay_type == "exp":
         return exp_decay(epoch, base_lr, config.total_epochs, config.exp_decay_at_epoch)
     return staircase(epoch, base_lr, config.staircase_decay_at_epochs, config.staircase_decay_multiply_factor)

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
-from aligned_reid.data.dataset import TrainImages, make_loader
+from aligned_reid.data.dataset import TrainBatch, TrainImages, make_loader
 from aligned_reid.data.sampler import IdentityBatchSampler
-from aligned_reid.data.transforms import normalize_images
 from aligned_reid.distributed import World, sum_over_ranks, take_from_main
 from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import AlignedReID
 from aligned_reid.training.checkpoint import Checkpoints
+from aligned_reid.training.learner import Learner
 from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
-from aligned_reid.training.objective import Objective
+from aligned_reid.training.objective import Figures, mutual_loss, show
 from aligned_reid.training.profile import StepProfile
 from aligned_reid.training.schedule import learning_rate
 from aligned_reid.training.stop import StopSignals
+from aligned_reid.training.watch import CollapseWatch, LossWatch
 
-WEIGHT_DECAY = 5e-4
-LOSS_CHECK_LAG = 3  # steps: reading a loss at once would make a device wait for the host
+COLLAPSED = 3  # exit status of --stop_on_collapse
 
 
 @dataclass
@@ -46,21 +46,21 @@ class Speed:
 
 
 class Trainer:
-    """One model, its data, its optimiser, and the loop over them."""
+    """The models, their data, and the loop over them: one model, or several that learn from each other."""
 
     def __init__(
         self,
         config: Config,
-        model: AlignedReID,
+        models: Sequence[AlignedReID],
         images: TrainImages,
         sampler: IdentityBatchSampler,
-        accelerator: Accelerator,
+        accelerators: Sequence[Accelerator],
         world: World,
         log: Log,
         folder: Path,
     ) -> None:
         self.config, self.images, self.sampler = config, images, sampler
-        self.accelerator, self.world, self.log = accelerator, world, log
+        self.accelerator, self.world, self.log = accelerators[0], world, log
         self.epoch = 0  # the last one that is done
         self.step = 0  # the last one of the next epoch that is done
         self.meters = Meters()
@@ -68,16 +68,16 @@ class Trainer:
         self.stop = StopSignals()
         self.speed = Speed()
         self.throughput = Throughput()
-        self.profile = StepProfile(config.profile if world.is_main else 0, accelerator, folder / "profile", log)
-        model.train_heads(local=config.l_loss_weight > 0, identity=config.id_loss_weight > 0)
-        self.model = model.to(accelerator.device).to(memory_format=accelerator.memory_format)
-        self.objective = Objective(config)
-        self.optimizer, self.scaler = accelerator.prepare(self.model, config.base_lr, WEIGHT_DECAY, config.loss_scale)
-        self.checkpoints = Checkpoints(folder, self.model, self.optimizer, self.scaler, accelerator)
-        self.loader = make_loader(images, sampler, workers=config.workers, pin_memory=accelerator.pin_memory)
-        self.network = accelerator.compile(self.model)
-        if world.size > 1:
-            self.network = DistributedDataParallel(self.network, **accelerator.data_parallel_arguments())
+        self.profile = StepProfile(config.profile if world.is_main else 0, self.accelerator, folder / "profile", log)
+        self.collapse = CollapseWatch(config)
+        self.num_skipped = 0  # steps of the epoch
+        self.learners = [
+            Learner(config, model, accelerator, world)
+            for model, accelerator in zip(models, itertools.cycle(accelerators), strict=False)
+        ]
+        self.checkpoints = Checkpoints(folder, self.learners, self.accelerator)
+        self.loader = make_loader(images, sampler, workers=config.workers, pin_memory=self.accelerator.pin_memory)
+        self.steps_per_epoch = -(-len(sampler) // config.accumulate)
 
     def resume(self) -> None:
         """Go on from the run folder's checkpoint."""
@@ -110,42 +110,79 @@ class Trainer:
                     self.stop_here()
                 if self.world.is_main and (self.epoch == self.config.total_epochs or self.checkpoints.is_due()):
                     self.save()
-        take_from_main(self.model.buffers())  # each rank's last step moved its own batch norm statistics
+        for learner in self.learners:  # each rank's last step moved its own batch norm statistics
+            take_from_main(learner.tested_model.buffers())
         self.profile.finish()
 
     def train_epoch(self, epoch: int) -> None:
         """One epoch, or what is left of it: every identity once (sharded: once among all ranks)."""
-        self.set_learning_rate(learning_rate(epoch, self.config, self.world.size))
-        self.sampler.set_epoch(epoch, first_batch=self.step)
-        self.network.train()
+        self.sampler.set_epoch(epoch, first_batch=self.step * self.config.accumulate)
+        for learner in self.learners:
+            learner.start_epoch(epoch)
         watch = LossWatch(self.accelerator, self.describe_batch(epoch))
         self.throughput.start_epoch()
-        for step, batch in enumerate(self.profile.steps(self.progress(epoch)), start=self.step + 1):
+        for step, batches in enumerate(self.profile.steps(self.progress(epoch)), start=self.step + 1):
             self.between_steps = False
-            check_batch_labels(batch.labels)  # on the host's copy: no wait for the device
-            pixels = batch.images.to(self.accelerator.device, non_blocking=True)
-            labels = batch.labels.to(self.accelerator.device, non_blocking=True)
-
-            with self.accelerator.autocast():
-                features = self.network(normalize_images(pixels, self.accelerator.memory_format))
-            with self.accelerator.full_precision():
-                loss, figures = self.objective(features, labels)
-
-            self.optimizer.zero_grad()
-            self.scaler.backward(loss)
-            watch.add(step, loss, batch.indices)
-            if self.scaler.step(self.optimizer):
+            rate = learning_rate(epoch, self.config, self.world.size, (step - 1) / self.steps_per_epoch)
+            for learner in self.learners:
+                learner.set_learning_rate(rate)
+                learner.optimizer.zero_grad()
+            for number, batch in enumerate(batches, start=1):
+                check_batch_labels(batch.labels)  # on the host's copy: no wait for the device
+                loss, figures = self.learn(batch, 1 / len(batches), is_last=number == len(batches))
+                watch.add(step, loss, batch.indices)
+                self.meters.update(figures)
+            skipped = [learner for learner in self.learners if learner.step()]
+            if skipped:
                 watch.flush()  # a loss that is not finite stops the run; a gradient alone skips its step
-                scale = self.scaler.current
+                self.num_skipped += 1
+                scale = skipped[0].scaler.current
                 self.log(f"epoch {epoch}, step {step}: a gradient is not finite, step skipped (loss scale {scale:g})")
-
-            self.meters.update(figures)
-            self.throughput.add(len(labels), self.accelerator.synchronize)
+            self.throughput.add(sum(len(batch.labels) for batch in batches), self.accelerator.synchronize)
             self.end_step(step, watch)
         watch.flush()
         self.accelerator.synchronize()
         self.finish_epoch(epoch, self.meters)
-        self.epoch, self.step, self.meters = epoch, 0, Meters()
+        self.epoch, self.step, self.meters, self.num_skipped = epoch, 0, Meters(), 0
+
+    def learn(self, batch: TrainBatch, share: float, is_last: bool) -> tuple[Tensor, Figures]:
+        """Forward and backward of one batch, which is `share` of a step, for every model; returns loss and figures."""
+        losses, all_figures, shown = [], [], []
+        with contextlib.ExitStack() as stack:
+            if not is_last:
+                for learner in self.learners:
+                    stack.enter_context(learner.gradients_kept())
+            for learner in self.learners:
+                device = learner.accelerator.device
+                features = learner.forward(batch.images.to(device, non_blocking=True))
+                with learner.accelerator.full_precision():
+                    loss, figures = learner.judge(features, batch.labels.to(device, non_blocking=True))
+                    losses.append(loss)
+                    all_figures.append(figures)
+                    shown.append(show(features, self.config))
+            for number, learner in enumerate(self.learners):
+                if sum(self.config.mutual_weights) > 0:
+                    device = learner.accelerator.device
+                    others = [one.detached(device) for other, one in enumerate(shown) if other != number]
+                    with learner.accelerator.full_precision():
+                        loss, figures = mutual_loss(self.config, shown[number], others)
+                    losses[number] = losses[number] + loss
+                    all_figures[number] |= {**figures, "loss": losses[number]}
+                learner.backward(losses[number] if share == 1 else losses[number] * share)
+        return self.joined(losses, all_figures)
+
+    def joined(self, losses: list[Tensor], all_figures: list[Figures]) -> tuple[Tensor, Figures]:
+        """The models' losses as one, and their figures under one roof, the names numbered where there are several."""
+        if len(losses) == 1:
+            return losses[0], all_figures[0]
+        device = self.accelerator.device
+        named = {
+            f"{name}.{number}": value.detach().to(device)
+            for number, figures in enumerate(all_figures, start=1)
+            for name, value in figures.items()
+        }
+        loss = torch.stack([loss.detach().to(device) for loss in losses]).mean()
+        return loss, named | {"loss": loss}
 
     def end_step(self, step: int, watch: LossWatch) -> None:
         """Save where that is due, and end here where a signal asks for it."""
@@ -177,14 +214,28 @@ class Trainer:
         means = meters.means()
         self.check_ranks(epoch)
         self.log(format_epoch(epoch, seconds, fps, fps / self.config.ims_per_id, means))
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = self.learners[0].optimizer.param_groups[0]["lr"]
         self.log.scalars(means | {"learning_rate": rate, "images_per_second": fps}, epoch)
+        self.look_for_collapse(epoch, means)
+
+    def look_for_collapse(self, epoch: int, means: dict[str, float]) -> None:
+        """Log what has collapsed in this epoch; with --stop_on_collapse end the run on all ranks if rank 0's has."""
+        signs = self.collapse.find(epoch, means, self.steps_per_epoch, self.num_skipped)
+        for sign in signs:
+            self.log(sign)
+        if self.config.stop_on_collapse:
+            found = torch.tensor(float(bool(signs)), device=self.accelerator.device)
+            take_from_main([found])
+            if found.item():
+                sign = signs[0] if signs else f"epoch {epoch}: collapse, as the first process says"
+                raise RunStopped(f"{sign}; {self.last_checkpoint()}", COLLAPSED)
 
     def check_ranks(self, epoch: int) -> None:
         """Raise RunStopped unless all ranks hold the same weights, as they do while gradients are averaged."""
         if self.world.size == 1:
             return
-        sums = torch.stack([parameter.detach().float().sum() for parameter in self.model.parameters()])
+        parameters = [parameter for learner in self.learners for parameter in learner.model.parameters()]
+        sums = torch.stack([parameter.detach().float().sum().to(self.accelerator.device) for parameter in parameters])
         of_main = sums.clone()
         take_from_main([of_main])
         num_different = sum_over_ranks((sums != of_main).any().float())
@@ -195,14 +246,10 @@ class Trainer:
             )
 
     def progress(self, epoch: int) -> tqdm:
-        """The epoch's batches, with a bar on a terminal."""
+        """The epoch's steps, each the batches that it averages, with a bar on a terminal."""
         hidden = None if self.world.is_main else True
-        total, done = len(self.sampler), self.step
-        return tqdm(self.loader, f"epoch {epoch}", total, initial=done, unit="step", leave=False, disable=hidden)
-
-    def set_learning_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        steps, total, done = grouped(self.loader, self.config.accumulate), self.steps_per_epoch, self.step
+        return tqdm(steps, f"epoch {epoch}", total, initial=done, unit="step", leave=False, disable=hidden)
 
     def save(self) -> None:
         """Write the checkpoint; a full or read-only folder ends the run with the former checkpoint in place."""
@@ -227,25 +274,8 @@ class Trainer:
         return describe
 
 
-class LossWatch:
-    """Stops the run at a loss that is not finite, at most LOSS_CHECK_LAG steps late, without waiting for the device."""
-
-    def __init__(self, accelerator: Accelerator, describe: Callable[[int, Tensor], str]) -> None:
-        self.accelerator, self.describe = accelerator, describe
-        self.pending: deque[tuple[int, Callable[[], Tensor], Tensor]] = deque()
-
-    def add(self, step: int, loss: Tensor, indices: Tensor) -> None:
-        self.pending.append((step, self.accelerator.read_later(loss.detach()), indices))
-        while len(self.pending) > LOSS_CHECK_LAG:
-            self.check_oldest()
-
-    def flush(self) -> None:
-        """Check what is left; nothing is written to disk before."""
-        while self.pending:
-            self.check_oldest()
-
-    def check_oldest(self) -> None:
-        step, read, indices = self.pending.popleft()
-        value = float(read())
-        if not torch.isfinite(torch.tensor(value)):
-            raise RunStopped(f"the loss is {value} at {self.describe(step, indices)}")
+def grouped(batches: Iterable[TrainBatch], size: int) -> Iterator[list[TrainBatch]]:
+    """The batches, `size` at a time; the last ones may be fewer."""
+    batches = iter(batches)
+    while group := list(itertools.islice(batches, size)):
+        yield group

@@ -18,7 +18,7 @@ from conftest import make_small_trunk  # noqa: E402
 
 from aligned_reid import model, preflight, run  # noqa: E402
 from aligned_reid.config import Config  # noqa: E402
-from aligned_reid.training import checkpoint, trainer  # noqa: E402
+from aligned_reid.training import checkpoint, objective, trainer  # noqa: E402
 
 MOMENTS = ("loss", "step", "write", "rename")
 
@@ -43,7 +43,7 @@ def kill_at(moment: str, step: int) -> None:
 
         return call
 
-    trainer.Objective.__call__ = counted(trainer.Objective.__call__, "loss")
+    objective.Objective.__call__ = counted(objective.Objective.__call__, "loss")
     trainer.Trainer.end_step = counted(trainer.Trainer.end_step, "step")
     checkpoint.torch.save = counted(checkpoint.torch.save, "write", before=False)
     checkpoint.os.replace = counted(checkpoint.os.replace, "rename")

@@ -22,7 +22,14 @@ class Parts:
         accelerator = Accelerator()
         self.model = torch.nn.Linear(width, 2)
         self.optimizer = accelerator.adam(self.model.parameters(), 0.1, 5e-4)
-        self.checkpoints = Checkpoints(folder, self.model, self.optimizer, accelerator.loss_scaler(128.0), accelerator)
+        self.checkpoints = Checkpoints(folder, [self], accelerator)
+
+    def state_dict(self):
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        Accelerator().load_optimizer(self.optimizer, state["optimizer"])
 
     def step(self):
         self.optimizer.zero_grad()

@@ -15,7 +15,8 @@ from aligned_reid.distributed import World
 from aligned_reid.errors import RunStopped
 from aligned_reid.model import AlignedReID
 from aligned_reid.training import trainer as trainer_module
-from aligned_reid.training.trainer import LossWatch, Trainer
+from aligned_reid.training.trainer import Trainer
+from aligned_reid.training.watch import LOSS_CHECK_LAG, LossWatch
 from aligned_reid.weights import read_weight_file
 
 pytestmark = pytest.mark.usefixtures("small_trunk")
@@ -39,12 +40,16 @@ def make_trainer(tiny_data, folder, **settings):
     torch.manual_seed(1)
     images = TrainImages(open_data(tiny_data), size=config.resize_h_w)
     sampler = IdentityBatchSampler(images.person_ids, config.ids_per_batch, config.ims_per_id, False, config.seed)
-    model = AlignedReID(images.num_classes, pretrained="none")
-    return Trainer(config, model, images, sampler, Accelerator(mixed_precision=False), World(), Lines(), folder)
+    models = [AlignedReID(images.num_classes, pretrained="none") for _ in range(config.num_models)]
+    return Trainer(config, models, images, sampler, [Accelerator(mixed_precision=False)], World(), Lines(), folder)
+
+
+def model_of(trainer):
+    return trainer.learners[0].model
 
 
 def weights_of(trainer):
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return {name: value.clone() for name, value in model_of(trainer).state_dict().items()}
 
 
 def same(first, second):
@@ -67,7 +72,7 @@ def test_a_frozen_head_is_not_decayed(tiny_data, tmp_path):
     trainer = make_trainer(tiny_data, tmp_path, total_epochs=1)
     before = weights_of(trainer)
     trainer.train()
-    after = trainer.model.state_dict()
+    after = model_of(trainer).state_dict()
     for name in ("fc.weight", "local_conv.weight", "local_bn.weight"):
         assert torch.equal(before[name], after[name])
     assert not torch.equal(before["base.conv1.weight"], after["base.conv1.weight"])
@@ -135,7 +140,7 @@ def test_a_signal_ends_the_run_after_its_step_with_all_saved(tiny_data, tmp_path
     assert signal.getsignal(signal.SIGTERM) is before
     saved = read_weight_file(tmp_path)
     assert (saved["epoch"], saved["step"]) == (1, 1)
-    assert same(saved["model"], trainer.model.state_dict())
+    assert same(saved["model"], model_of(trainer).state_dict())
     rest = make_trainer(tiny_data, tmp_path, total_epochs=3)
     rest.resume()
     assert any("after epoch 1 and step 1 of the next" in line for line in rest.log)
@@ -190,13 +195,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path):
     trainer.train_epoch(1)
     trainer.epoch = 1
     trainer.save()
-    objective = trainer.objective
+    objective = trainer.learners[0].objective
 
     def spoilt(features, labels):
         loss, figures = objective(features, labels)
         return loss * float("nan"), figures
 
-    trainer.objective = spoilt
+    trainer.learners[0].objective = spoilt
     with pytest.raises(RunStopped) as error:
         trainer.train()
     message = str(error.value)
@@ -204,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path):
     assert str(tmp_path / "ckpt.pth") in message
     assert sum(name.endswith(".jpg") for name in message.split()) == 8  # 4 identities with 2 images
     assert read_weight_file(tmp_path)["epoch"] == 1
-    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    assert all(value.isfinite().all() for value in model_of(trainer).state_dict().values())
 
 
 def test_a_late_loss_is_noticed_a_few_steps_later():
@@ -220,7 +225,7 @@ def test_a_late_loss_is_noticed_a_few_steps_later():
 
     watch = LossWatch(SlowDevice(), lambda step, indices: f"step {step}")
     indices = torch.tensor([0])
-    for step in range(1, trainer_module.LOSS_CHECK_LAG + 1):
+    for step in range(1, LOSS_CHECK_LAG + 1):
         watch.add(step, torch.tensor(1.0), indices)
     assert SlowDevice.reads == 0  # the device has not been waited for
     watch.add(4, torch.tensor(float("inf")), indices)
@@ -232,14 +237,14 @@ def test_a_late_loss_is_noticed_a_few_steps_later():
 def test_a_bad_gradient_under_a_good_loss_skips_its_step(tiny_data, tmp_path):
     trainer = make_trainer(tiny_data, tmp_path, total_epochs=1)
     before = weights_of(trainer)
-    bias = trainer.model.base.bn1.bias
+    bias = model_of(trainer).base.bn1.bias
     bias.register_hook(lambda gradient: gradient * float("inf"))
     trainer.train()
     steps = [line for line in trainer.log if "step skipped" in line]
     assert len(steps) == len(trainer.sampler)
     assert "a gradient is not finite" in steps[0]
-    learnt = [name for name, _ in trainer.model.named_parameters()]
-    after = trainer.model.state_dict()
+    learnt = [name for name, _ in model_of(trainer).named_parameters()]
+    after = model_of(trainer).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in learnt)
 
 
