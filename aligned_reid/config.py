@@ -193,6 +193,7 @@ class Config:
             (self.warmup_epochs >= 0, "--warmup_epochs is a number of epochs, 0 or more"),
             (self.freeze_trunk_epochs >= 0, "--freeze_trunk_epochs is a number of epochs, 0 or more"),
             (self.repeat >= 1, "--repeat is a number of runs, 1 or more"),
+            (self.repeat == 1 or not self.only_test, "--repeat trains several times: leave out --only_test true"),
             (self.bnneck or not self.feature_after_bn, "--feature_after_bn needs --bnneck true"),
             (self.num_models >= 1, "--num_models is 1 or more"),
             (

@@ -25,7 +25,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "last_stride": 1,
         "bnneck": True,
         # losses
-        "global_margin": 0.3,
         "id_loss_weight": 1.0,
         "label_smoothing": 0.1,
         # schedule

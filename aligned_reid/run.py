@@ -19,6 +19,7 @@ from aligned_reid.config import Config
 from aligned_reid.data.dataset import TestImages
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.distributed import World, close_group, open_group, read_world, sum_over_ranks
+from aligned_reid.errors import InputError
 from aligned_reid.evaluation.extract import extract_features, feature_blocks
 from aligned_reid.evaluation.feature_file import FeatureWriter
 from aligned_reid.evaluation.protocol import Measures, Scores, evaluate_features
@@ -52,6 +53,7 @@ def run(config: Config) -> dict[str, Any]:
     world = read_world()
     given = check_input(config)
     accelerator = open_device(config, world.local_rank)
+    check_apart(config, world, accelerator)
     with process_group(world, accelerator, config):
         config = settle_seed(config, world, accelerator)
         with run_folder(config, world) as log:
@@ -74,6 +76,20 @@ def open_device(config: Config, local_rank: int, index: int | None = None) -> Ac
         deterministic=config.deterministic,
         compiled=config.compile,
     )
+
+
+def check_apart(config: Config, world: World, accelerator: Accelerator) -> None:
+    """Raise InputError where --models_apart asks for devices that are not there."""
+    if not config.models_apart:
+        return
+    if world.size > 1:
+        raise InputError("--models_apart true is for one process: leave it out, and each process trains all models")
+    num_devices = 0 if accelerator.name == "cpu" else accelerator.count() - accelerator.index
+    if num_devices < config.num_models:
+        raise InputError(
+            f"--models_apart true: {config.num_models} models need as many devices, and {num_devices} are there from "
+            f"{accelerator.device}; leave it out, and they share one"
+        )
 
 
 @contextmanager

@@ -11,9 +11,14 @@ from aligned_reid.config import Config
 
 def main() -> None:
     config = Config.from_arguments()
-    from aligned_reid.run import run  # torch takes seconds to import; a mistyped flag is told at once
+    if config.repeat > 1:
+        from aligned_reid.repeat import repeat
 
-    run(config)
+        repeat(config)
+    else:
+        from aligned_reid.run import run  # torch takes seconds to import; a mistyped flag is told at once
+
+        run(config)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_saved_features_have_the_runs_scores(command, extract, trained, tmp_path
         assert set(file) == {"global", "local", "person_id", "camera", "mark", "image_name"}
         made_by = json.loads(file.attrs["made_by"])
     assert made_by["resize_h_w"] == [64, 32]
-    assert set(made_by) == {"weights", "resize_h_w", "precision", "normalize_feature"}
+    assert set(made_by) == {"weights", "resize_h_w", "precision", "normalize_feature", "flip_test"}
 
 
 def test_large_sets_are_streamed_with_the_same_scores(command, extract, trained, tmp_path, monkeypatch):

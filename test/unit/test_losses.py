@@ -254,3 +254,26 @@ def test_wrong_arguments_are_said() -> None:
             batch_hard(torch.zeros(dist), torch.zeros(labels, dtype=torch.int64))
     with pytest.raises(InputError, match="two"):
         TripletLoss(0.3)(torch.zeros(3), torch.zeros(4))
+
+
+def test_center_loss_follows_its_definition():
+    loss = losses.CenterLoss(3, 2)
+    loss.centers.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0], [5.0, 5.0]]))
+    feat = torch.tensor([[3.0, 4.0], [1.0, 1.0], [1.0, 3.0]], requires_grad=True)
+    labels = torch.tensor([0, 1, 1])
+    value = loss(feat, labels)
+    assert value.item() == pytest.approx(0.5 * (25 + 0 + 4) / 3)
+    value.backward()
+    assert torch.allclose(feat.grad, (feat.detach() - loss.centers[labels]) / 3)
+    loss.move(feat, labels)
+    # rate 0.5 times the sum of differences over 1 + their number; an identity that is not in the batch stays
+    expected = torch.tensor([[0.5 * 3 / 2, 0.5 * 4 / 2], [1.0, 1.0 + 0.5 * 2 / 3], [5.0, 5.0]])
+    assert torch.allclose(loss.centers, expected)
+
+
+def test_centers_move_by_all_ranks_images():
+    alone, ranks = losses.CenterLoss(2, 4), losses.CenterLoss(2, 4)
+    feat, labels = random_tensor(1, 6, 4).float(), torch.tensor([0, 0, 0, 1, 1, 1])
+    alone.move(feat.repeat(2, 1), labels.repeat(2))
+    ranks.move(feat, labels, sum_over_ranks=lambda value: 2 * value)
+    assert torch.allclose(alone.centers, ranks.centers)

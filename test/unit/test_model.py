@@ -1,10 +1,12 @@
 """The network: shapes, heads, start, and which parameters learn."""
 
+import copy
+
 import pytest
 import torch
 
 from aligned_reid.evaluation.extract import inference_copy
-from aligned_reid.model import AlignedReID
+from aligned_reid.model import AlignedReID, GeneralizedMean
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +75,87 @@ def test_folded_batch_norms_change_rounding_only(model):
     assert folded.logits is None
     for ours, expected in ((folded.global_feat, plain.global_feat), (folded.local_feat, plain.local_feat)):
         assert torch.allclose(ours, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_last_stride_1_doubles_the_stripes_and_keeps_the_weights():
+    torch.manual_seed(0)
+    coarse = AlignedReID(None, pretrained="none").eval()
+    fine = AlignedReID(None, pretrained="none", last_stride=1).eval()
+    fine.load_state_dict(coarse.state_dict())
+    images = torch.randn(2, 3, 128, 64)
+    with torch.no_grad():
+        features = fine(images)
+        assert features.local_feat.shape == (2, 8, 128)
+        assert fine.feature_shapes((128, 64), local=True) == {"global": (2048,), "local": (8, 128)}
+        stage = torch.nn.Sequential(*list(coarse.base.children())[:-1])
+        before = stage(images)  # what the last stage sees
+        assert torch.equal(stage(images), torch.nn.Sequential(*list(fine.base.children())[:-1])(images))
+        assert fine.base.layer4(before).shape[2:] == (8, 4)
+
+
+def test_generalised_mean_lies_between_mean_and_maximum():
+    pooling = GeneralizedMean()
+    feat = torch.rand(2, 5, 4, 3) + 0.1
+    with torch.no_grad():
+        pooling.p.fill_(1.0)
+        assert torch.allclose(pooling(feat), feat.mean((2, 3)), rtol=1e-5)
+        pooling.p.fill_(200.0)
+        assert torch.allclose(pooling(feat.double()), feat.double().amax((2, 3)), rtol=0.03)
+        pooling.p.fill_(3.0)
+        assert torch.allclose(pooling(feat), feat.pow(3).mean((2, 3)).pow(1 / 3), rtol=1e-5)
+    pooling(feat).sum().backward()
+    assert pooling.p.grad.abs() > 0
+
+
+def test_bnneck_is_between_feature_and_classifier(small_trunk):
+    model = AlignedReID(5, pretrained="none", bnneck=True, feature_after_bn=True)
+    assert model.fc.bias is None
+    assert not model.neck.bias.requires_grad
+    images = torch.randn(4, 3, 64, 32)
+    model.train()
+    features = model(images)  # training compares features before the neck
+    normed = torch.nn.functional.batch_norm(features.global_feat, None, None, model.neck.weight, training=True)
+    assert torch.allclose(features.logits, model.fc(normed), atol=1e-5)
+    assert not torch.allclose(features.global_feat, normed, atol=1e-2)
+    model.eval()
+    with torch.no_grad():
+        after = model(images).global_feat
+        model.feature_after_bn = False
+        assert torch.allclose(after, model.neck(model(images).global_feat))
+    model.train_heads(local=False, identity=False)
+    assert not model.neck.weight.requires_grad
+
+
+def test_a_frozen_trunk_keeps_weights_and_statistics(small_trunk):
+    model = AlignedReID(5, pretrained="none").train()
+    model.freeze_trunk(True)
+    before = model.base.bn1.running_mean.clone()
+    model(torch.randn(4, 3, 64, 32)).logits.sum().backward()
+    assert model.base.conv1.weight.grad is None
+    assert torch.equal(model.base.bn1.running_mean, before)
+    assert model.fc.weight.grad is not None
+    model.freeze_trunk(False)
+    model(torch.randn(4, 3, 64, 32)).logits.sum().backward()
+    assert model.base.conv1.weight.grad is not None
+    assert not torch.equal(model.base.bn1.running_mean, before)
+
+
+def test_checkpointed_activations_give_the_same_gradients_and_statistics():
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 64, 32)
+    plain = AlignedReID(3, pretrained="none").train()
+    saving = copy.deepcopy(plain)
+    saving.grad_checkpoint = True
+    kept = []
+    for model in (plain, saving):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            loss = model(images).global_feat.square().sum()
+        loss.backward()
+        kept.append(sum(sizes))
+    for (name, one), other in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        if one.grad is not None:
+            assert torch.equal(one.grad, other.grad), name
+    for (name, one), other in zip(plain.state_dict().items(), saving.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name  # the statistics of batch norms have seen each batch once
+    assert kept[1] < 0.5 * kept[0]

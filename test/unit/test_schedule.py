@@ -34,3 +34,22 @@ def test_the_rate_follows_the_number_of_processes_where_asked(scale, factor):
     config = Config(base_lr=1e-3, total_epochs=10, exp_decay_at_epoch=6, lr_scale=scale)
     for epoch in (1, 6, 10):
         assert learning_rate(epoch, config, 4) == pytest.approx(factor * learning_rate(epoch, config, 1))
+
+
+def test_cosine_moves_with_the_steps_to_a_thousandth():
+    config = Config(base_lr=1e-3, total_epochs=10, lr_decay_type="cosine")
+    assert learning_rate(1, config) == pytest.approx(1e-3)
+    assert learning_rate(6, config) == pytest.approx((1e-3 + 1e-6) / 2)
+    assert learning_rate(5, config, share_done=1.0) == pytest.approx(learning_rate(6, config))
+    assert learning_rate(10, config, share_done=1.0) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("decay", ["exp", "staircase", "cosine"])
+def test_the_rate_warms_up_step_by_step(decay):
+    settled = Config(base_lr=1e-3, total_epochs=10, lr_decay_type=decay)
+    config = Config(base_lr=1e-3, total_epochs=10, lr_decay_type=decay, warmup_epochs=2)
+    factors = [
+        learning_rate(epoch, config, share_done=share) / learning_rate(epoch, settled, share_done=share)
+        for epoch, share in ((1, 0.0), (1, 0.5), (2, 0.0), (3, 0.0), (9, 0.5))
+    ]
+    assert factors == pytest.approx([0.01, 0.2575, 0.505, 1, 1])

@@ -11,13 +11,15 @@ from aligned_reid import InputError
 from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.data import IdentityBatchSampler, TrainImages, open_data
+from aligned_reid.distance import aligned_distance, euclidean_distance
 from aligned_reid.distributed import World
 from aligned_reid.errors import RunStopped
+from aligned_reid.losses import mutual_distance_loss, mutual_probability_loss
 from aligned_reid.model import AlignedReID
 from aligned_reid.training import trainer as trainer_module
 from aligned_reid.training.trainer import Trainer
 from aligned_reid.training.watch import LOSS_CHECK_LAG, LossWatch
-from aligned_reid.weights import read_weight_file
+from aligned_reid.weights import find_state_dict, read_weight_file
 
 pytestmark = pytest.mark.usefixtures("small_trunk")
 
@@ -262,3 +264,182 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny_data, tmp_path, monkeyp
     assert "No space left" in str(error.value)
     assert f"the last good checkpoint is {tmp_path / 'ckpt.pth'}" in str(error.value)
     assert read_weight_file(tmp_path)["epoch"] == 1
+
+
+# ---- the bag of tricks, one at a time
+
+
+def after_training(tiny_data, folder, **settings):
+    folder.mkdir()
+    trainer = make_trainer(tiny_data, folder, **{"total_epochs": 1, "id_loss_weight": 1.0} | settings)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"label_smoothing": 0.2},
+        {"center_loss_weight": 0.1},
+        {"warmup_epochs": 1},
+        {"weight_decay": 0.1},
+        {"decay_norms": False},
+        {"lr_decay_type": "cosine"},
+        {"accumulate": 2},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_each_changes_what_is_learnt(tiny_data, tmp_path, settings):
+    plain = after_training(tiny_data, tmp_path / "plain")
+    other = after_training(tiny_data, tmp_path / "other", **settings)
+    assert not same(weights_of(plain), weights_of(other))
+
+
+def test_accumulated_batches_are_one_step_of_their_mean_gradient(tiny_data, tmp_path):
+    trainer = make_trainer(tiny_data, tmp_path, accumulate=2, id_loss_weight=1.0, l_loss_weight=1.0)
+    assert trainer.steps_per_epoch == 2  # of 3 batches
+    learner = trainer.learners[0]
+    batches = list(trainer.loader)[:2]
+    gradients = []
+    for batch in batches:
+        learner.optimizer.zero_grad()
+        trainer.learn(batch, 1.0, is_last=True)
+        gradients.append([one.grad.clone() for one in learner.model.parameters() if one.grad is not None])
+    learner.optimizer.zero_grad()
+    for number, batch in enumerate(batches):
+        trainer.learn(batch, 0.5, is_last=number == 1)
+    summed = [one.grad for one in learner.model.parameters() if one.grad is not None]
+    for total, first, second in zip(summed, *gradients, strict=True):
+        assert torch.allclose(total, (first + second) / 2, rtol=1e-4, atol=1e-6)
+    steps = []
+    learner.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    trainer.train_epoch(1)
+    assert len(steps) == 2
+
+
+def test_a_run_of_accumulated_batches_resumes_exactly(tiny_data, tmp_path):
+    settings = {"total_epochs": 2, "checkpoint_every_steps": 1, "accumulate": 2, "ema_decay": 0.9}
+    whole = after_training(tiny_data, tmp_path / "whole", **settings)
+    (tmp_path / "parts").mkdir()
+    first = make_trainer(tiny_data, tmp_path / "parts", id_loss_weight=1.0, **settings)
+    first.throughput.add = lambda *_: first.stop.take_note(signal.SIGTERM, None)
+    with pytest.raises(RunStopped, match="step 1 of epoch 1"):
+        first.train()
+    second = make_trainer(tiny_data, tmp_path / "parts", id_loss_weight=1.0, **settings)
+    second.resume()
+    second.train()
+    assert same(weights_of(whole), weights_of(second))
+    averages = [trainer.learners[0].average for trainer in (whole, second)]
+    assert same(averages[0].model.state_dict(), averages[1].model.state_dict())
+    assert averages[0].num_steps == averages[1].num_steps == 4
+
+
+def test_the_average_of_weights_is_tested_and_saved(tiny_data, tmp_path):
+    trainer = after_training(tiny_data, tmp_path / "run", ema_decay=0.9)
+    learner = trainer.learners[0]
+    assert learner.tested_model is learner.average.model
+    assert not same(learner.average.model.state_dict(), weights_of(trainer))
+    saved = read_weight_file(tmp_path / "run")
+    assert same(saved["model"], weights_of(trainer))
+    assert same(find_state_dict(saved, "it"), learner.average.model.state_dict())
+
+
+def test_centers_are_part_of_the_checkpoint(tiny_data, tmp_path):
+    trainer = after_training(tiny_data, tmp_path / "run", center_loss_weight=0.01)
+    centers = trainer.learners[0].objective.center_loss.centers
+    assert centers.abs().sum() > 0
+    again = make_trainer(tiny_data, tmp_path / "run", center_loss_weight=0.01, id_loss_weight=1.0)
+    again.resume()
+    assert torch.equal(again.learners[0].objective.center_loss.centers, centers)
+
+
+def test_the_trunk_is_frozen_for_its_epochs(tiny_data, tmp_path):
+    trainer = make_trainer(tiny_data, tmp_path, freeze_trunk_epochs=1, id_loss_weight=1.0)
+    before = weights_of(trainer)
+    trainer.train_epoch(1)
+    after = weights_of(trainer)
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) or not name.startswith("base.")
+    assert not torch.equal(before["fc.weight"], after["fc.weight"])
+    trainer.epoch = 1
+    trainer.train_epoch(2)
+    assert not torch.equal(model_of(trainer).base.conv1.weight, before["base.conv1.weight"])
+    assert not torch.equal(model_of(trainer).base.bn1.running_mean, before["base.bn1.running_mean"])
+
+
+# ---- several models
+
+
+def test_models_learn_from_each_other(tiny_data, tmp_path):
+    settings = {"num_models": 2, "l_loss_weight": 1.0}
+    alone = after_training(tiny_data, tmp_path / "alone", **settings)
+    for name in ("pm", "gdm", "ldm"):
+        folder = tmp_path / name
+        together = after_training(tiny_data, folder, **settings, **{f"{name}_loss_weight": 0.5})
+        for number in (0, 1):
+            weights = [trainer.learners[number].model.state_dict() for trainer in (alone, together)]
+            assert not same(*weights)
+        (epoch,) = [line for line in together.log if line.startswith("Ep ")]
+        assert f"{name}L.1 " in epoch
+        assert f"{name}L.2 " in epoch
+        assert "gp.1 " in epoch
+        assert "% " in epoch.split("gp.1 ")[1] or "%," in epoch.split("gp.1 ")[1]
+
+
+def test_the_mutual_loss_is_the_golden_terms_sum(tiny_data, tmp_path):
+    settings = {"pm_loss_weight": 0.3, "gdm_loss_weight": 0.5, "ldm_loss_weight": 0.7, "l_loss_weight": 1.0}
+    trainer = make_trainer(tiny_data, tmp_path, num_models=3, id_loss_weight=1.0, **settings)
+    batch = next(iter(trainer.loader))
+    with torch.no_grad():
+        features = [learner.forward(batch.images) for learner in trainer.learners]
+        own = [learner.judge(one, batch.labels)[0] for learner, one in zip(trainer.learners, features, strict=True)]
+    _, figures = trainer.learn(batch, 1.0, is_last=True)
+    for number in range(3):
+        terms = 0.0
+        for other in {0, 1, 2} - {number}:
+            mine, theirs = features[number], features[other]
+            terms += 0.3 * mutual_probability_loss(mine.logits, theirs.logits) / 2
+            global_dists = [euclidean_distance(one.global_feat, one.global_feat) for one in (mine, theirs)]
+            terms += 0.5 * mutual_distance_loss(*global_dists) / 2
+            local_dists = [aligned_distance(one.local_feat, one.local_feat) for one in (mine, theirs)]
+            terms += 0.7 * mutual_distance_loss(*local_dists) / 2
+        assert figures[f"loss.{number + 1}"].item() == pytest.approx((own[number] + terms).item(), rel=1e-4)
+
+
+def test_several_models_resume_exactly(tiny_data, tmp_path):
+    settings = {"num_models": 2, "gdm_loss_weight": 0.5, "total_epochs": 2}
+    whole = after_training(tiny_data, tmp_path / "whole", **settings)
+    (tmp_path / "parts").mkdir()
+    first = make_trainer(tiny_data, tmp_path / "parts", id_loss_weight=1.0, **settings)
+    first.train_epoch(1)
+    first.save()
+    second = make_trainer(tiny_data, tmp_path / "parts", id_loss_weight=1.0, **settings)
+    second.resume()
+    second.train()
+    for one, other in zip(whole.learners, second.learners, strict=True):
+        assert same(one.model.state_dict(), other.model.state_dict())
+    single = make_trainer(tiny_data, tmp_path / "parts", id_loss_weight=1.0)
+    with pytest.raises(InputError, match="it has 2 models, not 1"):
+        single.resume()
+
+
+# ---- collapse
+
+
+def test_a_collapse_is_logged_and_ends_the_run_where_asked(tiny_data, tmp_path):
+    def collapsed(folder, **settings):
+        folder.mkdir()
+        trainer = make_trainer(tiny_data, folder, total_epochs=3, **settings)
+        with torch.no_grad():
+            model_of(trainer).base.conv2.weight.zero_()
+            model_of(trainer).base.conv2.weight.requires_grad_(False)
+        return trainer
+
+    trainer = collapsed(tmp_path / "goes_on")
+    trainer.train()
+    (line,) = [line for line in trainer.log if "collapse" in line]
+    assert line.startswith("epoch 1: collapse: the global features have no spread")
+    stopped = collapsed(tmp_path / "stops", stop_on_collapse=True)
+    with pytest.raises(RunStopped, match="no spread") as error:
+        stopped.train()
+    assert error.value.status == 3

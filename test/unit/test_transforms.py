@@ -14,9 +14,12 @@ from aligned_reid import InputError
 from aligned_reid.data.transforms import (
     IM_MEAN,
     IM_STD,
+    MEAN_COLOUR,
     decode_image,
+    erase_rectangle,
     mirror_image,
     normalize_images,
+    pad_and_crop,
     preprocess,
     random_crop,
     resize_image,
@@ -206,3 +209,31 @@ def test_the_decoder_takes_what_simplejpeg_encodes(write):
     image = scene()
     path = write(simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=95))
     assert np.abs(decode_image(path).astype(int) - image).mean() < 3
+
+
+def test_pad_and_crop_moves_within_its_pixels():
+    image = scene(32, 16)
+    moved = {pad_and_crop(image, 3, Random(seed)).tobytes() for seed in range(200)}
+    places = {}
+    for down in range(-3, 4):
+        for right in range(-3, 4):
+            padded = np.pad(image, ((3, 3), (3, 3), (0, 0)))
+            places[padded[3 - down : 35 - down, 3 - right : 19 - right].tobytes()] = (down, right)
+    assert moved <= set(places)
+    assert len(moved) > 40  # of 49
+
+
+def test_erasing_fills_one_rectangle_of_the_size_asked_for():
+    image = np.full((64, 32, 3), 7, dtype=np.uint8)
+    for seed in range(50):
+        erased = erase_rectangle(image, Random(seed))
+        assert erased is not image
+        changed = (erased != image).any(2)
+        rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+        height, width = len(rows), len(columns)
+        assert changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+        assert height * width == changed.sum()
+        assert 0.01 < height * width / (64 * 32) < 0.45
+        assert 0.2 < height / width < 5
+        assert (erased[changed] == MEAN_COLOUR).all()
+    assert (image == 7).all()

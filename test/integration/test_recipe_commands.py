@@ -1,0 +1,107 @@
+"""Recipes, several models and several seeds through script/train.py, as a user runs them."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def train(command, tiny_flags, small_trunk):
+    def run(folder, *flags):
+        return command("train.py", *tiny_flags, "--total_epochs=1", "--seed=3", f"--exp_dir={folder}", *flags)
+
+    return run
+
+
+def score_lines(text):
+    return [line for line in text.splitlines() if line.startswith("[mAP")]
+
+
+def test_a_strong_run_is_tested_again_as_it_was_trained(command, train, tiny_data, tmp_path):
+    folder = tmp_path / "run"
+    strong = ("--recipe=strong", "--last_stride=2", "--pooling=gem", "--ema_decay=0.9")
+    done = train(folder, *strong)
+    assert done.status == 0, done.err
+    (said,) = [line for line in done.out.splitlines() if line.startswith("recipe strong, where it differs")]
+    assert "bnneck: False -> True" in said
+    assert "lr_decay_type: exp -> cosine" in said
+    again = command(
+        "train.py",
+        f"--data_path={tiny_data}",
+        "--only_test=true",
+        f"--model_weight_file={folder}",
+        "--resize_h_w=64,32",
+        "--workers=0",
+        f"--exp_dir={tmp_path / 'again'}",
+    )
+    assert again.status == 0, again.err
+    (said,) = [line for line in again.out.splitlines() if line.startswith("as the weights were trained: ")]
+    assert "test_distance cosine" in said
+    assert "flip_test True" in said
+    assert score_lines(again.out) == score_lines(done.out)
+
+
+@pytest.mark.parametrize("flag", ["--flip_test=false", "--test_distance=euclidean", "--feature_after_bn=false"])
+def test_flags_of_the_test_change_its_features(command, train, tiny_data, tmp_path, flag):
+    folder = tmp_path / "run"
+    assert train(folder, "--recipe=strong", "--last_stride=2").status == 0
+    written = []
+    for number, flags in enumerate([(), (flag,)]):
+        done = command(
+            "extract.py",
+            f"--data_path={tiny_data}",
+            f"--model_weight_file={folder}",
+            "--resize_h_w=64,32",
+            "--workers=0",
+            f"--save_file={tmp_path / f'{number}.h5'}",
+            *flags,
+        )
+        assert done.status == 0, done.err
+        evaluated = command("evaluate.py", f"--features={tmp_path / f'{number}.h5'}")
+        assert evaluated.status == 0, evaluated.err
+        written.append((tmp_path / f"{number}.results.json").read_text())
+    assert written[0] != written[1]
+
+
+def test_each_of_two_models_is_evaluated_and_saved(train, tmp_path):
+    folder = tmp_path / "run"
+    done = train(folder, "--num_models=2", "-gdmlw", "1", "-idlw", "1", "-pmlw", "1")
+    assert done.status == 0, done.err
+    assert done.out.index("Model 2 of 2") < done.out.index("Model 1 of 2")
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["models"]) == 2
+    assert results["global"] == results["models"][0]["global"]
+    assert results["models"][0]["global"] != results["models"][1]["global"]
+
+
+def test_a_cpu_holds_no_models_apart(train, tmp_path):
+    done = train(tmp_path / "run", "--num_models=2", "--models_apart=true", "-gdmlw", "1", "--device=cpu")
+    assert done.status == 2
+    assert "--models_apart" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_sync_bn_is_refused_on_a_cpu(train, tmp_path):
+    done = train(tmp_path / "run", "--sync_bn=true")
+    assert done.status == 2
+    assert "--sync_bn true: torch has no batch norm over several processes for CPUs" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_several_seeds_give_mean_and_deviation(train, tmp_path):
+    folder = tmp_path / "run"
+    done = train(folder, "--repeat=2")
+    assert done.status == 0, done.err
+    results = [json.loads((folder / f"seed{seed}" / "results.json").read_text()) for seed in (3, 4)]
+    assert [one["config"]["seed"] for one in results] == [3, 4]
+    report = json.loads((folder / "repeat.json").read_text())
+    first, second = (one["global"]["mAP"] for one in results)
+    assert report["global"]["mAP"]["values"] == [first, second]
+    assert report["global"]["mAP"]["mean"] == pytest.approx((first + second) / 2)
+    assert report["global"]["mAP"]["deviation"] == pytest.approx(abs(first - second) / 2**0.5)
+    assert "2 runs, seeds 3 to 4; mean and standard deviation:" in done.out
+    assert done.out.splitlines()[-1].startswith("global: [cmc1: ")
+    again = train(folder, "--repeat=2")
+    assert again.status == 0
+    assert "seed 3: done before" in again.out
+    assert "Ep 1" not in again.out
