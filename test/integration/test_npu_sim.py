@@ -166,3 +166,30 @@ def test_two_devices(train, flags):
         cpu = train("cpu", *flags, "--total_epochs=2", nproc=2, device="cpu")
         assert run.losses == cpu.losses
         assert without_figures(run.results) == without_figures(cpu.results)
+
+
+@pytest.mark.slow
+def test_models_on_devices_of_their_own(train):
+    flags = ("--num_models=2", "-gdmlw=1", "-pmlw=0.5", "--amp=O0", "--total_epochs=1")
+    apart = train("apart", *flags, "--models_apart=true")
+    together = train("together", *flags, device="cpu")
+    assert apart.losses == together.losses
+    for one, other in zip(apart.results["models"], together.results["models"], strict=True):
+        assert without_figures(one) == without_figures(other)
+
+
+@pytest.mark.slow
+def test_the_tricks_stay_on_the_device(train):
+    tricks = (
+        "--recipe=strong",
+        "--pooling=gem",
+        "--ema_decay=0.9",
+        "--center_loss_weight=5e-4",
+        "--grad_checkpoint=true",
+    )
+    flags = (*tricks, "--warmup_epochs=1", "--amp=O0", "--total_epochs=2")
+    npu, cpu = train("npu", *flags), train("cpu", *flags, device="cpu")
+    assert [float(loss) for loss in npu.losses] == pytest.approx([float(loss) for loss in cpu.losses], rel=1e-3)
+    step = npu.reports[0]["steps"][4]
+    assert not [name for name in step if WAITS.search(name)]
+    assert sum(count for name, count in step.items() if TO_HOST.search(name)) <= 2, step
