@@ -3,14 +3,14 @@
 import argparse
 import shlex
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from aligned_reid.data.layout import describe
 from aligned_reid.data.market1501 import prepare_market1501
-from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY, Partitions, read_partitions
+from aligned_reid.data.partitions import read_partitions
 from aligned_reid.errors import InputError
 
 
@@ -26,20 +26,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--source", required=True, help="Market-1501-v15.09.15.zip, or the folder it unpacks to")
     parser.add_argument("--save_dir", required=True, help="a new folder; when interrupted, run again to go on")
     return parser.parse_args()
-
-
-def describe(partitions: Partitions) -> str:
-    """The counts of a prepared data set, a line for each part."""
-    num_marks = Counter(partitions.test_marks)
-    lines = [
-        ("trainval", len(partitions.trainval_im_names), f", {len(partitions.trainval_ids2labels)} identities"),
-        ("train", len(partitions.train_im_names), f", {len(partitions.train_ids2labels)} identities"),
-        ("val", len(partitions.val_im_names), ""),
-        ("query", num_marks[QUERY], ""),
-        ("gallery", num_marks[GALLERY], ""),
-        ("multi-query", num_marks[MULTI_QUERY], ""),
-    ]
-    return "\n".join(f"{part:<11} {num_images:6,} images{identities}" for part, num_images, identities in lines)
 
 
 def main() -> int:
