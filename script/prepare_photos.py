@@ -1,0 +1,47 @@
+"""Prepare your own photos for training: python script/prepare_photos.py --source photos --save_dir prepared
+
+--source is one of
+  a folder with a sub-folder for each person, whose photos tell their camera by name (c1_001.jpg, 001_cam2.png,
+    0001_c3s1_000151_01.jpg), or lie in a sub-folder for each camera: <person>/<camera>/001.jpg
+  a CSV file whose first row is path,person,camera; paths are relative to the file, persons and cameras any names
+JPEGs are copied as they are; png, bmp and webp become JPEGs of quality 95. The source is only read.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from aligned_reid.command import run_command
+from aligned_reid.config import OneLineParser
+from aligned_reid.data.layout import describe
+from aligned_reid.data.partitions import read_partitions
+from aligned_reid.data.photos import prepare_photos
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = OneLineParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, help="a folder with a sub-folder for each person, or a CSV file")
+    parser.add_argument("--save_dir", required=True, help="a new folder; when interrupted, run again to go on")
+    parser.add_argument(
+        "--test_share", type=float, default=0.5, help="share of the persons that is for the test (default: 0.5)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, help="draws the test persons and their query photos (default: 1)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prepare, print the counts and the command to go on with."""
+    save_dir = prepare_photos(**vars(parse_arguments()))
+    print(describe(read_partitions(save_dir / "partitions.pkl")))
+    print(f"next: python script/train.py --data_path={shlex.quote(str(save_dir))}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,315 @@
+"""Preparing one's own photos: folders, CSV files, the division into parts, and sources that cannot be used."""
+
+import json
+import pickle
+from collections import Counter, defaultdict
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aligned_reid import InputError
+from aligned_reid.data import photos
+from aligned_reid.data.checks import check_images, check_protocol
+from aligned_reid.data.dataset import TestImages, TrainImages, open_data
+from aligned_reid.data.partitions import parse_image_name, read_partitions
+from aligned_reid.data.photos import camera_of, choose_queries, find_photos, numbered, prepare_photos
+
+
+def draw(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.RandomState(seed).randint(0, 256, (40, 20, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+PERSONS = ("anna", "bert", "Åsa", "d 4", "eve", "fay")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Six persons, each seen twice by each of two cameras, in files of four kinds."""
+    root = tmp_path / "my photos"
+    for number, person in enumerate(PERSONS):
+        for camera in (1, 2):
+            for index, kind in enumerate(("jpg", "png") if camera == 1 else ("bmp", "webp")):
+                draw(root / person / f"c{camera}_{index}.{kind}", number * 10 + camera * 3 + index)
+    (root / "anna" / "Thumbs.db").write_bytes(b"no photo")
+    (root / ".hidden").mkdir()
+    return root
+
+
+@pytest.fixture
+def table(folder) -> Path:
+    """The same photos as a CSV file beside them."""
+    lines = ["path,person,camera"]
+    lines += [
+        f"{file.relative_to(folder.parent)},{file.parent.name},{'door' if 'c1' in file.name else 'gate'}"
+        for file in sorted(folder.rglob("c*_*"))
+    ]
+    path = folder.parent / "photos.csv"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def digests(root: Path) -> dict[str, str]:
+    return {str(file): sha256(file.read_bytes()).hexdigest() for file in root.rglob("*") if file.is_file()}
+
+
+def assert_usable(save_dir: Path, num_test: int) -> None:
+    """What training asks of a data set, and a division that keeps persons apart."""
+    data = open_data(save_dir)
+    train, test = TrainImages(data, "trainval", (64, 32)), TestImages(data, "test", size=(64, 32))
+    check_protocol(test.person_ids, test.cameras, test.marks)
+    check_images(data, [*train.image_names, *test.image_names])
+    assert not set(train.person_ids) & set(test.person_ids)
+    assert len(set(test.person_ids)) == num_test
+    for person in set(test.person_ids):  # no query is without a match
+        gallery = test.cameras[(test.person_ids == person) & (test.marks == 1)]
+        for camera in test.cameras[(test.person_ids == person) & (test.marks == 0)]:
+            assert (gallery != camera).any()
+
+
+def test_a_folder_is_prepared_and_not_changed(folder, tmp_path, capsys):
+    before = digests(folder)
+    save_dir = prepare_photos(folder, tmp_path / "prepared")
+    assert digests(folder) == before
+    assert capsys.readouterr().out == ""
+    assert_usable(save_dir, num_test=3)
+    names = json.loads((save_dir / "names.json").read_text(encoding="utf-8"))
+    assert names["persons"] == {"1": "anna", "2": "bert", "3": "d 4", "4": "eve", "5": "fay", "6": "Åsa"}
+    assert names["cameras"] == {"1": "1", "2": "2"}
+    new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
+    assert len(new_names) == 24
+    for original, new in new_names.items():
+        image = parse_image_name(new)
+        assert names["persons"][str(image.person_id)] == original.split("/")[0]
+        assert f"/c{image.camera}_{image.index}." in f"/{original.split('/')[1]}"
+    jpegs = [original for original in new_names if original.endswith(".jpg")]
+    assert len(jpegs) == 6
+    for original in jpegs:
+        assert (save_dir / "images" / new_names[original]).read_bytes() == (folder / original).read_bytes()
+
+
+def test_one_image_per_person_and_camera_is_a_query(folder, tmp_path):
+    partitions = read_partitions(prepare_photos(folder, tmp_path / "prepared") / "partitions.pkl")
+    marks = defaultdict(Counter)
+    for name, mark in zip(partitions.test_im_names, partitions.test_marks, strict=True):
+        marks[name[:13]][mark] += 1
+    assert len(marks) == 3 * 2
+    assert all(counts == {0: 1, 1: 1} for counts in marks.values())
+
+
+def test_a_csv_file_gives_what_the_folder_does(folder, table, tmp_path):
+    by_folder = prepare_photos(folder, tmp_path / "a")
+    by_table = prepare_photos(table, tmp_path / "b")
+    assert (by_folder / "partitions.pkl").read_bytes() == (by_table / "partitions.pkl").read_bytes()
+    images = [{path.name: path.read_bytes() for path in (one / "images").iterdir()} for one in (by_folder, by_table)]
+    assert images[0] == images[1]
+    assert json.loads((by_table / "names.json").read_text())["cameras"] == {"1": "door", "2": "gate"}
+
+
+def test_a_sub_folder_for_each_camera(folder, tmp_path):
+    for file in list(folder.rglob("c*_*")):
+        place = file.parent / ("door" if "c1" in file.name else "gate")
+        place.mkdir(exist_ok=True)
+        file.rename(place / f"{file.stem[-1]}{file.suffix}")
+    save_dir = prepare_photos(folder, tmp_path / "prepared")
+    assert_usable(save_dir, num_test=3)
+    assert json.loads((save_dir / "names.json").read_text())["cameras"] == {"1": "door", "2": "gate"}
+
+
+def test_seed_and_share_decide_who_is_tested_and_nothing_else(folder, tmp_path):
+    def prepare(**options) -> tuple[frozenset[str], frozenset[str], dict]:
+        save_dir = prepare_photos(folder, tmp_path / "prepared", **options)
+        partitions = read_partitions(save_dir / "partitions.pkl")
+        queries = [n for n, mark in zip(partitions.test_im_names, partitions.test_marks, strict=True) if mark == 0]
+        return frozenset(n[:8] for n in partitions.test_im_names), frozenset(queries), digests(save_dir / "images")
+
+    drawn = [prepare(seed=seed) for seed in range(8)]
+    assert prepare(seed=3) == drawn[3]
+    assert len({tested for tested, _, _ in drawn}) > 2
+    assert len({queries for _, queries, _ in drawn}) > 4
+    assert all(images == drawn[0][2] for _, _, images in drawn)
+    assert [len(prepare(test_share=share)[0]) for share in (0.01, 0.3, 0.5, 0.99, 1.0)] == [1, 2, 3, 5, 6]
+
+
+def test_persons_of_one_camera_are_for_training(folder, tmp_path, capsys):
+    for person in ("anna", "bert", "eve", "fay"):
+        for file in (folder / person).glob("c2_*"):
+            file.unlink()
+    save_dir = prepare_photos(folder, tmp_path / "prepared")
+    note, share = capsys.readouterr().out.splitlines()
+    assert note == "persons seen by one camera only, which are for training: 4 (the first is anna)"
+    assert share == "--test_share 0.5 would be 3 persons; 2 were seen by two cameras and are taken"
+    assert_usable(save_dir, num_test=2)
+
+
+def test_a_single_photo_under_each_camera_leaves_something_to_find():
+    by_camera = {"a": ["a0"], "b": ["b0"], "c": ["c0"]}
+    assert choose_queries(by_camera, np.random.RandomState(0)) == ["b0", "c0"]  # a0 is what they find
+    by_camera = {"a": ["a0", "a1"], "b": ["b0"]}
+    queries = choose_queries(by_camera, np.random.RandomState(0))
+    assert queries[0] == "b0" and len(queries) == 1  # for a query of a, the gallery would have nothing under b
+    assert len(choose_queries({"a": ["a0", "a1"], "b": ["b0", "b1"]}, np.random.RandomState(0))) == 2
+
+
+def test_an_interrupted_preparation_goes_on(folder, tmp_path, monkeypatch):
+    read = photos.read_as_jpeg
+    files: list[Path] = []
+
+    def stop(path: Path) -> bytes:
+        files.append(path)
+        if len(files) == 10:
+            raise KeyboardInterrupt
+        return read(path)
+
+    monkeypatch.setattr(photos, "read_as_jpeg", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_photos(folder, tmp_path / "prepared")
+    assert not (tmp_path / "prepared" / "partitions.pkl").exists()
+    prepare_photos(folder, tmp_path / "prepared")
+    whole = prepare_photos(folder, tmp_path / "whole")
+    strip = len(str(whole))
+    again = digests(tmp_path / "prepared")
+    assert {name[strip + 3 :]: digest for name, digest in again.items()} == {
+        name[strip:]: digest for name, digest in digests(whole).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "camera"),
+    [
+        ("c1_001.jpg", "1"),
+        ("0001_c3s1_000151_01.jpg", "3"),
+        ("x-Cam02.png", "2"),
+        ("CAM7 evening.webp", "7"),
+        ("0001_c10s3_00.jpg.jpg", "10"),
+    ],
+)
+def test_cameras_that_names_tell(name, camera):
+    assert camera_of(Path(name)) == camera
+
+
+@pytest.mark.parametrize("name", ["001.jpg", "pic1.jpg", "c1a.jpg", "cam.jpg", "c1_cam2.jpg", "abc3_d.jpg"])
+def test_cameras_that_names_do_not_tell(name):
+    with pytest.raises(InputError, match="can be told from the name of") as caught:
+        camera_of(Path(name))
+    assert "sub-folder for each camera" in str(caught.value) and "CSV file with path,person,camera" in str(caught.value)
+
+
+def test_names_are_numbered_in_order():
+    assert numbered({"b", "10", "9", "a", "09"}) == {"09": 1, "9": 2, "10": 3, "a": 4, "b": 5}
+
+
+def refusal(source: Path, save_dir: Path, **options) -> str:
+    with pytest.raises(InputError) as caught:
+        prepare_photos(source, save_dir, **options)
+    assert "\n" not in str(caught.value)
+    assert not (save_dir / "partitions.pkl").exists()
+    return str(caught.value)
+
+
+def test_folders_that_cannot_be_used(folder, tmp_path):
+    save_dir = tmp_path / "prepared"
+    assert "does not exist" in refusal(tmp_path / "none", save_dir)
+    (tmp_path / "empty").mkdir()
+    assert "has no photos (bmp, jpeg, jpg, png, webp)" in refusal(tmp_path / "empty", save_dir)
+    assert "which stays as it is" in refusal(folder, folder)
+    assert "which stays as it is" in refusal(folder, folder / "prepared")
+    stray = draw(folder / "c1_9.png")
+    assert f"{stray} is in no person's folder" in refusal(folder, save_dir)
+    stray.unlink()
+    deep = draw(folder / "anna" / "door" / "old" / "1.png")
+    assert f"{deep.parent} is too deep" in refusal(folder, save_dir)
+    deep.unlink()
+    deep.parent.rmdir()
+    draw(folder / "anna" / "door" / "1.png")
+    assert "do all in one way" in refusal(folder, save_dir)
+    assert not save_dir.exists()
+
+
+def test_too_few_persons_or_cameras(tmp_path):
+    root, save_dir = tmp_path / "photos", tmp_path / "prepared"
+    draw(root / "anna" / "c1_0.png")
+    draw(root / "anna" / "c2_0.png")
+    assert "shows one person only (anna)" in refusal(root, save_dir)
+    draw(root / "bert" / "c1_0.png")
+    assert_usable(prepare_photos(root, tmp_path / "two", log=lambda _: None), num_test=1)
+    (root / "anna" / "c2_0.png").unlink()
+    assert "is of one camera only (1)" in refusal(root, save_dir)
+    draw(root / "carl" / "c2_0.png")
+    assert "no person was seen by two cameras" in refusal(root, save_dir)
+
+
+def test_a_photo_that_cannot_be_read_is_named(folder, tmp_path):
+    for name in ("anna/c1_0.jpg", "bert/c1_1.png"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+        assert name in refusal(folder, tmp_path / "prepared")
+        (folder / name).write_bytes(content)
+    prepare_photos(folder, tmp_path / "prepared")
+
+
+def test_options_out_of_range(folder, tmp_path):
+    for share in (0.0, 1.5, -1.0, float("nan")):
+        assert "is no share" in refusal(folder, tmp_path / "prepared", test_share=share)
+    assert "--seed -1" in refusal(folder, tmp_path / "prepared", seed=-1)
+
+
+def replaced(table: Path, old: str, new: str) -> Path:
+    text = table.read_text(encoding="utf-8")
+    assert old in text
+    path = table.with_name("other.csv")
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    return path
+
+
+def test_tables_that_cannot_be_used(table, tmp_path):
+    save_dir = tmp_path / "prepared"
+    row = "my photos/anna/c1_1.png,anna,door"
+    for column in ("path", "person", "camera"):
+        assert f"has no column {column}" in refusal(replaced(table, column, "other"), save_dir)
+    assert "has two columns person" in refusal(replaced(table, "camera", "camera,person"), save_dir)
+    assert "row 3: there is no file" in refusal(replaced(table, row, "my photos/none.png,anna,door"), save_dir)
+    assert "row 3: no person" in refusal(replaced(table, row, "my photos/anna/c1_1.png, ,door"), save_dir)
+    assert "row 3: no camera" in refusal(replaced(table, row, "my photos/anna/c1_1.png,anna"), save_dir)
+    twice = replaced(table, row, f"{row}\n\nmy photos/../my photos/anna/c1_1.png,bert,gate")
+    assert "row 5: my photos/../my photos/anna/c1_1.png is in row 3 already" in refusal(twice, save_dir)
+    twice.write_text("path,person,camera\n")
+    assert "has no rows" in refusal(twice, save_dir)
+    twice.write_text("")
+    assert "has no column path" in refusal(twice, save_dir)
+    twice.write_bytes(b"PK\x03\x04\xff\xfe\x00")
+    assert "neither a folder nor a CSV file" in refusal(twice, save_dir)
+    assert not save_dir.exists()
+
+
+def test_photos_are_not_written_over(tmp_path):
+    rows = ["path,person,camera"]
+    for person in (1, 2):
+        for camera in (1, 2):
+            draw(tmp_path / "set" / "images" / f"0000000{person}_000{camera}_00000000.jpg", person)
+            rows.append(f"images/0000000{person}_000{camera}_00000000.jpg,{3 - person},{camera}")
+    table = tmp_path / "set" / "photos.csv"
+    table.write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
+    before = digests(tmp_path)
+    assert "is where the new images will be" in refusal(table, tmp_path / "set")
+    assert digests(tmp_path) == before
+    prepare_photos(table, tmp_path / "prepared")
+
+
+def test_sources_are_recognised(folder, table, tmp_path):
+    assert find_photos(folder) == folder
+    assert find_photos(table) == table
+    command = photos.prepare_command(folder)
+    assert command == (
+        f"python script/prepare_photos.py --source '{folder}' --save_dir '{folder.parent / 'my photos_prepared'}'"
+    )
+    prepared = prepare_photos(folder, tmp_path / "two" / "prepared")
+    prepare_photos(folder, tmp_path / "two" / "again")
+    for path in (tmp_path, tmp_path / "two", prepared, prepared / "partitions.pkl", prepared / "names.json"):
+        assert find_photos(path) is None, path
+    assert find_photos(tmp_path / "none") is None
