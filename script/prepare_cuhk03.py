@@ -1,0 +1,38 @@
+"""Prepare CUHK03, new protocol: python script/prepare_cuhk03.py --source cuhk03 --kind labeled --save_dir prepared"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from aligned_reid.command import run_command
+from aligned_reid.config import OneLineParser
+from aligned_reid.data.cuhk03 import KINDS, prepare_cuhk03
+from aligned_reid.data.layout import describe
+from aligned_reid.data.partitions import read_partitions
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = OneLineParser(
+        allow_abbrev=False, description="Bring CUHK03 into the layout that --data_path takes. The source is only read."
+    )
+    add = parser.add_argument
+    add("--source", required=True, help="the folder with cuhk-03.mat (or images_<kind>/) and the protocol's .mat files")
+    add("--save_dir", required=True, help="a new folder; when interrupted, run again to go on")
+    add("--kind", required=True, choices=KINDS, help="boxes drawn by hand (labeled) or detected")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prepare, print the counts and the command to go on with."""
+    arguments = parse_arguments()
+    save_dir = prepare_cuhk03(**vars(arguments))
+    print(describe(read_partitions(save_dir / "partitions.pkl")))
+    name = f"cuhk03_{arguments.kind}"
+    print(f"next: python script/train.py --dataset={name} --data_path={shlex.quote(str(save_dir))}")
+
+
+if __name__ == "__main__":
+    run_command(main)

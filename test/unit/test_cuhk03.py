@@ -1,0 +1,202 @@
+"""Preparing CUHK03's new protocol, on made-up files of its formats. The real set was never at hand."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+from scipy.io import savemat
+
+from aligned_reid import InputError
+from aligned_reid.data.cuhk03 import find_raw_cuhk03, prepare_command, prepare_cuhk03, read_protocol
+from aligned_reid.data.layout import encode_jpeg
+from aligned_reid.data.partitions import read_partitions
+
+# name: person, camera; in the protocol's order
+IMAGES = {
+    "1_001_1_01.png": (7, 1),
+    "1_001_1_02.png": (7, 1),
+    "1_001_2_06.png": (7, 2),
+    "1_002_1_01.png": (3, 1),
+    "1_002_2_07.png": (3, 2),
+    "2_001_1_01.png": (5, 1),
+    "2_001_2_10.png": (5, 2),
+}
+TRAIN, GALLERY, QUERY = [4, 5], [2, 3, 7], [1, 6]  # counted from 1, as MATLAB does
+SHAPES = ((2, 10), (1, 10))  # of the pairs: persons and images
+
+
+def picture(kind: str, name: str) -> np.ndarray:
+    """A smooth picture of a size and colours of its own."""
+    seed = sum(map(ord, kind + name)) % 60
+    rows, columns = np.mgrid[0 : 30 + seed, 0 : 16 + seed]
+    return np.stack([rows * 2, columns * 2, rows + seed], axis=-1).astype(np.uint8)
+
+
+def write_images_file(path: Path) -> None:
+    """cuhk-03.mat as MATLAB writes it: cells are references, arrays have their axes reversed, no image is [] ."""
+    with h5py.File(path, "w", userblock_size=512) as file:
+        refs = file.create_group("#refs#")
+        empty = refs.create_dataset("empty", data=np.zeros(2, np.uint64))
+        for kind in ("labeled", "detected"):
+            pairs = np.empty((1, len(SHAPES)), h5py.ref_dtype)
+            for pair, shape in enumerate(SHAPES):
+                cells = np.full(shape[::-1], empty.ref, h5py.ref_dtype)
+                for name in IMAGES:
+                    fields = [int(field) - 1 for field in name[:-4].split("_")]
+                    if fields[0] == pair:
+                        image = refs.create_dataset(f"{kind}{name}", data=picture(kind, name).T)
+                        cells[fields[3], fields[1]] = image.ref
+                pairs[0, pair] = refs.create_dataset(f"{kind}{pair}", data=cells, dtype=h5py.ref_dtype).ref
+            file.create_dataset(kind, data=pairs, dtype=h5py.ref_dtype)
+
+
+def write_protocol(path: Path, **changes) -> None:
+    names = np.array([[np.array([name])] for name in IMAGES], dtype=object)
+    content = {
+        "filelist": names,
+        "labels": np.array([[person] for person, _ in IMAGES.values()], np.float64),
+        "camId": np.array([[camera] for _, camera in IMAGES.values()], np.uint8),
+        "train_idx": np.array([TRAIN], np.float64).T,
+        "query_idx": np.array([QUERY], np.float64).T,
+        "gallery_idx": np.array([GALLERY], np.float64).T,
+    }
+    savemat(path, {name: value for name, value in (content | changes).items() if value is not None})
+
+
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    root = tmp_path / "cuhk03"
+    (root / "cuhk03_release").mkdir(parents=True)
+    write_images_file(root / "cuhk03_release" / "cuhk-03.mat")
+    for kind in ("labeled", "detected"):
+        write_protocol(root / f"cuhk03_new_protocol_config_{kind}.mat")
+    return root
+
+
+def assert_prepared(save_dir: Path, kind: str) -> None:
+    names = list(IMAGES)
+    new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
+    assert list(new_names) == [names[row - 1] for row in TRAIN + GALLERY + QUERY]
+    counted = {}
+    for name, new in new_names.items():
+        person, camera = IMAGES[name]
+        index = counted[person, camera] = counted.get((person, camera), -1) + 1
+        assert new == f"{person:08d}_{camera:04d}_{index:08d}.jpg"
+        jpeg = (save_dir / "images" / new).read_bytes()
+        assert jpeg == encode_jpeg(picture(kind, name))
+        assert np.abs(simplejpeg.decode_jpeg(jpeg).astype(int) - picture(kind, name)).max() < 12
+    partitions = read_partitions(save_dir / "partitions.pkl")
+    assert partitions.trainval_ids2labels == {3: 0}
+    assert partitions.test_im_names == [new_names[names[row - 1]] for row in QUERY + GALLERY]
+    assert partitions.test_marks == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["labeled", "detected"])
+def test_images_come_from_the_mat_file(raw, tmp_path, kind):
+    before = {path: path.read_bytes() for path in raw.rglob("*.mat")}
+    assert_prepared(prepare_cuhk03(raw, tmp_path / "prepared", kind), kind)
+    assert {path: path.read_bytes() for path in raw.rglob("*.mat")} == before
+
+
+def test_images_come_from_extracted_files(raw, tmp_path):
+    shutil.rmtree(raw / "cuhk03_release")
+    (raw / "images_detected").mkdir()
+    for name in IMAGES:
+        Image.fromarray(picture("detected", name)).save(raw / "images_detected" / name)
+    assert_prepared(prepare_cuhk03(raw, tmp_path / "prepared", "detected"), "detected")
+    with pytest.raises(InputError, match="neither cuhk-03.mat nor images_labeled/"):
+        prepare_cuhk03(raw, tmp_path / "other", "labeled")
+    (raw / "images_detected" / "1_001_1_02.png").unlink()
+    with pytest.raises(InputError, match=r"1_001_1_02\.png is missing"):
+        prepare_cuhk03(raw, tmp_path / "again", "detected")
+
+
+def test_an_interrupted_preparation_goes_on(raw, tmp_path, monkeypatch):
+    from aligned_reid.data import cuhk03
+
+    num_left = [3]
+
+    def stop(image: np.ndarray) -> bytes:
+        num_left[0] -= 1
+        if not num_left[0]:
+            raise KeyboardInterrupt
+        return encode_jpeg(image)
+
+    monkeypatch.setattr(cuhk03, "encode_jpeg", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_cuhk03(raw, tmp_path / "prepared", "labeled")
+    assert len(list((tmp_path / "prepared" / "images").iterdir())) == 2
+    assert_prepared(prepare_cuhk03(raw, tmp_path / "prepared", "labeled"), "labeled")
+
+
+def refusal(source: Path, save_dir: Path, kind: str = "labeled") -> str:
+    with pytest.raises(InputError) as caught:
+        prepare_cuhk03(source, save_dir, kind)
+    assert "\n" not in str(caught.value)
+    assert not (save_dir / "partitions.pkl").exists()
+    return str(caught.value)
+
+
+def test_sources_that_cannot_be_used(raw, tmp_path):
+    save_dir = tmp_path / "prepared"
+    assert "does not exist" in refusal(tmp_path / "none", save_dir)
+    assert "has no cuhk03_new_protocol_config_labeled.mat" in refusal(raw / "cuhk03_release", save_dir)
+    assert "which stays as it is" in refusal(raw, raw / "prepared")
+    assert "--kind both is neither labeled nor detected" in refusal(raw, save_dir, "both")
+    assert not save_dir.exists()
+    mat = raw / "cuhk03_release" / "cuhk-03.mat"
+    whole = mat.read_bytes()
+    mat.write_bytes(whole[:1000])
+    assert "cuhk-03.mat is damaged" in refusal(raw, save_dir)
+    mat.write_bytes(whole)
+    with h5py.File(mat, "a") as file:
+        del file["labeled"]
+    assert "with images under labeled" in refusal(raw, save_dir)
+    prepare_cuhk03(raw, tmp_path / "detected", "detected")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"labels": None}, "has no labels"),
+        ({"camId": np.ones((3, 1))}, "3 camId for 7 names"),
+        ({"train_idx": np.array([[4], [8]])}, "train_idx is empty, or not all of it is from 1 to 7"),
+        ({"query_idx": np.array([[0]])}, "query_idx is empty"),
+        ({"gallery_idx": np.zeros((0, 0))}, "gallery_idx is empty"),
+        ({"labels": np.full((7, 1), 0.5)}, "labels is not a list of whole numbers"),
+        ({"train_idx": np.array([[1]])}, "person 7 is in training and in the test"),
+    ],
+)
+def test_protocols_that_make_no_sense(raw, tmp_path, changes, reason):
+    write_protocol(raw / "cuhk03_new_protocol_config_labeled.mat", **changes)
+    assert reason in refusal(raw, tmp_path / "prepared")
+    assert not (tmp_path / "prepared").exists()
+
+
+@pytest.mark.parametrize("name", ["1_001_1_03.png", "1_009_1_01.png", "9_001_1_01.png", "0_001_1_01.png", "x.png"])
+def test_images_that_the_mat_file_has_not(raw, tmp_path, name):
+    names = np.array([[np.array([one])] for one in [name, *list(IMAGES)[1:]]], dtype=object)
+    write_protocol(raw / "cuhk03_new_protocol_config_labeled.mat", filelist=names)
+    assert name in refusal(raw, tmp_path / "prepared")
+
+
+def test_a_file_that_is_no_protocol(raw):
+    path = raw / "cuhk03_new_protocol_config_labeled.mat"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(InputError, match="is damaged or no MATLAB file"):
+        read_protocol(path)
+
+
+def test_the_raw_set_is_recognised(raw, tmp_path):
+    assert find_raw_cuhk03(raw) == raw
+    assert find_raw_cuhk03(raw / "cuhk03_release") == raw / "cuhk03_release"
+    for path in (tmp_path / "none", raw / "cuhk03_release" / "cuhk-03.mat"):
+        assert find_raw_cuhk03(path) is None
+    assert prepare_command(raw) == (
+        f"python script/prepare_cuhk03.py --source {raw} --save_dir {raw.parent / 'cuhk03_labeled'} --kind labeled"
+    )

@@ -1,0 +1,121 @@
+"""Preparing MSMT17, on made-up folders of versions 1 and 2. The real set was never at hand."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from aligned_reid import InputError
+from aligned_reid.data.msmt17 import find_raw_msmt17, prepare_command, prepare_msmt17
+from aligned_reid.data.partitions import read_partitions
+
+LISTS = {
+    "list_train.txt": [
+        "0000/0000_000_01_0303morning_0015_0.jpg 0",
+        "0000/0000_001_05_0303noon_0015_1.jpg 0",
+        "0001/0001_000_05_0303morning_0020_0.jpg 1",
+    ],
+    "list_val.txt": ["0001/0001_001_01_0303noon_0016_0.jpg 1"],
+    "list_query.txt": ["0000/0000_000_14_0303morning_0025_0.jpg 0"],
+    "list_gallery.txt": [
+        "0000/0000_001_02_0303afternoon_0030_2.jpg 0",
+        "0000/0000_002_14_0303afternoon_0031_2.jpg 0",
+        "0003/0003_000_14_0303morning_0040_0.jpg 3",
+    ],
+}
+NEW_NAMES = {
+    "train/0000/0000_000_01_0303morning_0015_0.jpg": "00000000_0001_00000000.jpg",
+    "train/0000/0000_001_05_0303noon_0015_1.jpg": "00000000_0005_00000000.jpg",
+    "train/0001/0001_000_05_0303morning_0020_0.jpg": "00000001_0005_00000000.jpg",
+    "train/0001/0001_001_01_0303noon_0016_0.jpg": "00000001_0001_00000000.jpg",
+    "test/0000/0000_001_02_0303afternoon_0030_2.jpg": "00000002_0002_00000000.jpg",
+    "test/0000/0000_002_14_0303afternoon_0031_2.jpg": "00000002_0014_00000000.jpg",
+    "test/0003/0003_000_14_0303morning_0040_0.jpg": "00000005_0014_00000000.jpg",
+    "test/0000/0000_000_14_0303morning_0025_0.jpg": "00000002_0014_00000001.jpg",
+}
+
+
+def write_raw(root: Path, train: str = "train", test: str = "test") -> Path:
+    for name, lines in LISTS.items():
+        folder = root / (train if name in ("list_train.txt", "list_val.txt") else test)
+        for line in lines:
+            file = folder / line.split()[0]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"\xff\xd8" + line.encode())
+        (root / name).write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    return write_raw(tmp_path / "download" / "MSMT17_V1")
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+def test_persons_of_the_test_are_others(raw, tmp_path):
+    before = contents(raw)
+    save_dir = prepare_msmt17(raw, tmp_path / "msmt17")
+    assert contents(raw) == before
+    assert pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes()) == NEW_NAMES
+    assert contents(save_dir / "images") == {new: before[original] for original, new in NEW_NAMES.items()}
+    partitions = read_partitions(save_dir / "partitions.pkl")
+    assert partitions.trainval_im_names == list(NEW_NAMES.values())[:4]
+    assert partitions.trainval_ids2labels == {0: 0, 1: 1}
+    assert partitions.test_im_names == [list(NEW_NAMES.values())[-1], *list(NEW_NAMES.values())[4:-1]]
+    assert partitions.test_marks == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("folders", [("mask_train_v2", "mask_test_v2"), ("mask_train_V2", "mask_test_V2")])
+def test_version_2_and_the_folder_around_it(tmp_path, folders):
+    write_raw(tmp_path / "download" / "MSMT17_V2", *folders)
+    save_dir = prepare_msmt17(tmp_path / "download", tmp_path / "msmt17")
+    new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
+    assert list(new_names.values()) == list(NEW_NAMES.values())
+    assert {name.split("/")[0] for name in new_names} == set(folders)
+
+
+def refusal(source: Path, save_dir: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        prepare_msmt17(source, save_dir)
+    assert "\n" not in str(caught.value)
+    assert not save_dir.exists()
+    return str(caught.value)
+
+
+def test_sources_that_cannot_be_used(raw, tmp_path):
+    save_dir = tmp_path / "msmt17"
+    assert "does not exist" in refusal(tmp_path / "none", save_dir)
+    assert "holds no list_train.txt with a folder train/" in refusal(raw / "train", save_dir)
+    assert "which stays as it is" in refusal(raw, raw / "prepared")
+    image = raw / "test" / "0003" / "0003_000_14_0303morning_0040_0.jpg"
+    content = image.read_bytes()
+    image.unlink()
+    assert "list_gallery.txt, line 3: there is no test/0003/0003_000" in refusal(raw, save_dir)
+    image.write_bytes(content)
+    for name in LISTS:
+        text = (raw / name).read_text()
+        (raw / name).write_text("")
+        assert f"{name} is empty" in refusal(raw, save_dir)
+        (raw / name).write_text(text.replace(".jpg ", ".jpg;"))
+        assert f"{name}, line 1:" in refusal(raw, save_dir)
+        (raw / name).write_bytes(b"\xff\xfe\x00")
+        assert f"{name} is no list of images" in refusal(raw, save_dir)
+        (raw / name).unlink()
+        assert name in refusal(raw, save_dir)
+        (raw / name).write_text(text)
+
+
+def test_an_image_of_two_lists_is_refused(raw, tmp_path):
+    (raw / "list_val.txt").write_text((raw / "list_train.txt").read_text())
+    assert "has train/0000/0000_000_01_0303morning_0015_0.jpg twice" in refusal(raw, tmp_path / "msmt17")
+
+
+def test_the_raw_set_is_recognised(raw, tmp_path):
+    assert find_raw_msmt17(raw) == find_raw_msmt17(raw.parent) == raw
+    for path in (tmp_path / "none", raw / "train", raw / "list_train.txt"):
+        assert find_raw_msmt17(path) is None
+    command = f"python script/prepare_msmt17.py --source {raw} --save_dir {raw.parent / 'msmt17'}"
+    assert prepare_command(raw) == command
