@@ -34,8 +34,12 @@ class Config:
         "reference", "settings to start from, a row of aligned_reid/recipes.py; flags come on top", choices=[*RECIPES]
     )
     # data
-    data_path: str = option("", "folder with images/ and partitions.pkl", aliases=["--data_pth"])
-    dataset: str = option("market1501", "name of the data set, for the log and the run folder")
+    data_path: str = option(
+        "", "folder with images/ and partitions.pkl; several: dirA+dirB, with --dataset a+b", aliases=["--data_pth"]
+    )
+    dataset: str = option(
+        "market1501", "name of the data set, for the log and the run folder; a+b: train on both, test on each"
+    )
     partition_file: str = option("", "partition file; default: partitions.pkl in --data_path", aliases=["--pkl"])
     trainset_part: str = option("trainval", "identities to train on", choices=["trainval", "train"])
     resize_h_w: tuple[int, int] = option((256, 128), "height,width of the images that the model sees, in pixels")
@@ -158,7 +162,11 @@ class Config:
         """Self, with --set_seed resolved; raises InputError where a value is out of range."""
         from dataclasses import replace
 
+        names = self.dataset_names
         rules = [
+            (len(set(names)) == len(names), f"--dataset {self.dataset} names a data set twice"),
+            (len(names) == 1 or all(names), f"--dataset {self.dataset} has an empty name beside a +"),
+            (len(names) == 1 or not self.partition_file, "--partition_file is for one data set, not for several"),
             (self.ids_per_batch >= 2, "--ids_per_batch is at least 2: an anchor needs a negative"),
             (self.ims_per_id >= 2, "--ims_per_id is at least 2: an anchor needs a positive"),
             (self.total_epochs >= 1, "--total_epochs is at least 1"),
@@ -214,6 +222,11 @@ class Config:
             if not holds:
                 raise InputError(rule)
         return replace(self, seed=1) if self.set_seed and self.seed is None else self
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """The data sets of the run, in order: those that --dataset joins with +, or the only one."""
+        return self.dataset.split("+")
 
     @property
     def loss_weights(self) -> tuple[float, float, float]:

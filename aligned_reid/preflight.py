@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from aligned_reid.accelerator import check_device_name
 from aligned_reid.config import Config
 from aligned_reid.data.checks import check_images, check_protocol
-from aligned_reid.data.dataset import TestImages, TrainImages, open_data
+from aligned_reid.data.dataset import JoinedTrainImages, TestImages, TrainImages, open_data
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.errors import InputError
 from aligned_reid.model import make_trunk
@@ -31,9 +32,14 @@ CHECKPOINT_BYTES = 320 * 2**20  # model and Adam's two moments, float32
 class RunInput:
     """What a run starts from."""
 
-    test: TestImages
+    tests: Mapping[str, TestImages]  # by the data set's name, in the order of --dataset
     train: TrainImages | None  # None where nothing is trained
     weights: Any = None  # the content of the weight file to start or test from; read before the run writes anything
+
+    @property
+    def test(self) -> TestImages:
+        """The test images of the only data set, or of the first one."""
+        return next(iter(self.tests.values()))
 
 
 def check_input(config: Config) -> RunInput:
@@ -58,7 +64,34 @@ def open_images(config: Config) -> RunInput:
             "no --data_path: give a prepared data set (script/prepare_market1501.py makes one of Market-1501, "
             "script/make_synthetic.py draws one)"
         )
-    data = open_data(config.data_path, config.partition_file or None)
+    folders = data_folders(config)
+    opened = {name: open_set(config, folder) for name, folder in folders.items()}
+    tests = {name: test for name, (test, _) in opened.items()}
+    trains = {name: train for name, (_, train) in opened.items() if train is not None}
+    if len(trains) > 1:
+        return RunInput(tests, JoinedTrainImages(trains))
+    return RunInput(tests, next(iter(trains.values()), None))
+
+
+def data_folders(config: Config) -> dict[str, str]:
+    """The folder of each data set by its name, in the order of --dataset. Raises InputError unless each has one."""
+    names, folders = config.dataset_names, [config.data_path]
+    # A single folder may have a + in its name.
+    if len(names) > 1 or not Path(config.data_path).expanduser().exists():
+        parts = [part for part in config.data_path.split("+") if part]
+        if len(names) > 1 or any(Path(part).expanduser().exists() for part in parts):
+            folders = parts
+    if len(folders) != len(names):
+        raise InputError(
+            f"--data_path has {len(folders)} folder{'s' if len(folders) > 1 else ''} and --dataset {len(names)} "
+            f"name{'s' if len(names) > 1 else ''}: give one each, as in --dataset=a+b --data_path=dirA+dirB"
+        )
+    return dict(zip(names, folders, strict=True))
+
+
+def open_set(config: Config, folder: str) -> tuple[TestImages, TrainImages | None]:
+    """The images of one data set that the run uses, each of them checked to be whole."""
+    data = open_data(folder, config.partition_file or None)
     size = config.resize_h_w
     test = TestImages(data, "test", config.multi_query, size)
     train = None
@@ -72,9 +105,12 @@ def open_images(config: Config) -> RunInput:
             pad_crop=config.pad_crop,
             erase_prob=config.erase_prob,
         )
-    check_protocol(test.person_ids, test.cameras, test.marks)
+    try:
+        check_protocol(test.person_ids, test.cameras, test.marks)
+    except InputError as error:
+        raise InputError(f"{error} ({folder})") from error
     check_images(data, [*(train.image_names if train else []), *test.image_names])
-    return RunInput(test, train)
+    return test, train
 
 
 def read_start_weights(config: Config) -> Any:

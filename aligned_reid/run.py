@@ -16,32 +16,21 @@ import torch
 
 from aligned_reid.accelerator import Accelerator, open_accelerator
 from aligned_reid.config import Config
-from aligned_reid.data.dataset import TestImages
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.distributed import World, close_group, open_group, read_world, sum_over_ranks
 from aligned_reid.errors import InputError
-from aligned_reid.evaluation.extract import extract_features, feature_blocks
+from aligned_reid.evaluation.extract import feature_blocks
 from aligned_reid.evaluation.feature_file import FeatureWriter
-from aligned_reid.evaluation.protocol import Measures, Scores, evaluate_features
-from aligned_reid.model import AlignedReID, architecture_of, load_weights, open_model
+from aligned_reid.measure import load_for_test, measure, settle_test
+from aligned_reid.model import AlignedReID, architecture_of, load_weights
 from aligned_reid.preflight import RunInput, check_input, check_save_file
 from aligned_reid.training.checkpoint import read_checkpoint, set_aside
 from aligned_reid.training.log import Log
 from aligned_reid.training.trainer import Speed, Trainer
-from aligned_reid.weights import CHECKPOINT_NAME, digest_of, find_state_dict, settings_of
+from aligned_reid.weights import CHECKPOINT_NAME, digest_of, find_state_dict
 
 RESULTS_NAME = "results.json"
 MARK_NAMES = ("query", "gallery", "multi-query")
-TEST_SETTINGS = (
-    "last_stride",
-    "pooling",
-    "bnneck",
-    "feature_after_bn",
-    "normalize_feature",
-    "test_distance",
-    "flip_test",
-)  # what belongs to a model's weights when it is tested
-SCORE_NAMES = ("global", "global_re_ranked", "local", "local_re_ranked", "global_local", "global_local_re_ranked")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -146,8 +135,10 @@ def log_settings(config: Config, world: World, accelerator: Accelerator, given: 
         log(f"recipe {config.recipe}, where it differs from the reference: {'; '.join(recipe[1:])}")
     if given.train is not None:
         log(f"{config.trainset_part}: {len(given.train):,} images of {given.train.num_classes:,} identities")
-    counts = np.bincount(given.test.marks, minlength=len(MARK_NAMES))
-    log(f"test: {', '.join(f'{n:,} {name}' for n, name in zip(counts, MARK_NAMES, strict=True) if n)} images")
+    for name, images in given.tests.items():
+        counts = np.bincount(images.marks, minlength=len(MARK_NAMES))
+        which = f"test of {name}" if len(given.tests) > 1 else "test"
+        log(f"{which}: {', '.join(f'{n:,} {mark}' for n, mark in zip(counts, MARK_NAMES, strict=True) if n)} images")
 
 
 def train_and_evaluate(
@@ -169,23 +160,14 @@ def train_and_evaluate(
     use_local = local_was_trained if config.use_local_distance is None else config.use_local_distance
 
     start = time.monotonic()
-    all_scores = []
-    for number, model in list(enumerate(models, start=1))[::-1]:  # the first one last: tools read the last line
-        if len(models) > 1:
-            log(f"Model {number} of {len(models)}")
-        all_scores.append(evaluate_model(model, config, world, accelerator, given.test, log, local=use_local))
+    scores = measure(models, given.tests, config, world, accelerator, log, local=use_local)
     if not world.is_main:
         return {}
-    extract_seconds = sum(seconds for _, seconds in all_scores)
-    all_scores.reverse()
     results = {
-        **dict.fromkeys(SCORE_NAMES),
-        **all_scores[0][0],
-        **({"models": [scores for scores, _ in all_scores]} if len(models) > 1 else {}),
+        **scores,
         "FPS": speed.fps,
         "ids_per_second": speed.fps / config.ims_per_id if speed.fps else None,
         "train_seconds": train_seconds if given.train is not None else None,
-        "extract_seconds": extract_seconds,
         "evaluate_seconds": time.monotonic() - start,
         "profile": profile,
         "device": accelerator.describe(),
@@ -196,53 +178,13 @@ def train_and_evaluate(
     return results
 
 
-def evaluate_model(
-    model: AlignedReID,
-    config: Config,
-    world: World,
-    accelerator: Accelerator,
-    images: TestImages,
-    log: Log,
-    *,
-    local: bool,
-) -> tuple[Scores, float]:
-    """A model's scores on the test images, on rank 0, and the seconds that its features took."""
-    start = time.monotonic()
-    features = extract_features(
-        model.to(accelerator.device),
-        images,
-        accelerator,
-        world,
-        local=local,
-        workers=config.workers,
-        flip=config.flip_test,
-    )
-    seconds = time.monotonic() - start
-    if not world.is_main:
-        return {}, seconds
-    log(f"features of {len(images):,} images in {seconds:.1f}s ({len(images) / seconds:.1f} images/s)")
-    measures = Measures(
-        config.normalize_feature or config.test_distance == "cosine",
-        multi_query_pool=config.multi_query_pool if config.multi_query else "",
-    )
-    return evaluate_features(features, images, log, measures), seconds
-
-
-def settle_test(config: Config, content: Any, log: Log) -> Config:
-    """The config with what belongs to the weights as the run had it that wrote them, unless a flag says otherwise."""
-    settings = settings_of(content)
-    taken = {name: settings[name] for name in TEST_SETTINGS if name in settings and name not in config.given}
-    changed = {name: value for name, value in taken.items() if value != getattr(config, name)}
-    if changed:
-        log(f"as the weights were trained: {', '.join(f'{name} {value}' for name, value in changed.items())}")
-    return dataclasses.replace(config, **changed)
-
-
 def run_extraction(config: Config, save_file: Path) -> None:
     """Write the features of the test part to `save_file`, as `config` says; `only_test` is set in it.
 
     Under a launcher every process calls it and extracts a share; rank 0 writes. Raises InputError for a user's mistake.
     """
+    if len(config.dataset_names) > 1:
+        raise InputError(f"--dataset {config.dataset}: features are extracted of one data set at a time; name one")
     world = read_world()
     given = check_input(config)
     check_save_file(save_file)
@@ -332,19 +274,6 @@ def start_model(config: Config, num_classes: int, weights: Any, log: Log) -> Ali
     elif not config.resume:
         log(model.trunk_report)
     return model
-
-
-def load_for_test(config: Config, content: Any, log: Log) -> tuple[AlignedReID, bool]:
-    """The model to evaluate, and whether its local branch was trained: as its checkpoint says, else as the flags do.
-
-    content: of the weight file.
-    """
-    source = config.model_weight_file or str(config.run_dir)
-    trained = config.l_loss_weight > 0 or settings_of(content).get("l_loss_weight", 0.0) > 0
-    need_local = trained if config.use_local_distance is None else config.use_local_distance
-    model, report = open_model(content, source, need_local=need_local, settings=config.to_dict())
-    log(report)
-    return model, trained
 
 
 def write_json(path: Path, content: Any) -> None:

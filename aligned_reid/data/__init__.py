@@ -1,8 +1,10 @@
 """Data sets: the layout on disk and everything between it and a batch."""
 
 from aligned_reid.data.checks import check_images, check_protocol
+from aligned_reid.data.cuhk03 import prepare_cuhk03
 from aligned_reid.data.dataset import (
     EvaluationBatch,
+    JoinedTrainImages,
     ReidData,
     TestImages,
     TrainBatch,
@@ -11,6 +13,7 @@ from aligned_reid.data.dataset import (
     open_data,
 )
 from aligned_reid.data.market1501 import is_raw_market1501, prepare_market1501
+from aligned_reid.data.msmt17 import prepare_msmt17
 from aligned_reid.data.partitions import (
     ImageName,
     Partitions,
@@ -21,6 +24,7 @@ from aligned_reid.data.partitions import (
     split_train_val,
     write_partitions,
 )
+from aligned_reid.data.photos import prepare_photos
 from aligned_reid.data.sampler import IdentityBatchSampler, SampleRequest
 from aligned_reid.data.synthetic import make_synthetic
 from aligned_reid.data.transforms import IM_MEAN, IM_STD, decode_image, normalize_images, preprocess, resize_image
@@ -31,6 +35,7 @@ __all__ = [
     "EvaluationBatch",
     "IdentityBatchSampler",
     "ImageName",
+    "JoinedTrainImages",
     "Partitions",
     "ReidData",
     "SampleRequest",
@@ -48,7 +53,10 @@ __all__ = [
     "normalize_images",
     "open_data",
     "parse_image_name",
+    "prepare_cuhk03",
     "prepare_market1501",
+    "prepare_msmt17",
+    "prepare_photos",
     "preprocess",
     "read_partitions",
     "resize_image",

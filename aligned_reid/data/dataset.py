@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from aligned_reid.data.market1501 import find_raw_market1501, prepare_command
+from aligned_reid.data import cuhk03, market1501, msmt17, photos
 from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_name, read_partitions
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import (
@@ -61,7 +61,7 @@ class EvaluationBatch(NamedTuple):
 def open_data(data_path: str | Path, partition_file: str | Path | None = None) -> ReidData:
     """Open the folder that --data_path names; `partition_file` replaces its partitions.pkl.
 
-    Raises InputError that says what to do: no such path, a Market-1501 not prepared yet, no images/, no or a bad
+    Raises InputError that says what to do: no such path, a data set not prepared yet, no images/, no or a bad
     partitions.pkl.
     """
     root = Path(data_path).expanduser()
@@ -75,9 +75,16 @@ def open_data(data_path: str | Path, partition_file: str | Path | None = None) -
 
 
 def _not_prepared(root: Path, partitions_path: Path) -> str:
-    raw = find_raw_market1501(root)
-    if raw is not None:
-        return f"--data_path {root} is the original Market-1501; prepare it first: {prepare_command(raw)}"
+    # Photos come last, for every data set is a folder of folders with images.
+    for what, find, command in (
+        ("is the original Market-1501", market1501.find_raw_market1501, market1501.prepare_command),
+        ("is the original MSMT17", msmt17.find_raw_msmt17, msmt17.prepare_command),
+        ("is the original CUHK03", cuhk03.find_raw_cuhk03, cuhk03.prepare_command),
+        ("looks like photos of persons", photos.find_photos, photos.prepare_command),
+    ):
+        raw = find(root)
+        if raw is not None:
+            return f"--data_path {root} {what}; prepare it first: {command(raw)}"
     if not root.is_dir():
         return f"--data_path {root} is no folder; it takes a prepared data set"
     if not (root / "images").is_dir():
@@ -166,6 +173,51 @@ class TrainImages(_Images):
             return samples
         images, labels, indices = zip(*samples, strict=True)
         return TrainBatch(torch.from_numpy(np.stack(images)), torch.tensor(labels), torch.tensor(indices))
+
+
+class JoinedTrainImages(TrainImages):
+    """The training images of several data sets, one after the other; `parts` maps each set's name to its images.
+
+    Persons, cameras and labels of a set are counted on from those of the sets before it, so that nobody is taken for
+    somebody else; image_names begin with the set's name. An image comes as its own set gives it.
+    """
+
+    def __init__(self, parts: Mapping[str, TrainImages]) -> None:
+        self.parts = list(parts.values())
+        self.starts = np.cumsum([0, *map(len, self.parts)])[:-1]
+        self.image_names = [f"{name}/{image_name}" for name, part in parts.items() for image_name in part.image_names]
+        self.size = self.parts[0].size
+        self.person_ids = _count_on([part.person_ids for part in self.parts])
+        self.cameras = _count_on([part.cameras for part in self.parts])
+        first_labels = np.cumsum([0, *(part.num_classes for part in self.parts)])
+        self.labels = np.concatenate(
+            [part.labels + first for part, first in zip(self.parts, first_labels, strict=False)]
+        )
+        self.num_classes = int(first_labels[-1])
+
+    def _find(self, index: int) -> tuple[TrainImages, int]:
+        """The set that has an image, and the image's index there."""
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[number], index - int(self.starts[number])
+
+    def decode(self, index: int) -> np.ndarray:
+        part, index = self._find(index)
+        return part.decode(index)
+
+    def __getitem__(self, request: SampleRequest) -> tuple[np.ndarray, int, int]:
+        part, index = self._find(request.index)
+        image, _, _ = part[SampleRequest(index, request.seed)]
+        return image, int(self.labels[request.index]), request.index
+
+
+def _count_on(numbers: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays of numbers from 0 in one, each raised above all before it."""
+    raised: list[np.ndarray] = []
+    first = 0
+    for some in numbers:
+        raised.append(some + first)
+        first = int(raised[-1].max()) + 1
+    return np.concatenate(raised)
 
 
 class TestImages(_Images):
