@@ -100,6 +100,26 @@ def test_raw_market1501_is_told_the_command(tmp_path, given):
     )
 
 
+def test_other_raw_sets_are_told_the_command(tmp_path):
+    (tmp_path / "MSMT17_V1" / "train").mkdir(parents=True)
+    (tmp_path / "MSMT17_V1" / "list_train.txt").touch()
+    (tmp_path / "cuhk03").mkdir()
+    (tmp_path / "cuhk03" / "cuhk-03.mat").touch()
+    (tmp_path / "photos.csv").write_text("path,person,camera\n")
+    for person in ("anna", "bert"):
+        (tmp_path / "photos" / person).mkdir(parents=True)
+        (tmp_path / "photos" / person / "c1.jpg").touch()
+    for given, what, script in (
+        ("MSMT17_V1", "is the original MSMT17", "prepare_msmt17.py"),
+        ("cuhk03", "is the original CUHK03", "prepare_cuhk03.py"),
+        ("photos", "looks like photos of persons", "prepare_photos.py"),
+        ("photos.csv", "looks like photos of persons", "prepare_photos.py"),
+    ):
+        message = opening_refused(tmp_path / given)
+        command = f"prepare it first: python script/{script} --source {tmp_path / given} --save_dir {tmp_path}/"
+        assert f"{given} {what}; {command}" in message
+
+
 def test_prepared_data_beside_the_raw_folder_opens(data):
     (data.root / "Market-1501-v15.09.15" / "bounding_box_train").mkdir(parents=True)
     assert open_data(data.root).partitions == data.partitions
