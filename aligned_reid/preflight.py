@@ -62,7 +62,7 @@ def open_images(config: Config) -> RunInput:
     if not config.data_path:
         raise InputError(
             "no --data_path: give a prepared data set (script/prepare_market1501.py makes one of Market-1501, "
-            "script/make_synthetic.py draws one)"
+            "script/prepare_photos.py of your own photos, script/make_synthetic.py draws one)"
         )
     folders = data_folders(config)
     opened = {name: open_set(config, folder) for name, folder in folders.items()}

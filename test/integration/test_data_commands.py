@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY, run_script
 from PIL import Image
 
 from aligned_reid.data import make_synthetic, parse_image_name, read_partitions
@@ -190,3 +190,20 @@ def test_mistakes_with_several_sets_are_one_line(command, tiny_data, other_data,
         ("extract.py", ("--dataset=a+b", both, "--save_file=f.h5"), "one data set at a time"),
     ):
         assert_refused(command(script, *TINY, *flags), reason)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_two_sets(tiny_data, other_data, tmp_path):
+    flags = ("--dataset=drawn+other", f"--data_path={tiny_data}+{other_data}", *TINY, "--seed=1")
+    script = ("launch.py", "--nproc=2", f"--log_dir={tmp_path / 'logs'}", ROOT / "script" / "train.py")
+    run = ("--total_epochs=1", "--id_sampling=sharded", f"--exp_dir={tmp_path / 'run'}")
+    done = run_script(*script, *flags, *run)
+    assert done.status == 0, done.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["num_processes"] == 2
+    test = ("--only_test=true", f"--model_weight_file={tmp_path / 'run'}", f"--exp_dir={tmp_path / 'test'}")
+    assert run_script("train.py", *flags, *test).status == 0
+    alone = json.loads((tmp_path / "test" / "results.json").read_text())
+    assert set(results["datasets"]) == {"drawn", "other"}
+    for name, scores in results["datasets"].items():
+        assert alone["datasets"][name]["global"] == pytest.approx(scores["global"], abs=1e-6)
