@@ -207,7 +207,9 @@ def folders_to_look_in(path: Path) -> list[Path]:
 
 
 def prepare_command(script: str, source: Path, name: str, flags: str = "") -> str:
-    """The command that prepares `source` into a folder called `name` beside it."""
+    """The command that prepares `source` into a folder beside it, called `name` unless the source itself is."""
+    source = Path(os.path.abspath(source))  # "." has no name and nothing beside it
+    name = f"{name}_prepared" if name == source.name else name
     paths = f"--source {shlex.quote(str(source))} --save_dir {shlex.quote(str(source.parent / name))}"
     return f"python script/{script} {paths}{flags}"
 

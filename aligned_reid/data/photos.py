@@ -112,7 +112,7 @@ def find_photos(path: str | Path) -> Path | None:
 
 def prepare_command(source: Path) -> str:
     """The command that prepares what `find_photos` found, into a folder beside it."""
-    return layout.prepare_command("prepare_photos.py", source, f"{source.stem}_prepared")
+    return layout.prepare_command("prepare_photos.py", source, f"{source.resolve().stem}_prepared")
 
 
 def read_folder(source: Path) -> list[Photo]:

@@ -183,12 +183,18 @@ def test_damaged_images_are_named(picture, tmp_path, kind):
         read_as_jpeg(path)
 
 
-def test_commands_and_places(tmp_path):
+def test_commands_and_places(tmp_path, monkeypatch):
     command = prepare_command("prepare_x.py", Path("/a b/raw"), "x", " --kind=y")
     paths = ["--source", "/a b/raw", "--save_dir", "/a b/x"]
     assert shlex.split(command) == ["python", "script/prepare_x.py", *paths, "--kind=y"]
+    assert prepare_command("prepare_x.py", Path("/a/x"), "x").endswith("--source /a/x --save_dir /a/x_prepared")
+    (tmp_path / "raw").mkdir()
+    monkeypatch.chdir(tmp_path / "raw")
+    paths = f"--source {tmp_path / 'raw'} --save_dir {tmp_path / 'x'}"
+    assert prepare_command("prepare_x.py", Path("."), "x") == f"python script/prepare_x.py {paths}"
+    monkeypatch.undo()
     (tmp_path / "b").mkdir()
     (tmp_path / "a").mkdir()
     (tmp_path / "file").touch()
-    assert folders_to_look_in(tmp_path) == [tmp_path, tmp_path / "a", tmp_path / "b"]
+    assert folders_to_look_in(tmp_path) == [tmp_path, tmp_path / "a", tmp_path / "b", tmp_path / "raw"]
     assert folders_to_look_in(tmp_path / "file") == []

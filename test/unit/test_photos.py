@@ -100,6 +100,8 @@ def test_one_image_per_person_and_camera_is_a_query(folder, tmp_path):
         marks[name[:13]][mark] += 1
     assert len(marks) == 3 * 2
     assert all(counts == {0: 1, 1: 1} for counts in marks.values())
+    assert len({name[:8] for name in partitions.val_im_names}) == 1  # of three; Market-1501's share, rounded up
+    assert len(partitions.train_ids2labels) == 2
 
 
 def test_a_csv_file_gives_what_the_folder_does(folder, table, tmp_path):
