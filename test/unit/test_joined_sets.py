@@ -13,8 +13,8 @@ from aligned_reid.data.dataset import JoinedTrainImages, TrainImages
 from aligned_reid.evaluation import protocol
 from aligned_reid.evaluation.extract import FeatureSet
 from aligned_reid.evaluation.protocol import Measures
+from aligned_reid.measure import evaluate_sets
 from aligned_reid.preflight import data_folders, open_images
-from aligned_reid.run import evaluate_sets
 
 SIZE = (64, 32)
 
