@@ -67,6 +67,19 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
+def resize_into(slot: np.ndarray, image: np.ndarray, mirror: bool = False) -> None:
+    """Write an image [h, w, 3] into `slot` [height, width, 3], contiguous memory of a batch: resized, then mirrored."""
+    if image.shape == slot.shape:
+        if mirror:
+            cv2.flip(image, 1, dst=slot)
+        else:
+            slot[:] = image
+    elif mirror:
+        cv2.flip(resize_image(image, slot.shape[:2]), 1, dst=slot)
+    else:
+        cv2.resize(image, slot.shape[1::-1], dst=slot, interpolation=cv2.INTER_LINEAR)
+
+
 def mirror_image(image: np.ndarray) -> np.ndarray:
     """Left and right exchanged, [h, w, 3] in new memory."""
     return cv2.flip(image, 1)
