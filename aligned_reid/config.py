@@ -105,6 +105,13 @@ class Config:
     workers: int = option(
         4, "processes that decode images, per device, at most one a processor; 0: in the main process"
     )
+    cache: bool = option(
+        False,
+        "decode training images once, into a file in cache/ of --data_path that later runs and all processes share",
+    )
+    max_bad_images: int = option(
+        10, "training images that may turn bad during a run, per process: others of the person take their places"
+    )
     # batches
     ids_per_batch: int = option(32, "identities per batch and device")
     ims_per_id: int = option(4, "images per identity in a batch")
@@ -191,6 +198,7 @@ class Config:
             (self.ims_per_id >= 2, "--ims_per_id is at least 2: an anchor needs a positive"),
             (self.total_epochs >= 1, "--total_epochs is at least 1"),
             (self.workers >= 0, "--workers is 0 or more"),
+            (self.max_bad_images >= 0, "--max_bad_images is a number of images, 0 or more"),
             (0.0 < self.base_lr < 1e3, "--base_lr is a positive number"),
             (min(self.resize_h_w) >= 32, "--resize_h_w is at least 32,32 pixels"),
             (0.0 <= self.crop_prob <= 1.0, "--crop_prob is a probability, 0 to 1"),

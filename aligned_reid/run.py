@@ -16,8 +16,9 @@ import torch
 
 from aligned_reid.accelerator import Accelerator, open_accelerator
 from aligned_reid.config import Config
+from aligned_reid.data.dataset import TrainImages
 from aligned_reid.data.sampler import IdentityBatchSampler
-from aligned_reid.distributed import World, close_group, open_group, read_world, sum_over_ranks
+from aligned_reid.distributed import World, close_group, open_group, read_world, sum_over_ranks, wait_for_all
 from aligned_reid.evaluation.extract import extract_features, feature_blocks
 from aligned_reid.evaluation.feature_file import FeatureWriter
 from aligned_reid.evaluation.protocol import Measures, evaluate_features
@@ -226,11 +227,23 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
         log(load_weights(model, weights, config.model_weight_file, need_local=False))
     elif not config.resume:
         log(model.trunk_report)
+    if config.cache:
+        open_image_cache(config, world, accelerator, images, log)
     trainer = Trainer(config, model, images, sampler, accelerator, world, log, config.run_dir)
     if config.resume:
         trainer.resume()
     trainer.train()
     return trainer
+
+
+def open_image_cache(config: Config, world: World, accelerator: Accelerator, images: TrainImages, log: Log) -> None:
+    """Let training images come from their cache. Rank 0 goes first: it builds it where that is due, and says so."""
+    if not world.is_main:
+        wait_for_all(accelerator.device)
+    folders = [Path(images.images_dir).parent / "cache", config.run_dir / "cache"]
+    images.open_cache(folders, log, show_progress=world.is_main)
+    if world.is_main:
+        wait_for_all(accelerator.device)
 
 
 def load_for_test(config: Config, content: Any, log: Log) -> tuple[AlignedReID, bool]:

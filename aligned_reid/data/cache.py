@@ -29,7 +29,7 @@ MAGIC = b"REIDIMG1"
 HEADER = struct.Struct("<8s32sqq32s")
 PAGE = 4096
 CHUNK = 64  # images that a thread decodes at a time
-NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)  # there, for this user
 
 
 class CacheContent(NamedTuple):

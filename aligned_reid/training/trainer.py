@@ -22,6 +22,7 @@ from aligned_reid.distributed import World, sum_over_ranks, take_from_main
 from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import AlignedReID
+from aligned_reid.training.bad_images import BadImages
 from aligned_reid.training.checkpoint import Checkpoints
 from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
 from aligned_reid.training.objective import Objective
@@ -74,6 +75,7 @@ class Trainer:
         self.objective = Objective(config)
         self.optimizer, self.scaler = accelerator.prepare(self.model, config.base_lr, WEIGHT_DECAY, config.loss_scale)
         self.checkpoints = Checkpoints(folder, self.model, self.optimizer, self.scaler, accelerator)
+        self.bad_images = BadImages(images, config.max_bad_images, world, log)
         self.loader = make_loader(images, sampler, workers=config.workers, pin_memory=accelerator.pin_memory)
         self.network = accelerator.compile(self.model)
         if world.size > 1:
@@ -122,6 +124,7 @@ class Trainer:
         self.throughput.start_epoch()
         for step, batch in enumerate(self.profile.steps(self.progress(epoch)), start=self.step + 1):
             self.between_steps = False
+            self.bad_images.note(batch.replaced, self.last_checkpoint)
             check_batch_labels(batch.labels)  # on the host's copy: no wait for the device
             pixels = batch.images.to(self.accelerator.device, non_blocking=True)
             labels = batch.labels.to(self.accelerator.device, non_blocking=True)
