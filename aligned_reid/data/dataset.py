@@ -25,6 +25,7 @@ from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_na
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, random_crop, resize_into
 from aligned_reid.errors import InputError
+from aligned_reid.host import populate_memory
 
 SECONDS_BETWEEN_LOOKS = 2.0  # of a worker for its main process
 
@@ -247,6 +248,7 @@ def _empty_images(num_images: int, size: tuple[int, int]) -> Tensor:
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function does
+    populate_memory(storage.data_ptr(), storage.nbytes())
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
@@ -280,9 +282,12 @@ def make_loader(
 
     batches: what each batch holds: an IdentityBatchSampler for TrainImages, lists of indices for TestImages (None: all
     of them in order, `batch_size` at a time). `workers` processes, but no more than there are processors, stay for the
-    loader's life; 0 loads in this process.
+    loader's life; 0 loads in this process, as do images that a cache holds resized: a batch of those costs less than
+    its way from another process.
     """
     workers = min(workers, num_processors())
+    if images.cache is not None and not images.is_cropped():
+        workers = 0
     if batches is None:
         batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     context = None

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,15 @@ import torch
 from test_dataset import SIZE, epoch, spoil, write_data
 
 from aligned_reid import InputError
+from aligned_reid.accelerator import Accelerator
+from aligned_reid.config import Config
 from aligned_reid.data import cache
 from aligned_reid.data.dataset import ReidData, TestImages, TrainImages, make_loader, open_data
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, resize_image
+from aligned_reid.distributed import World, close_group, open_group
+from aligned_reid.run import open_image_cache
+from aligned_reid.training.log import Log
 
 
 @pytest.fixture
@@ -262,3 +268,37 @@ def test_what_travels_to_workers_is_a_name(data):
     expected = images.read(0).copy()
     assert len(pickle.dumps(images)) == size < 20_000
     assert np.array_equal(pickle.loads(pickle.dumps(images)).read(0), expected)
+
+
+def test_no_process_is_started_for_images_that_are_only_copied(data):
+    assert make_loader(open_train(data), [[]], workers=1).num_workers == 0
+    assert make_loader(open_train(data, crop_prob=0.5), [[]], workers=1).num_workers == 1
+
+
+def open_as_rank(rank: int, port: int, data: ReidData, folder: Path) -> None:
+    """One of two ranks that open their images' cache."""
+    os.environ["MASTER_PORT"] = str(port)
+    world = World(rank, 2, rank)
+    open_group(world, "gloo")
+    images = TrainImages(data, "trainval", SIZE)
+    log = Log(folder if rank == 0 else None, is_main=rank == 0)
+    open_image_cache(Config(exp_dir=str(folder)), world, Accelerator(mixed_precision=False), images, log)
+    np.save(folder / f"rank{rank}.npy", np.stack([images.read(index) for index in range(len(images))]))
+    close_group()
+
+
+def test_of_several_ranks_the_first_builds_it(data, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["aligned_reid.run"])
+    running = [context.Process(target=open_as_rank, args=(rank, port, data, tmp_path)) for rank in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(timeout=60)
+    assert [process.exitcode for process in running] == [0, 0]
+    assert (tmp_path / "log.txt").read_text().startswith(f"image cache {cache_file(data)}: 24 images, ")
+    pixels = [np.load(tmp_path / f"rank{rank}.npy") for rank in range(2)]
+    assert np.array_equal(*pixels)
