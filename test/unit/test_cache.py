@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from test_dataset import SIZE, epoch, spoil, write_data
 
-from aligned_reid import InputError
+from aligned_reid import InputError, run
 from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.data import cache
@@ -21,7 +22,6 @@ from aligned_reid.data.dataset import ReidData, TestImages, TrainImages, make_lo
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, resize_image
 from aligned_reid.distributed import World, close_group, open_group
-from aligned_reid.run import open_image_cache
 from aligned_reid.training.log import Log
 
 
@@ -227,24 +227,12 @@ def test_a_folder_that_cannot_be_written_to_gives_way_to_the_next(data, tmp_path
         images.open_cache([Path("/proc/cache"), data.root / "cache"], lines.append)
 
 
-def open_and_tell(data: ReidData, told: Path) -> None:
+def test_who_comes_while_it_is_built_waits_for_it(data):
     lines: list[str] = []
-    images = open_train(data, lines)
-    told.write_text("\n".join([*lines, str(int(images.read(7).sum()))]))
-
-
-def test_processes_that_come_together_build_one(data, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["aligned_reid.data"])
-    running = [context.Process(target=open_and_tell, args=(data, tmp_path / f"told{i}")) for i in range(3)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join(timeout=60)
-    assert [process.exitcode for process in running] == [0, 0, 0]
-    told = [(tmp_path / f"told{i}").read_text() for i in range(3)]
-    assert sum("24 images, 0 MB, in " in text for text in told) == 1
-    assert len({text.splitlines()[-1] for text in told}) == 1
+    with ThreadPoolExecutor(4) as pool:  # locks are of open files: among threads they hold as among processes
+        opened = list(pool.map(lambda _: open_train(data, lines).read(7).tobytes(), range(4)))
+    assert sum("24 images, 0 MB, in " in line for line in lines) == 1
+    assert len(set(opened)) == 1
 
 
 @pytest.mark.parametrize("crop_prob", [0.0, 0.5])
@@ -275,6 +263,17 @@ def test_no_process_is_started_for_images_that_are_only_copied(data):
     assert make_loader(open_train(data, crop_prob=0.5), [[]], workers=1).num_workers == 1
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_goes_first(data, tmp_path, monkeypatch, rank):
+    done: list[str] = []
+    monkeypatch.setattr(run, "wait_for_all", lambda device: done.append("waited"))
+    images = TrainImages(data, "trainval", SIZE)
+    config, accelerator = Config(exp_dir=str(tmp_path)), Accelerator(mixed_precision=False)
+    run.open_image_cache(config, World(rank, 2, rank), accelerator, images, done.append)
+    assert ["waited" in line for line in done] == ([False, True] if rank == 0 else [True, False])
+    assert images.cache.path == cache_file(data)
+
+
 def open_as_rank(rank: int, port: int, data: ReidData, folder: Path) -> None:
     """One of two ranks that open their images' cache."""
     os.environ["MASTER_PORT"] = str(port)
@@ -282,11 +281,12 @@ def open_as_rank(rank: int, port: int, data: ReidData, folder: Path) -> None:
     open_group(world, "gloo")
     images = TrainImages(data, "trainval", SIZE)
     log = Log(folder if rank == 0 else None, is_main=rank == 0)
-    open_image_cache(Config(exp_dir=str(folder)), world, Accelerator(mixed_precision=False), images, log)
+    run.open_image_cache(Config(exp_dir=str(folder)), world, Accelerator(mixed_precision=False), images, log)
     np.save(folder / f"rank{rank}.npy", np.stack([images.read(index) for index in range(len(images))]))
     close_group()
 
 
+@pytest.mark.slow
 def test_of_several_ranks_the_first_builds_it(data, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -271,7 +271,7 @@ def test_a_bad_image_is_replaced_and_named_once(tiny_data, tmp_path):
     trainer.train()
     lines = [line for line in trainer.log if line.startswith("bad image ")]
     assert len(lines) == 1 and f"{bad} is missing" in lines[0]
-    assert 1 < len(used) and {index for index, _ in used} == {2}
+    assert len(used) > 1 and {index for index, _ in used} == {2}
     assert all(trainer.images.person_ids[index] == trainer.images.person_ids[2] for _, index in used)
 
 
