@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
+from mmap import PAGESIZE
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-PAGE, MADV_POPULATE_WRITE = 4096, 23  # of Linux
+MADV_POPULATE_WRITE = 23  # of Linux
 
 
 def keep_freed_memory() -> None:
@@ -27,9 +29,11 @@ def populate_memory(address: int, num_bytes: int) -> None:
 
     Where it is not known (Linux before 5.14, other systems) nothing happens.
     """
+    if sys.platform != "linux":
+        return
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        start = -(-address // PAGE) * PAGE
-        end = (address + num_bytes) // PAGE * PAGE
+        start = -(-address // PAGESIZE) * PAGESIZE
+        end = (address + num_bytes) // PAGESIZE * PAGESIZE
         if end > start:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_POPULATE_WRITE)
 

@@ -48,7 +48,7 @@ class TrainBatch(NamedTuple):
     images: Tensor
     labels: Tensor
     indices: Tensor
-    replaced: Tensor
+    replaced: Tensor = torch.empty((0, 2), dtype=torch.int64)
 
 
 class EvaluationBatch(NamedTuple):
