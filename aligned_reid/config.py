@@ -50,6 +50,13 @@ class Config:
     workers: int = option(
         4, "processes that decode images, per device, at most one a processor; 0: in the main process"
     )
+    cache: bool = option(
+        False,
+        "decode training images once, into a file in cache/ of --data_path that later runs and all processes share",
+    )
+    max_bad_images: int = option(
+        10, "training images that may turn bad during a run, per process: others of the person take their places"
+    )
     # batches
     ids_per_batch: int = option(32, "identities per batch and device")
     ims_per_id: int = option(4, "images per identity in a batch")
@@ -171,6 +178,7 @@ class Config:
             (self.ims_per_id >= 2, "--ims_per_id is at least 2: an anchor needs a positive"),
             (self.total_epochs >= 1, "--total_epochs is at least 1"),
             (self.workers >= 0, "--workers is 0 or more"),
+            (self.max_bad_images >= 0, "--max_bad_images is a number of images, 0 or more"),
             (0.0 < self.base_lr < 1e3, "--base_lr is a positive number"),
             (min(self.resize_h_w) >= 32, "--resize_h_w is at least 32,32 pixels"),
             (0.0 <= self.crop_prob <= 1.0, "--crop_prob is a probability, 0 to 1"),
@@ -192,7 +200,7 @@ class Config:
             (self.only_test or sum(self.loss_weights) > 0.0, "one of -glw, -llw, -idlw has to be above 0"),
             (self.exp_decay_at_epoch >= 1, "--exp_decay_at_epoch counts from 1"),
             (self.last_stride in (1, 2), "--last_stride is 1 or 2"),
-            (self.pad_crop >= 0, "--pad_crop is a number of pixels, 0 or more"),
+            (0 <= self.pad_crop < min(self.resize_h_w), "--pad_crop is a number of pixels, 0 or more, and less than the image"),
             (0.0 <= self.erase_prob <= 1.0, "--erase_prob is a probability, 0 to 1"),
             (self.accumulate >= 1, "--accumulate is a number of batches, 1 or more"),
             (0.0 <= self.label_smoothing < 1.0, "--label_smoothing is a share, from 0 to below 1"),

@@ -72,6 +72,11 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+def wait_for_all(device: torch.device | str = "cpu") -> None:
+    """Return once every rank has called this; `device` is the one that the process group's backend computes on."""
+    sum_over_ranks(torch.zeros(1, device=device)).item()
+
+
 def take_from_main(tensors: Iterable[Tensor]) -> None:
     """Overwrite the tensors with rank 0's, on every rank."""
     if is_grouped():

@@ -16,8 +16,9 @@ import torch
 
 from aligned_reid.accelerator import Accelerator, open_accelerator
 from aligned_reid.config import Config
+from aligned_reid.data.dataset import TrainImages
 from aligned_reid.data.sampler import IdentityBatchSampler
-from aligned_reid.distributed import World, close_group, open_group, read_world, sum_over_ranks
+from aligned_reid.distributed import World, close_group, open_group, read_world, sum_over_ranks, wait_for_all
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.extract import feature_blocks
 from aligned_reid.evaluation.feature_file import FeatureWriter
@@ -255,6 +256,8 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
         accelerators += [
             open_device(config, world.local_rank, accelerator.index + more) for more in range(1, config.num_models)
         ]
+    if config.cache:
+        open_image_cache(config, world, accelerator, images, log)
     trainer = Trainer(config, models, images, sampler, accelerators, world, log, config.run_dir)
     if config.resume:
         trainer.resume()
@@ -274,6 +277,17 @@ def start_model(config: Config, num_classes: int, weights: Any, log: Log) -> Ali
     elif not config.resume:
         log(model.trunk_report)
     return model
+
+
+def open_image_cache(config: Config, world: World, accelerator: Accelerator, images: TrainImages, log: Log) -> None:
+    """Let training images come from their cache. Rank 0 goes first: it builds it where that is due, and says so."""
+    if not world.is_main:
+        wait_for_all(accelerator.device)
+    for part in images.parts:
+        folders = [Path(part.images_dir).parent / "cache", config.run_dir / "cache"]
+        part.open_cache(folders, log, show_progress=world.is_main)
+    if world.is_main:
+        wait_for_all(accelerator.device)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -25,18 +25,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from loader import loader_rates, loader_table, published_image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_reid.accelerator import open_accelerator
 from aligned_reid.config import Config
-from aligned_reid.data import IM_MEAN, IM_STD, IdentityBatchSampler, TestImages, TrainImages, open_data
+from aligned_reid.data import IdentityBatchSampler, TestImages, TrainImages, open_data
 from aligned_reid.distributed import World
 from aligned_reid.evaluation.extract import extract_features
 from aligned_reid.flags import parse_height_width
@@ -65,15 +64,6 @@ class PublishedModel(nn.Module):
         local_feat = torch.mean(feat, -1, keepdim=True)
         local_feat = self.local_relu(self.local_bn(self.local_conv(local_feat)))
         return global_feat, local_feat.squeeze(-1).permute(0, 2, 1), self.fc(global_feat)
-
-
-def published_image(path: str, size: tuple[int, int], mirror: bool) -> np.ndarray:
-    image = np.asarray(Image.open(path))
-    image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    image = (image / 255.0 - np.array(IM_MEAN)) / np.array(IM_STD).astype(float)
-    if mirror:
-        image = image[:, ::-1, :]
-    return image.transpose(2, 0, 1)
 
 
 def published_batches(
@@ -248,6 +238,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--extract", type=int, default=1024, help="test images to extract features of")
     arguments = parser.parse_args()
+    rates_of_loading = loader_rates(arguments.data_path, arguments.resize_h_w)
     context = multiprocessing.get_context("spawn")
     connections, described = {}, {}
     for side in ("published", "ours"):
@@ -279,6 +270,8 @@ def main() -> None:
     extracting = {side: statistics.median(measured) for side, measured in rates.items()}
     for name, found in (("training, data included", training), ("feature extraction, data included", extracting)):
         print(f"| {name} | {found['published']:.1f} | {found['ours']:.1f} | {found['ours'] / found['published']:.2f} |")
+    print()
+    print(loader_table(rates_of_loading))
 
 
 if __name__ == "__main__":

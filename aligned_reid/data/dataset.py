@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -16,20 +17,15 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from aligned_reid.data import cuhk03, market1501, msmt17, photos
+from aligned_reid.data.cache import CacheContent, ImageCache, open_cache
 from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_name, read_partitions
 from aligned_reid.data.sampler import SampleRequest
-from aligned_reid.data.transforms import (
-    decode_image,
-    erase_rectangle,
-    mirror_image,
-    pad_and_crop,
-    random_crop,
-    resize_image,
-)
+from aligned_reid.data.transforms import decode_image, erase_rectangle, pad_and_crop, random_crop, resize_into
 from aligned_reid.errors import InputError
+from aligned_reid.host import populate_memory
 
 SECONDS_BETWEEN_LOOKS = 2.0  # of a worker for its main process
 
@@ -44,11 +40,15 @@ class ReidData:
 
 
 class TrainBatch(NamedTuple):
-    """images uint8 [N, H, W, 3] (RGB), labels int64 [N], indices int64 [N] into the data set's image_names."""
+    """images uint8 [N, H, W, 3] (RGB), labels int64 [N], indices int64 [N] into the data set's image_names.
+
+    replaced int64 [R, 2]: the indices of images that cannot be decoded, and of those in the batch in their place.
+    """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
+    replaced: Tensor = torch.empty((0, 2), dtype=torch.int64)
 
 
 class EvaluationBatch(NamedTuple):
@@ -103,6 +103,7 @@ class _Images(Dataset[Any]):
         self.images_dir = str(data.images_dir)
         self.image_names = image_names
         self.size = size
+        self.cache: ImageCache | None = None
         parsed = [parse_image_name(name) for name in image_names]
         self.person_ids = np.array([image.person_id for image in parsed], dtype=np.int64)
         self.cameras = np.array([image.camera for image in parsed], dtype=np.int64)
@@ -110,16 +111,38 @@ class _Images(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.image_names)
 
+    def open_cache(self, folders: Sequence[Path], say: Callable[[str], None], show_progress: bool = True) -> None:
+        """Load from a cache in one of `folders` from now on; see `cache.open_cache`."""
+        content = CacheContent(self.images_dir, self.image_names, None if self.is_cropped() else self.size)
+        self.cache = open_cache(content, folders, say, show_progress)
+
+    def is_cropped(self) -> bool:
+        """Whether loading needs images at their original size."""
+        return False
+
+    def comes_resized(self) -> bool:
+        """Whether loading is no more than copying out of a cache."""
+        return self.cache is not None and not self.is_cropped()
+
     def decode(self, index: int) -> np.ndarray:
         """The image as the file holds it, uint8 [h, w, 3]. Raises InputError with its path."""
         return decode_image(f"{self.images_dir}/{self.image_names[index]}")
 
-    def __getitems__(self, requests: Sequence[Any]) -> list[Any] | InputError:
+    def read(self, index: int) -> np.ndarray:
+        """The image from the cache, resized already unless images are cropped, else from its file, uint8 [h, w, 3]."""
+        cached = self.cache[index] if self.cache is not None else None
+        return self.decode(index) if cached is None else cached
+
+    def __getitems__(self, requests: Sequence[Any]) -> Any:
         # A worker's exception would arrive as a traceback in a string. As a value it stays whole; the loader raises it.
         try:
-            return [self[request] for request in requests]
+            return self.load(requests)
         except InputError as error:
             return error
+
+    def load(self, requests: Sequence[Any]) -> Any:
+        """A whole batch."""
+        raise NotImplementedError
 
 
 class TrainImages(_Images):
@@ -128,7 +151,8 @@ class TrainImages(_Images):
     `self[SampleRequest(index, seed)]` -> (uint8 [H, W, 3], label, index): with probability `crop_prob` a random crop to
     shares of height and width in [crop_ratio, 1], resized to `size` (height, width), mirrored every second time when
     `mirror`, moved by up to `pad_crop` pixels, and with probability `erase_prob` partly erased. All chance comes from
-    the request's seed, so it is the same in whatever worker and after a resume.
+    the request's seed, so it is the same in whatever worker and after a resume. In the place of an image that cannot be
+    decoded comes another of the same person, which the seed chooses too.
     """
 
     def __init__(
@@ -152,27 +176,62 @@ class TrainImages(_Images):
         self.pad_crop = pad_crop
         self.erase_prob = erase_prob
 
+    @property
+    def parts(self) -> list["TrainImages"]:
+        """The data sets that the images come from, each with its folder and cache."""
+        return [self]
+
+    def is_cropped(self) -> bool:
+        return self.crop_prob > 0
+
     def __getitem__(self, request: SampleRequest) -> tuple[np.ndarray, int, int]:
-        random = Random(request.seed)
-        image = self.decode(request.index)
+        batch = self.load([request])
+        return batch.images[0].numpy(), int(batch.labels[0]), int(batch.indices[0])
+
+    def load(self, requests: Sequence[SampleRequest]) -> TrainBatch:
+        """The batch of `requests`. Raises InputError where every image of a person is bad."""
+        images = _empty_images(len(requests), self.size)
+        used = [request.index for request in requests]
+        replaced: list[tuple[int, int]] = []
+        for number, (slot, request) in enumerate(zip(images.numpy(), requests, strict=True)):
+            try:
+                self._write(slot, request.index, request.seed)
+            except InputError as error:
+                used[number] = self._write_another(slot, request, error)
+                replaced.append((request.index, used[number]))
+        labels = torch.from_numpy(self.labels[used])
+        return TrainBatch(
+            images, labels, torch.tensor(used), torch.tensor(replaced, dtype=torch.int64).view(len(replaced), 2)
+        )
+
+    def _write(self, slot: np.ndarray, index: int, seed: int) -> None:
+        """Write one image into its place in the batch."""
+        random = Random(seed)
+        image = self.read(index)
         if random.random() < self.crop_prob:
             image = random_crop(image, self.crop_ratio, random)
-        image = resize_image(image, self.size)
-        if self.mirror and random.random() < 0.5:
-            image = mirror_image(image)
+        resize_into(slot, image, mirror=self.mirror and random.random() < 0.5)
         if self.pad_crop:
-            image = pad_and_crop(image, self.pad_crop, random)
+            pad_and_crop(slot, self.pad_crop, random)
         if self.erase_prob and random.random() < self.erase_prob:
-            image = erase_rectangle(image, random)
-        return image, int(self.labels[request.index]), request.index
+            erase_rectangle(slot, random)
 
-    @staticmethod
-    def collate(samples: list[Any] | InputError) -> TrainBatch | InputError:
-        """Samples to a batch; an error passes."""
-        if isinstance(samples, InputError):
-            return samples
-        images, labels, indices = zip(*samples, strict=True)
-        return TrainBatch(torch.from_numpy(np.stack(images)), torch.tensor(labels), torch.tensor(indices))
+    def _write_another(self, slot: np.ndarray, request: SampleRequest, error: InputError) -> int:
+        """Write another image of the same person; returns its index."""
+        person_id = self.person_ids[request.index]
+        images = np.flatnonzero(self.person_ids == person_id).tolist()
+        others = [index for index in images if index != request.index]
+        Random(request.seed).shuffle(others)
+        for index in others:
+            try:
+                self._write(slot, index, request.seed)
+            except InputError:
+                continue
+            return index
+        raise InputError(
+            f"{error}, and person {person_id} has no other image that can be read, of {len(images)}: "
+            "prepare the data again"
+        )
 
 
 class JoinedTrainImages(TrainImages):
@@ -183,7 +242,7 @@ class JoinedTrainImages(TrainImages):
     """
 
     def __init__(self, parts: Mapping[str, TrainImages]) -> None:
-        self.parts = list(parts.values())
+        self._parts = list(parts.values())
         self.starts = np.cumsum([0, *map(len, self.parts)])[:-1]
         self.image_names = [f"{name}/{image_name}" for name, part in parts.items() for image_name in part.image_names]
         self.size = self.parts[0].size
@@ -195,6 +254,10 @@ class JoinedTrainImages(TrainImages):
         )
         self.num_classes = int(first_labels[-1])
 
+    @property
+    def parts(self) -> list[TrainImages]:
+        return self._parts
+
     def _find(self, index: int) -> tuple[TrainImages, int]:
         """The set that has an image, and the image's index there."""
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -204,10 +267,12 @@ class JoinedTrainImages(TrainImages):
         part, index = self._find(index)
         return part.decode(index)
 
-    def __getitem__(self, request: SampleRequest) -> tuple[np.ndarray, int, int]:
-        part, index = self._find(request.index)
-        image, _, _ = part[SampleRequest(index, request.seed)]
-        return image, int(self.labels[request.index]), request.index
+    def comes_resized(self) -> bool:
+        return all(part.comes_resized() for part in self.parts)
+
+    def _write(self, slot: np.ndarray, index: int, seed: int) -> None:
+        part, index = self._find(index)
+        part._write(slot, index, seed)
 
 
 def _count_on(numbers: Sequence[np.ndarray]) -> np.ndarray:
@@ -223,7 +288,8 @@ def _count_on(numbers: Sequence[np.ndarray]) -> np.ndarray:
 class TestImages(_Images):
     """The images of part "test" or "val" with `marks` [N] (0 query, 1 gallery; 2 multi-query, only when asked for).
 
-    `self[index]` -> (uint8 [H, W, 3], index).
+    `self[index]` -> (uint8 [H, W, 3], index). An image that cannot be decoded is an InputError: another in its place
+    would change the score.
     """
 
     __test__ = False  # it is no test, whatever pytest thinks of its name
@@ -242,15 +308,29 @@ class TestImages(_Images):
         self.marks = np.array([marks[index] for index in chosen], dtype=np.int64)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return resize_image(self.decode(index), self.size), index
+        return self.load([index]).images[0].numpy(), index
 
-    @staticmethod
-    def collate(samples: list[Any] | InputError) -> EvaluationBatch | InputError:
-        """Samples to a batch; an error passes."""
-        if isinstance(samples, InputError):
-            return samples
-        images, indices = zip(*samples, strict=True)
-        return EvaluationBatch(torch.from_numpy(np.stack(images)), torch.tensor(indices))
+    def load(self, requests: Sequence[int]) -> EvaluationBatch:
+        """The batch of these indices."""
+        images = _empty_images(len(requests), self.size)
+        for slot, index in zip(images.numpy(), requests, strict=True):
+            resize_into(slot, self.read(index))
+        return EvaluationBatch(images, torch.tensor(list(requests), dtype=torch.int64))
+
+
+def _empty_images(num_images: int, size: tuple[int, int]) -> Tensor:
+    """Memory for a batch, uint8 [N, H, W, 3]; in a worker, memory that the main process sees without a copy."""
+    shape = (num_images, *size, 3)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function does
+    populate_memory(storage.data_ptr(), storage.nbytes())
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
+
+
+def _as_it_is(batch: Any) -> Any:
+    """The collate function of batches that are whole when they are loaded."""
+    return batch
 
 
 class ImageLoader(DataLoader[Any]):
@@ -278,9 +358,12 @@ def make_loader(
 
     batches: what each batch holds: an IdentityBatchSampler for TrainImages, lists of indices for TestImages (None: all
     of them in order, `batch_size` at a time). `workers` processes, but no more than there are processors, stay for the
-    loader's life; 0 loads in this process.
+    loader's life; 0 loads in this process, as do images that a cache holds resized: a batch of those costs less than
+    its way from another process.
     """
     workers = min(workers, num_processors())
+    if images.comes_resized():
+        workers = 0
     if batches is None:
         batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     context = None
@@ -293,7 +376,7 @@ def make_loader(
         images,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences will do
         num_workers=workers,
-        collate_fn=images.collate,
+        collate_fn=_as_it_is,
         pin_memory=pin_memory,
         worker_init_fn=functools.partial(_start_worker, os.getpid()),
         multiprocessing_context=context,

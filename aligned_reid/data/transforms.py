@@ -24,8 +24,8 @@ def decode_image(path: str | Path) -> np.ndarray:
     Raises InputError with the path when the file is missing, empty, cut off or no JPEG.
     """
     try:
-        # Path.open costs as much as decoding a small image does.
-        with open(path, "rb") as file:
+        # Path.open costs as much as decoding a small image does, and a buffer is no use where all is read at once.
+        with open(path, "rb", buffering=0) as file:
             content = file.read()
     except FileNotFoundError:
         raise InputError(f"image {path} is missing") from None
@@ -61,18 +61,17 @@ def random_crop(image: np.ndarray, crop_ratio: float, random: Random) -> np.ndar
     return image[top : top + crop_height, left : left + crop_width]
 
 
-def pad_and_crop(image: np.ndarray, pixels: int, random: Random) -> np.ndarray:
-    """An image [h, w, 3] moved by up to `pixels` down or up and right or left, black where it has moved away."""
+def pad_and_crop(image: np.ndarray, pixels: int, random: Random) -> None:
+    """Move an image [h, w, 3] in place by up to `pixels` down or up and right or left; what comes into it is black."""
     height, width = image.shape[:2]
     down, right = random.randint(-pixels, pixels), random.randint(-pixels, pixels)
-    moved = np.zeros_like(image)
-    kept = image[max(0, -down) : height - max(0, down), max(0, -right) : width - max(0, right)]
-    moved[max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)] = kept
-    return moved
+    kept = image[max(0, -down) : height - max(0, down), max(0, -right) : width - max(0, right)].copy()
+    image[:] = 0
+    image[max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)] = kept
 
 
-def erase_rectangle(image: np.ndarray, random: Random) -> np.ndarray:
-    """A copy of an image [h, w, 3] with a random rectangle of the mean colour: 2 to 40 % of it, aspect 0.3 to 3.3.
+def erase_rectangle(image: np.ndarray, random: Random) -> None:
+    """Fill a random rectangle of an image [h, w, 3] with the mean colour, in place: 2 to 40 % of it, aspect 0.3 to 3.3.
 
     Zhong et al., "Random Erasing Data Augmentation", arXiv:1708.04896, algorithm 1. An image in which a hundred
     rectangles do not fit stays whole.
@@ -84,10 +83,8 @@ def erase_rectangle(image: np.ndarray, random: Random) -> np.ndarray:
         high, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < high < height and 0 < wide < width:
             top, left = random.randint(0, height - high), random.randint(0, width - wide)
-            erased = image.copy()
-            erased[top : top + high, left : left + wide] = MEAN_COLOUR
-            return erased
-    return image
+            image[top : top + high, left : left + wide] = MEAN_COLOUR
+            return
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -96,6 +93,19 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def resize_into(slot: np.ndarray, image: np.ndarray, mirror: bool = False) -> None:
+    """Write an image [h, w, 3] into `slot` [height, width, 3], contiguous memory of a batch: resized, then mirrored."""
+    if image.shape == slot.shape:
+        if mirror:
+            cv2.flip(image, 1, dst=slot)
+        else:
+            slot[:] = image
+    elif mirror:
+        cv2.flip(resize_image(image, slot.shape[:2]), 1, dst=slot)
+    else:
+        cv2.resize(image, slot.shape[1::-1], dst=slot, interpolation=cv2.INTER_LINEAR)
 
 
 def mirror_image(image: np.ndarray) -> np.ndarray:

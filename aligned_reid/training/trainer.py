@@ -21,6 +21,7 @@ from aligned_reid.distributed import World, sum_over_ranks, take_from_main
 from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import AlignedReID
+from aligned_reid.training.bad_images import BadImages
 from aligned_reid.training.checkpoint import Checkpoints
 from aligned_reid.training.learner import Learner
 from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
@@ -76,6 +77,7 @@ class Trainer:
             for model, accelerator in zip(models, itertools.cycle(accelerators), strict=False)
         ]
         self.checkpoints = Checkpoints(folder, self.learners, self.accelerator)
+        self.bad_images = BadImages(images, config.max_bad_images, world, log)
         self.loader = make_loader(images, sampler, workers=config.workers, pin_memory=self.accelerator.pin_memory)
         self.steps_per_epoch = -(-len(sampler) // config.accumulate)
 
@@ -128,6 +130,7 @@ class Trainer:
                 learner.set_learning_rate(rate)
                 learner.optimizer.zero_grad()
             for number, batch in enumerate(batches, start=1):
+                self.bad_images.note(batch.replaced, self.last_checkpoint)
                 check_batch_labels(batch.labels)  # on the host's copy: no wait for the device
                 loss, figures = self.learn(batch, 1 / len(batches), is_last=number == len(batches))
                 watch.add(step, loss, batch.indices)

@@ -15,7 +15,6 @@ from conftest import make_small_trunk  # noqa: E402
 from aligned_reid import model  # noqa: E402
 from aligned_reid.accelerator import Accelerator  # noqa: E402
 from aligned_reid.config import Config  # noqa: E402
-from aligned_reid.data.dataset import TrainBatch  # noqa: E402
 from aligned_reid.distributed import close_group, open_group, read_world  # noqa: E402
 from aligned_reid.training.learner import Learner  # noqa: E402
 
@@ -35,9 +34,8 @@ def main(file: str, dtype: torch.dtype) -> None:
     images += torch.randn(NUM_IDS, 1, 3, 64, 32, dtype=dtype)  # what an identity's images have in common
     own = slice(world.rank * NUM_IDS // world.size, (world.rank + 1) * NUM_IDS // world.size)
     labels = torch.arange(NUM_IDS).repeat_interleave(NUM_IMAGES).view(NUM_IDS, NUM_IMAGES)
-    batch = TrainBatch(images[own].flatten(0, 1), labels[own].flatten(), labels[own].flatten())
-    features = learner.network(batch.images)
-    loss, figures = learner.judge(features, batch.labels)
+    features = learner.network(images[own].flatten(0, 1))
+    loss, figures = learner.judge(features, labels[own].flatten())
     learner.backward(loss)
     if world.is_main:
         gradients = {name: one.grad for name, one in network.named_parameters() if one.grad is not None}

@@ -82,6 +82,86 @@ def test_a_profile_is_in_the_run_folder_and_in_the_results(command, tiny_flags, 
     assert sum(line.startswith("profile: ") for line in done.out.splitlines()) == 2
 
 
+def learnt(done):
+    """What the epochs' lines say besides times."""
+    assert done.status == 0, done.err
+    return [line.split(", gp ")[1] for line in done.out.splitlines() if line.startswith("Ep ")]
+
+
+@pytest.mark.parametrize("crop_prob", ["0", "0.5"])
+def test_a_run_from_the_image_cache_is_the_same_run(command, own_data, tiny_flags, tmp_path, small_trunk, crop_prob):
+    flags = (f"--data_path={own_data}", *tiny_flags[1:], "--total_epochs=2", "--seed=1", "--crop_ratio=0.7")
+    flags = (*flags, f"--crop_prob={crop_prob}")
+    live = command("train.py", *flags, f"--exp_dir={tmp_path / 'live'}")
+    assert not (own_data / "cache").exists()
+    for run, said in (("built", ": 72 images, "), ("found", " holds 72 images"), ("workers", " holds 72 images")):
+        workers = "--workers=1" if run == "workers" else "--workers=0"
+        done = command("train.py", *flags, workers, "--cache=true", f"--exp_dir={tmp_path / run}")
+        assert learnt(done) == learnt(live)
+        (line,) = (line for line in done.out.splitlines() if line.startswith("image cache "))
+        assert str(own_data / "cache") in line and said in line
+
+
+def test_a_cache_beside_read_only_data_is_in_the_run_folder(command, own_data, tiny_flags, tmp_path, small_trunk):
+    (own_data / "cache").touch()  # a folder cannot be made there
+    flags = (f"--data_path={own_data}", *tiny_flags[1:], "--total_epochs=1", f"--exp_dir={tmp_path / 'run'}")
+    done = command("train.py", *flags, "--cache=true")
+    assert done.status == 0, done.err
+    assert f"no image cache in {own_data / 'cache'}: " in done.out
+    assert list((tmp_path / "run" / "cache").glob("64x32-*.images"))
+
+
+@pytest.fixture
+def spoilt_at_the_second_epoch(own_data, monkeypatch):
+    """All images but one of a person, who is in every epoch, turn bad when the second epoch starts."""
+    from aligned_reid.training.trainer import Trainer
+
+    names = read_partitions(own_data / "partitions.pkl").trainval_im_names
+    spoilt = [name for name in names if name[:8] == names[0][:8]][1:]
+    train_epoch = Trainer.train_epoch
+
+    def spoil_and_train(self, epoch):
+        if epoch == 2:
+            for name in spoilt:
+                (own_data / "images" / name).write_bytes(b"")
+        train_epoch(self, epoch)
+
+    monkeypatch.setattr(Trainer, "train_epoch", spoil_and_train)
+    return spoilt
+
+
+def test_images_that_turn_bad_are_named_and_replaced(
+    command, own_data, tiny_flags, tmp_path, small_trunk, spoilt_at_the_second_epoch
+):
+    flags = (f"--data_path={own_data}", *tiny_flags[1:], "--total_epochs=9", f"--exp_dir={tmp_path / 'run'}")
+    done = command("train.py", *flags, "--seed=1")
+    assert len(learnt(done)) == 9
+    lines = [line for line in done.out.splitlines() if line.startswith("bad image ")]
+    assert lines[0].startswith("bad image 1 of at most 10: ") and lines[0].endswith(".jpg in its place")
+    named = [name for line in lines for name in spoilt_at_the_second_epoch if f"images/{name} is empty; " in line]
+    assert 1 < len(named) == len(set(named)) == len(lines)
+
+
+def test_more_bad_images_than_allowed_end_the_run(
+    command, own_data, tiny_flags, tmp_path, small_trunk, spoilt_at_the_second_epoch
+):
+    flags = (f"--data_path={own_data}", *tiny_flags[1:], "--total_epochs=9", f"--exp_dir={tmp_path / 'run'}")
+    done = command("train.py", *flags, "--max_bad_images=0")
+    assert_refused(
+        done, "is empty; 1 different training images turned bad", f"checkpoint is {tmp_path / 'run' / 'ckpt.pth'}"
+    )
+    assert torch.load(tmp_path / "run" / "ckpt.pth", weights_only=True)["epoch"] == 1
+
+
+def test_images_that_turn_bad_are_still_in_the_cache(
+    command, own_data, tiny_flags, tmp_path, small_trunk, spoilt_at_the_second_epoch
+):
+    flags = (f"--data_path={own_data}", *tiny_flags[1:], "--total_epochs=3", f"--exp_dir={tmp_path / 'run'}")
+    done = command("train.py", *flags, "--cache=true", "--max_bad_images=0")
+    assert len(learnt(done)) == 3
+    assert "bad image" not in done.out
+
+
 def test_local_scores_are_null_where_the_branch_was_not_trained(command, tiny_flags, tmp_path, small_trunk):
     assert command("train.py", *tiny_flags, "--total_epochs=1", f"--exp_dir={tmp_path / 'run'}").status == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from aligned_reid.data.checks import check_images, check_protocol
 from aligned_reid.data.dataset import ReidData, TestImages, TrainImages, make_loader, open_data
 from aligned_reid.data.partitions import build_partitions, format_image_name, read_partitions, write_partitions
 from aligned_reid.data.sampler import IdentityBatchSampler, SampleRequest
-from aligned_reid.data.transforms import decode_image, resize_image
+from aligned_reid.data.transforms import decode_image, mirror_image, random_crop, resize_image
 
 SIZE = (64, 32)
 
@@ -222,7 +223,72 @@ def test_batches_are_uint8_and_the_same_from_workers(shared):
         assert batch.labels.dtype == batch.indices.dtype == torch.int64
         assert batch.labels.tolist() == images.labels[batch.indices].tolist()
         assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+        assert other.images.is_shared() and not len(batch.replaced)
     assert here[0].indices.tolist() != here[2].indices.tolist()
+
+
+def samples_of(images: TrainImages, requests: list[SampleRequest]) -> list[np.ndarray]:
+    """What each request gives by the functions that transforms.py documents."""
+    samples = []
+    for request in requests:
+        random = Random(request.seed)
+        image = decode_image(f"{images.images_dir}/{images.image_names[request.index]}")
+        if random.random() < images.crop_prob:
+            image = random_crop(image, images.crop_ratio, random)
+        image = resize_image(image, images.size)
+        samples.append(mirror_image(image) if random.random() < 0.5 else image)
+    return samples
+
+
+@pytest.mark.parametrize("size", [SIZE, (40, 24)])
+@pytest.mark.parametrize("crop_prob", [0.0, 0.5])
+def test_a_batch_filled_in_place_is_its_samples_stacked(shared, size, crop_prob):
+    images = TrainImages(shared, "trainval", size, crop_prob, crop_ratio=0.6)
+    requests = [SampleRequest(number % len(images), 2**40 + number) for number in range(60)]
+    batch = images.__getitems__(requests)
+    assert np.array_equal(batch.images.numpy(), np.stack(samples_of(images, requests)))
+    assert batch.indices.tolist() == [request.index for request in requests]
+    assert all(np.array_equal(images[request][0], batch.images[i].numpy()) for i, request in enumerate(requests[:9]))
+
+
+# Images that turn bad
+
+
+def spoil(images: TrainImages | TestImages, index: int) -> None:
+    (Path(images.images_dir) / images.image_names[index]).write_bytes(b"")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_gives_way_to_another_of_its_person(data, workers):
+    images = TrainImages(data, "trainval", SIZE, crop_prob=0.5, crop_ratio=0.7)
+    whole = epoch(images, workers=0, epochs=2)
+    spoil(images, 5)
+    spoil(images, 6)
+    requests = [SampleRequest(5, 1), SampleRequest(5, 2), SampleRequest(5, 3), SampleRequest(6, 4), SampleRequest(6, 5)]
+    (batch,) = make_loader(images, [requests], workers=workers)
+    used = batch.indices.tolist()
+    assert batch.replaced.tolist() == [[request.index, index] for request, index in zip(requests, used, strict=True)]
+    assert set(used) == {4, 7}  # the person's images are 4 to 7, and seeds choose
+    assert batch.labels.tolist() == [images.labels[5]] * 5
+    expected = samples_of(images, [SampleRequest(index, r.seed) for index, r in zip(used, requests, strict=True)])
+    assert np.array_equal(batch.images.numpy(), np.stack(expected))
+    for before, after in zip(whole, epoch(images, workers=workers, epochs=2), strict=True):
+        kept = [index not in (5, 6) for index in before.indices]
+        assert torch.equal(before.images[kept], after.images[kept])
+        assert torch.equal(before.labels, after.labels)
+        assert after.replaced[:, 0].tolist() == [index for index in before.indices.tolist() if index in (5, 6)]
+
+
+def test_a_person_without_a_good_image_is_an_error(data):
+    images = TrainImages(data, "trainval", SIZE)
+    for index in (4, 5, 6, 7):
+        spoil(images, index)
+    with pytest.raises(InputError) as caught:
+        list(make_loader(images, [[SampleRequest(0, 0), SampleRequest(6, 0)]]))
+    path = data.images_dir / images.image_names[6]
+    assert str(caught.value) == (
+        f"image {path} is empty, and person 3 has no other image that can be read, of 4: prepare the data again"
+    )
 
 
 def test_test_loader_goes_through_in_order_or_as_told(shared):
@@ -365,3 +431,17 @@ def test_protocol_that_cannot_be_measured_is_refused(person_ids, cameras, marks,
         check_protocol(np.array(person_ids), np.array(cameras), np.array(marks))
     assert said in str(caught.value)
     assert "needs each query person in the gallery, seen by another camera" in str(caught.value)
+
+
+def test_moved_and_erased_images_are_drawn_by_the_seed(tiny_data):
+    data = open_data(tiny_data)
+    requests = [SampleRequest(index, seed) for index, seed in zip(range(8), range(100, 108), strict=True)]
+    plain = TrainImages(data, size=(64, 32)).load(requests).images
+    for settings in ({"pad_crop": 4}, {"erase_prob": 1.0}):
+        images = TrainImages(data, size=(64, 32), **settings)
+        changed = images.load(requests).images
+        assert torch.equal(changed, images.load(requests).images)
+        assert all(not torch.equal(one, other) for one, other in zip(plain, changed, strict=True)), settings
+    half = TrainImages(data, size=(64, 32), erase_prob=0.5).load(requests * 8).images
+    share = (half != plain.repeat(8, 1, 1, 1)).flatten(1).any(1).float().mean().item()
+    assert 0.1 < share < 0.9

@@ -213,7 +213,11 @@ def test_the_decoder_takes_what_simplejpeg_encodes(write):
 
 def test_pad_and_crop_moves_within_its_pixels():
     image = scene(32, 16)
-    moved = {pad_and_crop(image, 3, Random(seed)).tobytes() for seed in range(200)}
+    moved = set()
+    for seed in range(200):
+        own = image.copy()
+        pad_and_crop(own, 3, Random(seed))
+        moved.add(own.tobytes())
     places = {}
     for down in range(-3, 4):
         for right in range(-3, 4):
@@ -226,8 +230,8 @@ def test_pad_and_crop_moves_within_its_pixels():
 def test_erasing_fills_one_rectangle_of_the_size_asked_for():
     image = np.full((64, 32, 3), 7, dtype=np.uint8)
     for seed in range(50):
-        erased = erase_rectangle(image, Random(seed))
-        assert erased is not image
+        erased = image.copy()
+        erase_rectangle(erased, Random(seed))
         changed = (erased != image).any(2)
         rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
         height, width = len(rows), len(columns)
@@ -236,4 +240,3 @@ def test_erasing_fills_one_rectangle_of_the_size_asked_for():
         assert 0.01 < height * width / (64 * 32) < 0.45
         assert 0.2 < height / width < 5
         assert (erased[changed] == MEAN_COLOUR).all()
-    assert (image == 7).all()

@@ -1,0 +1,35 @@
+"""What the library asks of the machine's memory."""
+
+import mmap
+import resource
+import sys
+
+import numpy as np
+import pytest
+
+from aligned_reid.host import populate_memory
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' memory comes page by page")
+def test_populated_memory_is_there_when_it_is_written():
+    faults = []
+    for populated in (False, True):
+        memory = np.frombuffer(mmap.mmap(-1, 2**22), dtype=np.uint8)
+        if populated:
+            populate_memory(memory.ctypes.data + 5, len(memory) - 5)
+        before = page_faults()
+        memory[mmap.PAGESIZE :] = 7
+        faults.append(page_faults() - before)
+    if faults[0] < 100:
+        pytest.skip("this system gives memory in large pieces anyway")
+    assert faults[1] < faults[0] / 10
+
+
+def test_memory_smaller_than_a_page_is_left_alone():
+    memory = np.zeros(100, dtype=np.uint8)
+    populate_memory(memory.ctypes.data, len(memory))
+    assert not memory.any()
