@@ -200,7 +200,10 @@ class Config:
             (self.only_test or sum(self.loss_weights) > 0.0, "one of -glw, -llw, -idlw has to be above 0"),
             (self.exp_decay_at_epoch >= 1, "--exp_decay_at_epoch counts from 1"),
             (self.last_stride in (1, 2), "--last_stride is 1 or 2"),
-            (0 <= self.pad_crop < min(self.resize_h_w), "--pad_crop is a number of pixels, 0 or more, and less than the image"),
+            (
+                0 <= self.pad_crop < min(self.resize_h_w),
+                "--pad_crop is a number of pixels, from 0 to below those of the image",
+            ),
             (0.0 <= self.erase_prob <= 1.0, "--erase_prob is a probability, 0 to 1"),
             (self.accumulate >= 1, "--accumulate is a number of batches, 1 or more"),
             (0.0 <= self.label_smoothing < 1.0, "--label_smoothing is a share, from 0 to below 1"),
