@@ -27,6 +27,7 @@ setup(
         "numba>=0.59",
         "h5py>=3.8",
         "opencv-python-headless>=4.8",
+        "safetensors>=0.4",
         "simplejpeg>=1.7",
         "tensorboardX>=2.6",
         "tqdm>=4.65",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,6 +67,11 @@ def is_grouped() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def group_size() -> int:
+    """The number of processes of the run."""
+    return dist.get_world_size() if is_grouped() else 1
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """Sum of a tensor over all ranks; the tensor itself in a run of one process."""
     if is_grouped():
@@ -77,6 +84,23 @@ def take_from_main(tensors: Iterable[Tensor]) -> None:
     if is_grouped():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+def from_main(read: Callable[[], Any], device: torch.device) -> Any:
+    """What `read` gives rank 0, on every rank: tensors on the host, numbers, strings, lists and dicts of them."""
+    if not is_grouped():
+        return read()
+    buffer = io.BytesIO()
+    if dist.get_rank() == 0:
+        torch.save(read(), buffer)
+    size = torch.tensor([buffer.tell()], device=device)
+    dist.broadcast(size, src=0)
+    data = torch.empty(int(size.item()), dtype=torch.uint8)
+    if dist.get_rank() == 0:
+        data.copy_(torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8))
+    data = data.to(device)
+    dist.broadcast(data, src=0)
+    return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), weights_only=True)
 
 
 def gather_rows(rows: Tensor, total: int) -> Tensor:

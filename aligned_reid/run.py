@@ -23,10 +23,20 @@ from aligned_reid.evaluation.feature_file import FeatureWriter
 from aligned_reid.evaluation.protocol import Measures, evaluate_features
 from aligned_reid.model import AlignedReID, load_weights, open_model
 from aligned_reid.preflight import RunInput, check_input, check_save_file
-from aligned_reid.training.checkpoint import read_checkpoint, set_aside
+from aligned_reid.training.best import Best
+from aligned_reid.training.checkpoint import read_last_good, set_aside
 from aligned_reid.training.log import Log
 from aligned_reid.training.trainer import Speed, Trainer
-from aligned_reid.weights import CHECKPOINT_NAME, digest_of, find_state_dict, settings_of
+from aligned_reid.weights import (
+    BEST_NAME,
+    CHECKPOINT_NAME,
+    PREVIOUS_NAME,
+    SAFETENSORS_NAME,
+    digest_of,
+    find_state_dict,
+    settings_of,
+    write_safetensors,
+)
 
 RESULTS_NAME = "results.json"
 MARK_NAMES = ("query", "gallery", "multi-query")
@@ -40,7 +50,7 @@ def run(config: Config) -> dict[str, Any]:
     loss is not finite.
     """
     world = read_world()
-    given = check_input(config)
+    given = check_input(config, has_run_dir=world.is_main)
     accelerator = open_device(config, world.local_rank)
     with process_group(world, accelerator, config):
         config = settle_seed(config, world, accelerator)
@@ -80,7 +90,8 @@ def run_folder(config: Config, world: World) -> Iterator[Log]:
         folder.mkdir(parents=True, exist_ok=True)
         former = [folder / RESULTS_NAME, folder / "config.json"]
         if not (config.resume or config.only_test):
-            former += [folder / CHECKPOINT_NAME, folder / "log.txt", folder / "tensorboard"]
+            names = (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME, SAFETENSORS_NAME, "log.txt", "tensorboard")
+            former += [folder / name for name in names]
         renamed = [set_aside(path) for path in former] if not config.resume else []
         log = Log(folder if config.log_to_file else None)
         if any(renamed):
@@ -97,10 +108,13 @@ def run_folder(config: Config, world: World) -> Iterator[Log]:
 def settle_seed(config: Config, world: World, accelerator: Accelerator) -> Config:
     """The config with a seed that all ranks share: given, the resumed run's, or drawn by rank 0."""
     seed = config.seed
-    if seed is None and config.resume:
-        seed = int(read_checkpoint(config.run_dir / CHECKPOINT_NAME)["sampler"]["seed"])
     if seed is None:
-        drawn = torch.tensor(secrets.randbelow(2**31) if world.is_main else 0, device=accelerator.device)
+        mine = 0
+        if world.is_main and config.resume:
+            mine = int(read_last_good(config.run_dir).content["sampler"]["seed"])
+        elif world.is_main:
+            mine = secrets.randbelow(2**31)
+        drawn = torch.tensor(mine, device=accelerator.device)
         seed = int(sum_over_ranks(drawn).item())
     torch.manual_seed(seed)
     return dataclasses.replace(config, seed=seed)
@@ -124,12 +138,15 @@ def train_and_evaluate(
     """The run itself; returns what results.json holds."""
     start = time.monotonic()
     local_was_trained = config.l_loss_weight > 0
-    speed, profile = Speed(), None
+    speed, profile, best = Speed(), None, None
     if given.train is None:
         model, local_was_trained = load_for_test(config, given.weights, log)
     else:
         trainer = train(config, world, accelerator, given, log)
         model, speed, profile = trainer.model, trainer.speed, trainer.profile.results()
+        best = trainer.best.record if trainer.best else None
+        if world.is_main:
+            write_safetensors(config.run_dir / SAFETENSORS_NAME, model.state_dict(), config.to_dict())
     train_seconds = time.monotonic() - start
     use_local = local_was_trained if config.use_local_distance is None else config.use_local_distance
 
@@ -152,6 +169,7 @@ def train_and_evaluate(
         "train_seconds": train_seconds if given.train is not None else None,
         "extract_seconds": extract_seconds,
         "evaluate_seconds": time.monotonic() - start,
+        "best": best,
         "profile": profile,
         "device": accelerator.describe(),
         "num_processes": world.size,
@@ -227,8 +245,12 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
     elif not config.resume:
         log(model.trunk_report)
     trainer = Trainer(config, model, images, sampler, accelerator, world, log, config.run_dir)
+    if config.eval_every:
+        trainer.best = Best(config, given.test, accelerator, world, log, config.run_dir)
     if config.resume:
         trainer.resume()
+        if trainer.best:
+            trainer.best.resume()
     trainer.train()
     return trainer
 

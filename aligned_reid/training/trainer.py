@@ -22,12 +22,15 @@ from aligned_reid.distributed import World, sum_over_ranks, take_from_main
 from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import AlignedReID
+from aligned_reid.training.best import Best
 from aligned_reid.training.checkpoint import Checkpoints
 from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
 from aligned_reid.training.objective import Objective
 from aligned_reid.training.profile import StepProfile
+from aligned_reid.training.resume import describe_resume, first_step
 from aligned_reid.training.schedule import learning_rate
 from aligned_reid.training.stop import StopSignals
+from aligned_reid.training.watchdog import Watchdog
 
 WEIGHT_DECAY = 5e-4
 LOSS_CHECK_LAG = 3  # steps: reading a loss at once would make a device wait for the host
@@ -66,6 +69,8 @@ class Trainer:
         self.meters = Meters()
         self.between_steps = True  # and not in the middle of one, where nothing can be saved
         self.stop = StopSignals()
+        self.watchdog = Watchdog(config.timeout if world.size > 1 else 0)
+        self.best: Best | None = None  # evaluates in between, where that is asked for
         self.speed = Speed()
         self.throughput = Throughput()
         self.profile = StepProfile(config.profile if world.is_main else 0, accelerator, folder / "profile", log)
@@ -81,17 +86,13 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the run folder's checkpoint."""
-        content = self.checkpoints.load()
-        self.epoch, self.step = content["epoch"], content.get("step", 0)
+        last = self.checkpoints.load()
+        self.epoch = last.content["epoch"]
+        self.step = first_step(last.content, self.config, self.world.size, len(self.sampler))
         if self.step:
-            self.meters.load_state_dict(content["meters"], self.accelerator.device)
-        in_epoch = f" and step {self.step} of the next" if self.step else ""
-        self.log(f"resumed from {self.checkpoints.path} after epoch {self.epoch}{in_epoch}")
-        changed = [
-            line for line in self.config.differences(content["config"]) if not line.startswith(("resume:", "seed:"))
-        ]
-        if changed:
-            self.log(f"flags that differ from those of the checkpoint: {'; '.join(changed)}")
+            self.meters.load_state_dict(last.content["meters"], self.accelerator.device)
+        for line in describe_resume(self.config, last, self.checkpoints.made_on()):
+            self.log(line)
 
     def train(self) -> None:
         """Train the epochs that are left; a checkpoint after the last, and after each before it as far as due.
@@ -108,6 +109,8 @@ class Trainer:
                     if not self.stop.number:
                         raise
                     self.stop_here()
+                if self.best:
+                    self.best.after_epoch(self.model, self.epoch)
                 if self.world.is_main and (self.epoch == self.config.total_epochs or self.checkpoints.is_due()):
                     self.save()
         take_from_main(self.model.buffers())  # each rank's last step moved its own batch norm statistics
@@ -120,7 +123,7 @@ class Trainer:
         self.network.train()
         watch = LossWatch(self.accelerator, self.describe_batch(epoch))
         self.throughput.start_epoch()
-        for step, batch in enumerate(self.profile.steps(self.progress(epoch)), start=self.step + 1):
+        for step, batch in enumerate(self.watchdog.over(self.profile.steps(self.progress(epoch))), start=self.step + 1):
             self.between_steps = False
             check_batch_labels(batch.labels)  # on the host's copy: no wait for the device
             pixels = batch.images.to(self.accelerator.device, non_blocking=True)
