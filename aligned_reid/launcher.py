@@ -1,7 +1,8 @@
 """Starts the ranks of a run on this machine: torch's elastic agent, without what it does to a user's error.
 
 torchrun turns a rank's exit status 2 into 1 and prints a table of tracebacks under it. Here the first failing rank's
-own status comes back, with one line that says why; every rank's whole output is in its own log file.
+own status comes back, with one line that says why; every rank's whole output is in its own log file. With
+`max_restarts` the agent starts the ranks again after a failure, but for one that another attempt would only repeat.
 
 This file is also the program that a rank's process runs for a moment before the command takes its place
 (`become_rank`), which is why it imports torch and the rest of the package only inside functions.
@@ -31,11 +32,17 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP
 AGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # which torch's agent passes on
 MONITOR_SECONDS = 0.05  # how soon a dead rank is seen: before the others have died of its absence
 DRAIN_SECONDS = 2.0  # how long output may follow the end of the ranks
+SETTLE_SECONDS = 0.2  # in which what a dead rank said last is read
+
+# Not retried: a user's mistake, a run that stopped on purpose (--stop_on_collapse), and what a signal asked for.
+FINAL_STATUSES = (2, 3, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 
 # What a program says when it fails: a traceback's last line, or `train.py: error: ...`. torch puts its rank in front.
 RANK_PREFIX = re.compile(r"^\[rank\d+\]:\s?")
 TRACEBACK = "Traceback (most recent call last)"
 OWN_LINE = re.compile(r"^[\w.]+: (error|stopped|interrupted)\b")
+HANG_LINE = re.compile(r"^Timeout \((.+)\)!$")  # faulthandler's, which stacks follow; see training/watchdog.py
+SILENT_RANK = re.compile(r"rank (\d+) on \S+(?=.*: rank \d+ on)")  # in rendezvous.Meeting.explain's line
 ERROR_LINE = re.compile(OWN_LINE.pattern + r"|^[\w.]*(Error|Exception|Interrupt)\b")
 
 
@@ -49,26 +56,31 @@ def launch(
     address: str = "127.0.0.1",
     port: int = 0,
     first_device: int = 0,
+    max_restarts: int = 0,
 ) -> int:
     """Run `command` as `num_processes` ranks on this machine and return the exit status of the run.
 
     The ranks' environment is torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). They log to
     `log_dir`/<device>/train_<device>.log, devices counted from `first_device`; the first rank's output is on the
     console too, but for tracebacks. The status is 0, or the first failing rank's own; 128 + n where signal n killed it,
-    or where signal n came from outside and was passed on. Nothing is restarted. With several machines, `address` and
-    `port` are those of the first one; on one machine port 0 is a free one. One process alone takes this process's
-    place: no agent, no log file, and no return.
+    or where signal n came from outside and was passed on. After a failure other than those of FINAL_STATUSES all ranks
+    start again, at most `max_restarts` times. With several machines, `address` and `port` are those of the first one;
+    on one machine port 0 is a free one. One process alone that is not to be restarted takes this process's place: no
+    agent, no log file, and no return.
     """
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    if num_processes * num_nodes == 1:
+    if num_processes * num_nodes == 1 and not max_restarts:
         become_command(command)
     devices = range(first_device, first_device + num_processes)
     outputs = [RankOutput(log_file(log_dir, device), on_console=device == first_device) for device in devices]
+    first_rank = node_rank * num_processes
+    restarts = Restarts(outputs, first_rank, max_restarts)
     with own_signal_handlers(), tempfile.TemporaryDirectory(prefix="aligned_reid_") as folder:
         pump = Pump(folder, outputs)
         pump.start()
         try:
-            failures = run_agent(command, num_processes, folder, num_nodes, node_rank, address, port or free_port())
+            nodes = (num_nodes, node_rank, address, port or free_port())
+            failures = run_agent(command, num_processes, folder, *nodes, restarts)
         except Interrupted as interrupted:
             return 128 + interrupted.signal_number
         except (RuntimeError, OSError, ValueError) as error:
@@ -80,7 +92,7 @@ def launch(
         return 0
     local_rank, exit_code = first_failure(failures, outputs)
     status = exit_code if exit_code > 0 else 128 - exit_code
-    outputs[local_rank].explain(node_rank * num_processes + local_rank, exit_code)
+    print_all(explain(outputs, first_rank, local_rank, exit_code))
     return status
 
 
@@ -93,7 +105,14 @@ class Interrupted(Exception):
 
 
 def run_agent(
-    command: Sequence[str], num_processes: int, folder: str, num_nodes: int, node_rank: int, address: str, port: int
+    command: Sequence[str],
+    num_processes: int,
+    folder: str,
+    num_nodes: int,
+    node_rank: int,
+    address: str,
+    port: int,
+    restarts: Restarts,
 ) -> dict[int, int]:
     """Run the ranks to their end under torch's agent: {local rank: exit code} of those that failed, in its order."""
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -109,14 +128,15 @@ def run_agent(
         rdzv_endpoint=f"{address}:{port}",
         rdzv_configs={"rank": node_rank},
         local_addr=address if num_nodes == 1 else None,
-        max_restarts=0,
+        max_restarts=restarts.max_restarts,
         monitor_interval=MONITOR_SECONDS,
         **agent_folder(folder),
     )
     logging.disable(logging.CRITICAL)  # the agent's own account of a failure; ours is one line
     try:
         # -I: this file only, whatever the rank's PYTHONPATH holds.
-        launch_agent(config, sys.executable, ["-I", os.path.abspath(__file__), folder, *command])
+        with restarts.decided_by_us():
+            launch_agent(config, sys.executable, ["-I", os.path.abspath(__file__), folder, *command])
     except ChildFailedError as error:
         return {failure.local_rank: failure.exitcode for failure in error.failures.values()}
     except SignalException as error:
@@ -126,6 +146,50 @@ def run_agent(
     finally:
         logging.disable(logging.NOTSET)
     return {}
+
+
+class Restarts:
+    """Decides whether ranks start again after a failure, and says so."""
+
+    def __init__(self, outputs: Sequence[RankOutput], first_rank: int, max_restarts: int) -> None:
+        self.outputs, self.first_rank, self.max_restarts = outputs, first_rank, max_restarts
+
+    def may_follow(self, failures: dict[int, int], num_left: int) -> bool:
+        """Whether another attempt follows these failures ({local rank: exit code}) while `num_left` are left."""
+        time.sleep(SETTLE_SECONDS)
+        local_rank, exit_code = first_failure(failures, self.outputs)
+        if exit_code in FINAL_STATUSES:
+            return False
+        print_all(explain(self.outputs, self.first_rank, local_rank, exit_code))
+        print_all([f"launch.py: restart {self.max_restarts - num_left + 1} of {self.max_restarts}"])
+        for output in self.outputs:
+            output.forget()
+        return True
+
+    @contextmanager
+    def decided_by_us(self) -> Iterator[None]:
+        """Let torch's agent ask `may_follow`; it would restart after anything."""
+        if not self.max_restarts:
+            yield
+            return
+        from torch.distributed.launcher import api
+
+        restarts = self
+
+        class Agent(api.LocalElasticAgent):
+            def _monitor_workers(self, group: Any) -> Any:
+                result = super()._monitor_workers(group)
+                if result.is_failed() and self._remaining_restarts > 0:
+                    failures = {failure.local_rank: failure.exitcode for failure in result.failures.values()}
+                    if not restarts.may_follow(failures, self._remaining_restarts):
+                        self._remaining_restarts = 0
+                return result
+
+        torchs, api.LocalElasticAgent = api.LocalElasticAgent, Agent  # type: ignore[misc]
+        try:
+            yield
+        finally:
+            api.LocalElasticAgent = torchs  # type: ignore[misc]
 
 
 @contextmanager
@@ -204,6 +268,7 @@ class RankOutput:
         self.complained_at = inf  # time of the first line that names an error
         self.last_words = ""  # the last line that names an error, else the last one of stderr
         self.shown = False  # whether the console has them
+        self.last_line = ""  # the last one of stdout
         self.in_traceback = False
 
     def take(self, line: bytes, is_error_stream: bool) -> None:
@@ -213,6 +278,8 @@ class RankOutput:
             self.log.flush()
         if is_error_stream:
             self.listen(RANK_PREFIX.sub("", line.decode(errors="replace")).rstrip())
+        elif line.strip():
+            self.last_line = line.decode(errors="replace").strip()
         if self.on_console and not (is_error_stream and self.in_traceback):
             console: BinaryIO = (sys.stderr if is_error_stream else sys.stdout).buffer
             with suppress(OSError):
@@ -220,25 +287,50 @@ class RankOutput:
                 console.flush()
 
     def listen(self, text: str) -> None:
-        self.in_traceback = self.in_traceback or text.startswith(TRACEBACK)
-        names_error = bool(ERROR_LINE.match(text))
+        self.in_traceback = self.in_traceback or bool(text.startswith(TRACEBACK) or HANG_LINE.match(text))
+        names_error = bool(ERROR_LINE.match(text) or HANG_LINE.match(text))
         if names_error or self.in_traceback:
             self.complained_at = min(self.complained_at, time.monotonic())
-        if text and (names_error or not ERROR_LINE.match(self.last_words)):
+        is_named = ERROR_LINE.match(self.last_words) or HANG_LINE.match(self.last_words)
+        if text and (names_error or not is_named):
             self.last_words = text
             self.shown = self.on_console and not self.in_traceback
 
-    def explain(self, rank: int, exit_code: int) -> None:
-        """Say on stderr, in one line, why this rank failed, unless the console has it from the rank itself."""
+    def forget(self) -> None:
+        """Begin anew with the next attempt."""
+        self.complained_at, self.last_words, self.shown, self.in_traceback = inf, "", False, False
+
+    def reason(self, rank: int, exit_code: int) -> str:
+        """In one line, why this rank failed; empty where the console has it from the rank itself."""
+        if OWN_LINE.match(self.last_words) and exit_code > 0:
+            return "" if self.shown else self.last_words
         if exit_code < 0:
-            reason = f"was killed by signal {-exit_code} ({signal.strsignal(-exit_code)})"
-        elif OWN_LINE.match(self.last_words):
-            if not self.shown:
-                print(self.last_words, file=sys.stderr)
-            return
+            what = f"was killed by signal {-exit_code} ({signal.strsignal(-exit_code)})"
+        elif hang := HANG_LINE.match(self.last_words):
+            what = f"hung: its step was not done after {hang[1]}"
         else:
-            reason = f"ended with status {exit_code}" + (f": {self.last_words}" if self.last_words else "")
-        print(f"launch.py: error: rank {rank} {reason}; its log: {self.path}", file=sys.stderr)
+            what = f"ended with status {exit_code}" + (f": {self.last_words}" if self.last_words else "")
+        return f"launch.py: error: rank {rank} on {socket.gethostname()} {what}; {self.traces()}"
+
+    def traces(self) -> str:
+        """What is left of a rank: its last line, and where the others are."""
+        said = f"its last line: {self.last_line}; " if self.last_line else ""
+        return f"{said}its log: {self.path}"
+
+
+def explain(outputs: Sequence[RankOutput], first_rank: int, local_rank: int, exit_code: int) -> list[str]:
+    """Lines that say why a rank failed, and where it waited in vain for ranks of this machine, what those said last."""
+    output = outputs[local_rank]
+    lines = [output.reason(first_rank + local_rank, exit_code)]
+    for rank in map(int, SILENT_RANK.findall(output.last_words)):
+        if 0 <= rank - first_rank < len(outputs):
+            lines.append(f"launch.py: rank {rank} hung; {outputs[rank - first_rank].traces()}")
+    return [line for line in lines if line]
+
+
+def print_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 class Pump(threading.Thread):
@@ -313,6 +405,7 @@ def become_rank(folder: str, command: Sequence[str]) -> NoReturn:
         os.dup2(pipe, descriptor)
         os.close(pipe)
     Path(folder, f"{local_rank}.pid").write_text(str(os.getpid()))
+    os.environ["ALIGNED_REID_RANK_LOG"] = "1"  # see training/log.py
     # torchrun would set 1 thread, which is right for a GPU and wastes a CPU.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"]))))

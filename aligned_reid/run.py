@@ -7,7 +7,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ import torch
 from aligned_reid.accelerator import Accelerator, open_accelerator
 from aligned_reid.config import Config
 from aligned_reid.data.sampler import IdentityBatchSampler
-from aligned_reid.distributed import World, close_group, open_group, read_world, sum_over_ranks
+from aligned_reid.distributed import World, close_group, job_of_world, open_group, read_world, sum_over_ranks
+from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.evaluation.extract import extract_features, feature_blocks
 from aligned_reid.evaluation.feature_file import FeatureWriter
 from aligned_reid.evaluation.protocol import Measures, evaluate_features
 from aligned_reid.model import AlignedReID, load_weights, open_model
 from aligned_reid.preflight import RunInput, check_input, check_save_file
+from aligned_reid.rendezvous import is_same_job
 from aligned_reid.training.best import Best
 from aligned_reid.training.checkpoint import read_last_good, set_aside
 from aligned_reid.training.log import Log
@@ -52,7 +54,8 @@ def run(config: Config) -> dict[str, Any]:
     world = read_world()
     given = check_input(config, has_run_dir=world.is_main)
     accelerator = open_device(config, world.local_rank)
-    with process_group(world, accelerator, config):
+    with process_group(world, accelerator, config) as world:
+        config = go_on_after_restart(config, world, accelerator)
         config = settle_seed(config, world, accelerator)
         with run_folder(config, world) as log:
             log_settings(config, world, accelerator, given, log)
@@ -74,12 +77,34 @@ def open_device(config: Config, local_rank: int) -> Accelerator:
 
 
 @contextmanager
-def process_group(world: World, accelerator: Accelerator, config: Config) -> Iterator[None]:
-    open_group(world, accelerator.backend, config.addr)
+def process_group(world: World, accelerator: Accelerator, config: Config) -> Iterator[World]:
+    """The run's process group. Raises RunStopped, in one line, where a rank waits in vain for another."""
+    accelerator.prepare_group(config.timeout)
+    meeting = open_group(world, accelerator.backend, config.addr, config.timeout)
     try:
-        yield
+        yield dataclasses.replace(world, job=job_of_world(world, meeting))
+    except RuntimeError as error:
+        explained = meeting.explain(error) if meeting and not isinstance(error, RunStopped) else None
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         close_group()
+
+
+def go_on_after_restart(config: Config, world: World, accelerator: Accelerator) -> Config:
+    """The config, with `resume` where this launch has written a checkpoint: a launcher has restarted the ranks then.
+
+    Another launch's checkpoint is a former run's, and only --resume true goes on from that.
+    """
+    if config.resume or config.only_test:
+        return config
+    found = 0.0
+    if world.is_main and any((config.run_dir / name).is_file() for name in (CHECKPOINT_NAME, PREVIOUS_NAME)):
+        with suppress(InputError):
+            found = float(is_same_job(world.job, read_last_good(config.run_dir).content.get("job", {})))
+    agreed = sum_over_ranks(torch.tensor(found, device=accelerator.device))
+    return dataclasses.replace(config, resume=agreed.item() > 0)
 
 
 @contextmanager

@@ -79,6 +79,7 @@ class Trainer:
         self.objective = Objective(config)
         self.optimizer, self.scaler = accelerator.prepare(self.model, config.base_lr, WEIGHT_DECAY, config.loss_scale)
         self.checkpoints = Checkpoints(folder, self.model, self.optimizer, self.scaler, accelerator)
+        self.checkpoints.job = dict(world.job)
         self.loader = make_loader(images, sampler, workers=config.workers, pin_memory=accelerator.pin_memory)
         self.network = accelerator.compile(self.model)
         if world.size > 1:

@@ -77,20 +77,23 @@ class TestStatus:
         assert status == 1
         log = log_file(tmp_path / "logs", rank)
         assert (
-            err == f"launch.py: error: rank {rank} ended with status 1: RuntimeError: out of stripes; its log: {log}\n"
+            err == f"launch.py: error: rank {rank} on {socket.gethostname()} ended with status 1: "
+            f"RuntimeError: out of stripes; its log: {log}\n"
         )
         assert "Traceback (most recent call last)" in log.read_text()
 
     def test_killed_rank(self, run):
         status, _, err = run("if RANK == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(30)")
         assert status == 128 + signal.SIGKILL
-        assert err.startswith("launch.py: error: rank 1 was killed by signal 9 (Killed); its log: ")
+        assert err.startswith(
+            f"launch.py: error: rank 1 on {socket.gethostname()} was killed by signal 9 (Killed); its log: "
+        )
         assert err.count("\n") == 1
 
     def test_silent_failure(self, run):
         status, _, err = run("if RANK == 1: os._exit(7)\ntime.sleep(30)")
         assert status == 7
-        assert err.startswith("launch.py: error: rank 1 ended with status 7; its log: ")
+        assert err.startswith(f"launch.py: error: rank 1 on {socket.gethostname()} ended with status 7; its log: ")
 
     @pytest.mark.skipif(
         not hasattr(SubprocessContext, "_capture_process_failures"),
