@@ -98,7 +98,10 @@ def test_a_rank_that_hangs_in_a_step_is_named_by_those_that_wait(job):
     lines = done.stderr.splitlines()
     waited = rf"rank 0 on {HOST} waited 4 s \(--timeout\)"
     assert re.fullmatch(rf"faulty_train\.py: stopped: no sign of life from rank 1 on {HOST}: {waited}", lines[0]), lines
-    assert re.fullmatch(r"launch\.py: rank 1 hung; its last line: Ep 1, .*; its log: logs/1/train_1\.log", lines[1])
+    # The launcher says it of rank 1 too; the rank's own watchdog may have ended it before.
+    own = rf"error: rank 1 on {HOST} hung: its step was not done after 0:00:08"
+    traces = r"its last line: Ep 1, .*; its log: logs/1/train_1\.log"
+    assert re.fullmatch(rf"launch\.py: (rank 1 hung|{own}); {traces}", lines[1]), lines
     assert len(lines) == 2
     assert job.seconds < 90
 
