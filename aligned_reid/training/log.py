@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+FPS_OF_ALL = re.compile(r", FPS [^,]+, ids/s [^,]+")  # of all ranks together: who adds up log files shall find it once
 RANK_LOG = "ALIGNED_REID_RANK_LOG"  # launcher.become_rank sets it
 
 
@@ -22,6 +24,7 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, *, is_main: bool = True) -> None:
+        self.is_main = is_main
         self.prints = is_main or RANK_LOG in os.environ
         self.file: TextIO | None = None
         self.writer: Any = None
@@ -32,7 +35,7 @@ class Log:
     def __call__(self, line: str = "") -> None:
         if not self.prints:
             return
-        print(line, flush=True)
+        print(line if self.is_main else FPS_OF_ALL.sub("", line), flush=True)
         if self.file:
             self.file.write(line + "\n")
             self.file.flush()
