@@ -28,6 +28,7 @@ setup(
         "h5py>=3.8",
         "opencv-python-headless>=4.8",
         "pillow>=9.1",
+        "safetensors>=0.4",
         "simplejpeg>=1.7",
         "tensorboardX>=2.6",
         "tqdm>=4.65",

@@ -160,6 +160,9 @@ class Accelerator:
         by = f"self_{self.device.type}_time_total"
         (folder / "operators.txt").write_text(profiler.key_averages().table(sort_by=by, row_limit=40))
 
+    def prepare_group(self, timeout: int) -> None:
+        """Tell the backend's library, before the group is opened, how many seconds a rank waits for others."""
+
     def data_parallel_arguments(self) -> dict[str, Any]:
         return {}
 
@@ -263,6 +266,10 @@ class Cuda(Accelerator):
         return f"{self.api.get_device_name(self.index)}, device {self.index}"
 
 
+# Seconds that CANN takes: of a collective, and of the connection before the first.
+HCCL_TIMEOUTS = {"HCCL_EXEC_TIMEOUT": (1, 17340), "HCCL_CONNECT_TIMEOUT": (120, 7200)}
+
+
 class Npu(Cuda):
     """Huawei Ascend NPUs through torch_npu, whose torch.npu follows torch.cuda."""
 
@@ -341,6 +348,11 @@ class Npu(Cuda):
         _, optimizer = amp.initialize(model, optimizer, opt_level="O1", loss_scale=given, combine_grad=True)
         self.apex_amp = amp
         return optimizer, ApexScaler(amp, optimizer, static=scale)
+
+    def prepare_group(self, timeout: int) -> None:
+        """HCCL has its own time-outs, within bounds; what the user has set stays."""
+        for name, (shortest, longest) in HCCL_TIMEOUTS.items():
+            os.environ.setdefault(name, str(min(max(timeout, shortest), longest)))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """As the others'; NpuFusedAdam counts its steps on the host, and a tensor there would make it wait."""

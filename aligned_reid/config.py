@@ -16,6 +16,37 @@ from aligned_reid.recipes import RECIPES
 # How None is written on the command line; options that are not here are just left out.
 NONE_AS = {"global_margin": "none", "local_margin": "none", "loss_scale": "dynamic", "use_local_distance": "auto"}
 
+# Options that a resumed training ends with the same weights whatever they are.
+WITHOUT_EFFECT = {
+    "recipe",
+    "dataset",
+    "workers",
+    "cache",
+    "max_bad_images",
+    "feature_after_bn",
+    "test_distance",
+    "flip_test",
+    "stop_on_collapse",
+    "repeat",
+    "pretrained",
+    "model_weight_file",
+    "only_test",
+    "use_local_distance",
+    "multi_query",
+    "multi_query_pool",
+    "eval_every",
+    "npu",
+    "addr",
+    "timeout",
+    "exp_dir",
+    "run",
+    "resume",
+    "checkpoint_every_steps",
+    "set_seed",
+    "profile",
+    "log_to_file",
+}
+
 
 def option(
     default: Any, text: str, *, aliases: Sequence[str] = (), choices: Sequence[str] = (), parse: Any = None
@@ -119,6 +150,7 @@ class Config:
     multi_query: bool = option(
         False, "measure multi-query too: queries pooled over their person's images in the camera"
     )
+    eval_every: int = option(0, "evaluate after every so many epochs too, by global distance, and keep best.pth; 0: no")
     multi_query_pool: str = option("average", "how features are pooled for multi-query", choices=["average", "max"])
     # device
     device: str = option("auto", "device: npu, cuda, cpu, or auto, which takes the first of these that is there")
@@ -136,6 +168,7 @@ class Config:
     deterministic: bool = option(False, "same flags and seed, same bits: deterministic operators, some of them slower")
     compile: bool = option(False, "torch.compile the model, for training and for features (it takes minutes)")
     addr: str = option("", "address of the first machine of several; default: MASTER_ADDR, or this one")
+    timeout: int = option(600, "seconds without a sign of life after which a process of several counts as hung")
     # run
     exp_dir: str = option("", "run folder; default: exp/train/<data set>/<settings>/run<N>")
     run: int = option(1, "number of the run, for the default run folder", aliases=["-r"])
@@ -184,6 +217,8 @@ class Config:
             (0.0 <= self.crop_prob <= 1.0, "--crop_prob is a probability, 0 to 1"),
             (0.0 < self.crop_ratio <= 1.0, "--crop_ratio is above 0 and at most 1"),
             (self.checkpoint_every_steps >= 0, "--checkpoint_every_steps is a number of steps, 0 or more"),
+            (self.eval_every >= 0, "--eval_every is a number of epochs, 0 or more"),
+            (self.timeout >= 1, "--timeout is a number of seconds, 1 or more"),
             (self.profile >= 0, "--profile is a number of steps, 0 or more"),
             (self.run >= 1, "--run counts from 1"),
             (self.seed is None or 0 <= self.seed < 2**31, "--seed is a whole number from 0 to 2147483647"),
@@ -296,6 +331,12 @@ class Config:
             for name, value in self.to_dict().items()
             if other.get(name, value) != value
         ]
+
+    def differences_by_effect(self, other: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """`differences` of a resumed run: those that change what it ends with, and those that do not."""
+        lines = [line for line in self.differences(other) if not line.startswith("resume:")]
+        matter = [line for line in lines if line.split(":")[0] not in WITHOUT_EFFECT]
+        return matter, [line for line in lines if line not in matter]
 
 
 OPTIONS = tuple(one for one in fields(Config) if "help" in one.metadata)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from aligned_reid.errors import InputError
+from aligned_reid.rendezvous import Meeting, connect, has_launchers_store, job_of, meet
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on this machine
+    job: Mapping[str, str] = field(default_factory=dict, compare=False)  # of rendezvous.job_of, once the group is open
 
     @property
     def is_main(self) -> bool:
@@ -38,22 +42,36 @@ def read_world() -> World:
     return World(rank, size, local_rank)
 
 
+MEETING_SHARE = 4  # of --timeout: what ranks may come after each other, for some check and load data longer
+CONNECT_SECONDS = 60.0
 WORLD_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
-def open_group(world: World, backend: str, address: str = "") -> None:
-    """Join the process group; no more than a check for a single process.
+def open_group(world: World, backend: str, address: str = "", timeout: float = 600.0) -> Meeting | None:
+    """Join the process group; no more than a check for a single process. Returns who is in it.
 
-    address: of the first machine; default: MASTER_ADDR, which torchrun sets. The time-out is long because the first
-    process may load and check data while others wait.
+    address: of the first machine; default: MASTER_ADDR, which torchrun sets. timeout: seconds that a collective waits
+    for a rank. Raises RunStopped where some ranks do not come.
     """
     if world.size == 1:
-        return
+        return None
     if address:
         os.environ["MASTER_ADDR"] = address
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(hours=2))
+    patience = MEETING_SHARE * timeout
+    meeting = meet(connect(world, patience), world, timeout, patience)
+    dist.init_process_group(
+        backend, store=meeting.store, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout)
+    )
+    return meeting
+
+
+def job_of_world(world: World, meeting: Meeting | None) -> dict[str, str]:
+    """What this launch is known by, over restarts; see rendezvous.job_of."""
+    if meeting is not None:
+        return job_of(meeting.whole_store)
+    return job_of(connect(world, CONNECT_SECONDS) if has_launchers_store() else None)
 
 
 def close_group() -> None:
@@ -63,6 +81,11 @@ def close_group() -> None:
 
 def is_grouped() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def group_size() -> int:
+    """The number of processes of the run."""
+    return dist.get_world_size() if is_grouped() else 1
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -95,6 +118,23 @@ def gather_with_own(own: Tensor) -> Tensor:
     dist.all_gather(parts, own.detach().contiguous())
     parts[dist.get_rank()] = own
     return torch.cat(parts)
+
+
+def from_main(read: Callable[[], Any], device: torch.device) -> Any:
+    """What `read` gives rank 0, on every rank: tensors on the host, numbers, strings, lists and dicts of them."""
+    if not is_grouped():
+        return read()
+    buffer = io.BytesIO()
+    if dist.get_rank() == 0:
+        torch.save(read(), buffer)
+    size = torch.tensor([buffer.tell()], device=device)
+    dist.broadcast(size, src=0)
+    data = torch.empty(int(size.item()), dtype=torch.uint8)
+    if dist.get_rank() == 0:
+        data.copy_(torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8))
+    data = data.to(device)
+    dist.broadcast(data, src=0)
+    return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), weights_only=True)
 
 
 def gather_rows(rows: Tensor, total: int) -> Tensor:

@@ -53,6 +53,15 @@ def load_for_test(config: Config, content: Any, log: Log) -> tuple[AlignedReID, 
     return model, trained
 
 
+def measures_of(config: Config, *, re_ranked: bool = True) -> Measures:
+    """What a run's settings measure, and how; cosine distance is euclidean distance at unit length."""
+    return Measures(
+        config.normalize_feature or config.test_distance == "cosine",
+        re_ranked=re_ranked,
+        multi_query_pool=config.multi_query_pool if config.multi_query else "",
+    )
+
+
 def measure(
     models: Sequence[AlignedReID],
     tests: Mapping[str, TestImages],
@@ -90,10 +99,7 @@ def measure(
     seconds = time.monotonic() - start
     num_images = len(models) * sum(map(len, tests.values()))
     log(f"features of {num_images:,} images in {seconds:.1f}s ({num_images / seconds:.1f} images/s)")
-    measures = Measures(
-        config.normalize_feature or config.test_distance == "cosine",
-        multi_query_pool=config.multi_query_pool if config.multi_query else "",
-    )
+    measures = measures_of(config)
     results: list[dict[str, Any]] = []
     for number in range(len(models), 0, -1):  # the first one last: tools read the log's last line
         if len(models) > 1:

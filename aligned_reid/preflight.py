@@ -16,9 +16,10 @@ from aligned_reid.data.dataset import JoinedTrainImages, TestImages, TrainImages
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.errors import InputError
 from aligned_reid.model import make_trunk
-from aligned_reid.training.checkpoint import read_checkpoint
+from aligned_reid.training.checkpoint import read_last_good
 from aligned_reid.weights import (
     CHECKPOINT_NAME,
+    PREVIOUS_NAME,
     find_state_dict,
     load_trunk,
     read_imagenet_weights,
@@ -42,17 +43,18 @@ class RunInput:
         return next(iter(self.tests.values()))
 
 
-def check_input(config: Config) -> RunInput:
+def check_input(config: Config, *, has_run_dir: bool = True) -> RunInput:
     """Check all that a run will read and write, without a device; returns what it starts from. Raises InputError.
 
     A launcher calls it once before it starts processes; each process finds the images' stamp and is spared the reading.
+    has_run_dir: whether the checkpoint to resume from has to be here; only rank 0 reads it.
     """
     check_device_name(config.device)
     given = open_images(config)
     if given.train is not None:
         person_ids = given.train.person_ids
         IdentityBatchSampler(person_ids, config.ids_per_batch, config.ims_per_id, config.train_final_batch, seed=0)
-    weights = read_start_weights(config)
+    weights = read_start_weights(config, has_run_dir)
     check_run_dir(config)
     return replace(given, weights=weights)
 
@@ -113,17 +115,20 @@ def open_set(config: Config, folder: str) -> tuple[TestImages, TrainImages | Non
     return test, train
 
 
-def read_start_weights(config: Config) -> Any:
+def read_start_weights(config: Config, has_run_dir: bool) -> Any:
     """The content of the file to start or test from, None where there is none; it and --pretrained hold a ResNet-50."""
+    if config.resume and not has_run_dir:
+        return None
     if config.model_weight_file:
         return read_with_trunk(config.model_weight_file)
     if config.resume or config.only_test:
         file = config.run_dir / CHECKPOINT_NAME
-        if not file.is_file():
+        if not (file.is_file() or (config.resume and file.with_name(PREVIOUS_NAME).is_file())):
             flag = "--resume true" if config.resume else "--only_test true without --model_weight_file"
             raise InputError(f"{flag} needs {file}, and it is not there: is --exp_dir right?")
         if config.resume:
-            read_checkpoint(file)
+            last = read_last_good(config.run_dir)
+            return check_trunk(last.content, str(last.path))
         return read_with_trunk(str(file))
     if config.pretrained == "imagenet":
         load_trunk(make_trunk(), read_imagenet_weights(), "imagenet")
@@ -134,7 +139,10 @@ def read_start_weights(config: Config) -> Any:
 
 def read_with_trunk(path: str) -> Any:
     """The content of a weight file, which holds a whole ResNet-50."""
-    content = read_weight_file(path)
+    return check_trunk(read_weight_file(path), path)
+
+
+def check_trunk(content: Any, path: str) -> Any:
     load_trunk(make_trunk(), find_state_dict(content, path), path)
     return content
 

@@ -6,8 +6,8 @@ import dataclasses
 import json
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,35 @@ from aligned_reid.accelerator import Accelerator, open_accelerator
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TrainImages
 from aligned_reid.data.sampler import IdentityBatchSampler
-from aligned_reid.distributed import World, close_group, open_group, read_world, sum_over_ranks, wait_for_all
-from aligned_reid.errors import InputError
+from aligned_reid.distributed import (
+    World,
+    close_group,
+    job_of_world,
+    open_group,
+    read_world,
+    sum_over_ranks,
+    wait_for_all,
+)
+from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.evaluation.extract import feature_blocks
 from aligned_reid.evaluation.feature_file import FeatureWriter
 from aligned_reid.measure import load_for_test, measure, settle_test
 from aligned_reid.model import AlignedReID, architecture_of, load_weights
 from aligned_reid.preflight import RunInput, check_input, check_save_file
-from aligned_reid.training.checkpoint import read_checkpoint, set_aside
+from aligned_reid.rendezvous import is_same_job
+from aligned_reid.training.best import Best
+from aligned_reid.training.checkpoint import read_last_good, set_aside
 from aligned_reid.training.log import Log
 from aligned_reid.training.trainer import Speed, Trainer
-from aligned_reid.weights import CHECKPOINT_NAME, digest_of, find_state_dict
+from aligned_reid.weights import (
+    BEST_NAME,
+    CHECKPOINT_NAME,
+    PREVIOUS_NAME,
+    SAFETENSORS_NAME,
+    digest_of,
+    find_state_dict,
+    write_safetensors,
+)
 
 RESULTS_NAME = "results.json"
 MARK_NAMES = ("query", "gallery", "multi-query")
@@ -41,10 +59,11 @@ def run(config: Config) -> dict[str, Any]:
     loss is not finite.
     """
     world = read_world()
-    given = check_input(config)
+    given = check_input(config, has_run_dir=world.is_main)
     accelerator = open_device(config, world.local_rank)
     check_apart(config, world, accelerator)
-    with process_group(world, accelerator, config):
+    with process_group(world, accelerator, config) as world:
+        config = go_on_after_restart(config, world, accelerator)
         config = settle_seed(config, world, accelerator)
         with run_folder(config, world) as log:
             log_settings(config, world, accelerator, given, log)
@@ -83,12 +102,34 @@ def check_apart(config: Config, world: World, accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def process_group(world: World, accelerator: Accelerator, config: Config) -> Iterator[None]:
-    open_group(world, accelerator.backend, config.addr)
+def process_group(world: World, accelerator: Accelerator, config: Config) -> Iterator[World]:
+    """The run's process group. Raises RunStopped, in one line, where a rank waits in vain for another."""
+    accelerator.prepare_group(config.timeout)
+    meeting = open_group(world, accelerator.backend, config.addr, config.timeout)
     try:
-        yield
+        yield dataclasses.replace(world, job=job_of_world(world, meeting))
+    except RuntimeError as error:
+        explained = meeting.explain(error) if meeting and not isinstance(error, RunStopped) else None
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         close_group()
+
+
+def go_on_after_restart(config: Config, world: World, accelerator: Accelerator) -> Config:
+    """The config, with `resume` where this launch has written a checkpoint: a launcher has restarted the ranks then.
+
+    Another launch's checkpoint is a former run's, and only --resume true goes on from that.
+    """
+    if config.resume or config.only_test:
+        return config
+    found = 0.0
+    if world.is_main and any((config.run_dir / name).is_file() for name in (CHECKPOINT_NAME, PREVIOUS_NAME)):
+        with suppress(InputError):
+            found = float(is_same_job(world.job, read_last_good(config.run_dir).content.get("job", {})))
+    agreed = sum_over_ranks(torch.tensor(found, device=accelerator.device))
+    return dataclasses.replace(config, resume=agreed.item() > 0)
 
 
 @contextmanager
@@ -99,7 +140,8 @@ def run_folder(config: Config, world: World) -> Iterator[Log]:
         folder.mkdir(parents=True, exist_ok=True)
         former = [folder / RESULTS_NAME, folder / "config.json"]
         if not (config.resume or config.only_test):
-            former += [folder / CHECKPOINT_NAME, folder / "log.txt", folder / "tensorboard"]
+            names = (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME, SAFETENSORS_NAME, "log.txt", "tensorboard")
+            former += [folder / name for name in names] + sorted(folder.glob("model_?.safetensors"))
         renamed = [set_aside(path) for path in former] if not config.resume else []
         log = Log(folder if config.log_to_file else None)
         if any(renamed):
@@ -116,10 +158,13 @@ def run_folder(config: Config, world: World) -> Iterator[Log]:
 def settle_seed(config: Config, world: World, accelerator: Accelerator) -> Config:
     """The config with a seed that all ranks share: given, the resumed run's, or drawn by rank 0."""
     seed = config.seed
-    if seed is None and config.resume:
-        seed = int(read_checkpoint(config.run_dir / CHECKPOINT_NAME)["sampler"]["seed"])
     if seed is None:
-        drawn = torch.tensor(secrets.randbelow(2**31) if world.is_main else 0, device=accelerator.device)
+        mine = 0
+        if world.is_main and config.resume:
+            mine = int(read_last_good(config.run_dir).content["sampler"]["seed"])
+        elif world.is_main:
+            mine = secrets.randbelow(2**31)
+        drawn = torch.tensor(mine, device=accelerator.device)
         seed = int(sum_over_ranks(drawn).item())
     torch.manual_seed(seed)
     return dataclasses.replace(config, seed=seed)
@@ -148,7 +193,7 @@ def train_and_evaluate(
     """The run itself; returns what results.json holds."""
     start = time.monotonic()
     local_was_trained = config.l_loss_weight > 0
-    speed, profile = Speed(), None
+    speed, profile, best = Speed(), None, None
     if given.train is None:
         config = settle_test(config, given.weights, log)
         model, local_was_trained = load_for_test(config, given.weights, log)
@@ -157,6 +202,9 @@ def train_and_evaluate(
         trainer = train(config, world, accelerator, given, log)
         models = [learner.tested_model for learner in trainer.learners]
         speed, profile = trainer.speed, trainer.profile.results()
+        best = trainer.best.record if trainer.best else None
+        if world.is_main:
+            write_weights(models, config)
     train_seconds = time.monotonic() - start
     use_local = local_was_trained if config.use_local_distance is None else config.use_local_distance
 
@@ -170,6 +218,7 @@ def train_and_evaluate(
         "ids_per_second": speed.fps / config.ims_per_id if speed.fps else None,
         "train_seconds": train_seconds if given.train is not None else None,
         "evaluate_seconds": time.monotonic() - start,
+        "best": best,
         "profile": profile,
         "device": accelerator.describe(),
         "num_processes": world.size,
@@ -259,8 +308,12 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
     if config.cache:
         open_image_cache(config, world, accelerator, images, log)
     trainer = Trainer(config, models, images, sampler, accelerators, world, log, config.run_dir)
+    if config.eval_every:
+        trainer.best = Best(config, given.test, accelerator, world, log, config.run_dir)
     if config.resume:
         trainer.resume()
+        if trainer.best:
+            trainer.best.resume()
     trainer.train()
     return trainer
 
@@ -288,6 +341,14 @@ def open_image_cache(config: Config, world: World, accelerator: Accelerator, ima
         part.open_cache(folders, log, show_progress=world.is_main)
     if world.is_main:
         wait_for_all(accelerator.device)
+
+
+def write_weights(models: Sequence[AlignedReID], config: Config) -> None:
+    """Each model's weights for other readers: model.safetensors, and model_2.safetensors, ... of several."""
+    path = config.run_dir / SAFETENSORS_NAME
+    for number, model in enumerate(models, start=1):
+        own = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
+        write_safetensors(own, model.state_dict(), config.to_dict())
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import urllib.error
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -19,19 +22,36 @@ from torch import Tensor, nn
 from aligned_reid.errors import InputError
 
 CHECKPOINT_NAME = "ckpt.pth"
+PREVIOUS_NAME = "ckpt.previous.pth"  # the one that the newest took the place of
+BEST_NAME = "best.pth"
+SAFETENSORS_NAME = "model.safetensors"
 IMAGENET_URL = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
 
 
 def read_weight_file(path: str | os.PathLike[str]) -> Any:
     """The content of a weight file, or of the ckpt.pth in a folder: tensors, numbers, strings and containers of them.
 
-    Raises InputError where there is no such file, or it is no weight file, cut off, or holds anything else.
+    Of a safetensors file it is {"model": tensors by name, "config": the settings in its metadata}. Raises InputError
+    where there is no such file, or it is no weight file, damaged, cut off, or holds anything else.
     """
     file = Path(path)
     if file.is_dir():
         file = file / CHECKPOINT_NAME
     if not file.is_file():
         raise InputError(f"no weight file at {file}")
+    try:
+        return read_safetensors(file) if file.suffix == ".safetensors" else read_torch_file(file)
+    except InputError as error:
+        former = file.with_name(PREVIOUS_NAME)
+        if file.name != CHECKPOINT_NAME or not former.is_file():
+            raise
+        raise InputError(f"{error}; the one before it is {former}") from error
+
+
+def read_torch_file(file: Path) -> Any:
+    """What torch.save wrote, its checksums verified. Raises InputError as `read_weight_file` does."""
+    if zipfile.is_zipfile(file):  # a cut-off one is none; what torch wrote before 1.6 has no checksums
+        check_sums(file)
     try:
         with numpy_scalars_admitted():
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -42,6 +62,60 @@ def read_weight_file(path: str | os.PathLike[str]) -> Any:
         raise InputError(f"{file} is no weight file that can be read: {reason}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{file} is no weight file, or it is cut off ({first_line(error)})") from error
+
+
+def check_sums(path: str | os.PathLike[str]) -> None:
+    """Compare every record of a torch file with its CRC-32, which torch.load does not do.
+
+    Raises InputError where one differs, or the file is cut off.
+    """
+    try:
+        with zipfile.ZipFile(path) as records:
+            damaged = records.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+        raise InputError(f"{path} is damaged or cut off ({first_line(error)})") from error
+    if damaged is not None:
+        raise InputError(f"{path} is damaged: the checksum of {damaged} is not that of its bytes")
+
+
+def read_safetensors(file: Path) -> dict[str, Any]:
+    """Tensors and settings of a safetensors file. Raises InputError where it is none, or cut off."""
+    safetensors = import_safetensors(file)
+    try:
+        with safetensors.safe_open(file, "pt") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
+            settings = json.loads((content.metadata() or {}).get("config", "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{file} is no safetensors file, or it is cut off ({first_line(error)})") from error
+    return {"model": tensors, "config": settings}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write weights for everybody's readers, whole or not at all; `settings` go into the metadata as JSON."""
+    import_safetensors(path)
+    from safetensors.torch import save
+
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = save(dense, {"format": "pt", "config": json.dumps(settings)})
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def import_safetensors(file: Path) -> Any:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise InputError(f"{file} needs the package safetensors: pip install safetensors") from error
+    return safetensors
 
 
 @contextlib.contextmanager

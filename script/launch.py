@@ -28,6 +28,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--port", type=int, default=0, help="its port (default: MASTER_PORT; one machine: a free one)")
     parser.add_argument("--log_dir", default="logs", help="the ranks' logs: <log_dir>/<device>/train_<device>.log")
     parser.add_argument("--first_device", type=int, default=device or None, help="default: ASCEND_DEVICE_ID, or 0")
+    parser.add_argument("--max_restarts", type=int, default=0, help="start again after a rank's death (default: 0)")
     parser.add_argument("--check", default="true", choices=["true", "false", "only"], help="check the input first")
     parser.add_argument("command", nargs=REMAINDER, help="a Python script and its arguments")
     options = parser.parse_args()
@@ -40,6 +41,7 @@ def parse_arguments() -> Namespace:
         (bool(options.command), "which script? e.g. launch.py --nproc=2 script/train.py --data_path=..."),
         (options.nproc >= 1, "--nproc is at least 1"),
         (0 <= options.node_rank < options.nnodes, "--node_rank counts from 0 to --nnodes - 1"),
+        (options.max_restarts >= 0, "--max_restarts is 0 or more"),
         (0 <= options.port < 65536, "--port is at most 65535"),
         (options.nnodes == 1 or options.addr, "several machines need --addr (or MASTER_ADDR), the first one's address"),
     ]
@@ -58,7 +60,7 @@ def check_input(config: Config, options: Namespace) -> None:
     from aligned_reid import preflight
     from aligned_reid.run import open_device
 
-    preflight.check_input(config)
+    preflight.check_input(config, has_run_dir=options.node_rank == 0)
     if options.check == "only":  # this process then ends; a launcher would keep the device busy
         open_device(config, local_rank=options.nproc - 1)
 
@@ -78,6 +80,7 @@ def main(options: Namespace) -> None:
         address=options.addr or "127.0.0.1",
         port=options.port,
         first_device=options.first_device,
+        max_restarts=options.max_restarts,
     )
     sys.exit(status)
 

@@ -55,7 +55,7 @@ refuse() {
 
 # The wrappers' own options, and train.py's: these come after the recipe, and argparse takes the last one.
 parse_options() {
-    data_path='' weights='' device=npu nproc='' nnodes=${PET_NNODES:-${NNODES:-1}} addr='' port=''
+    data_path='' weights='' device=npu nproc='' nnodes=${PET_NNODES:-${NNODES:-1}} addr='' port='' max_restarts=0
     node_rank=${PET_NODE_RANK:-${NODE_RANK:-0}}
     local option value
     for option in "$@"; do
@@ -71,6 +71,7 @@ parse_options() {
             --node_rank=*) node_rank=$value ;;
             --addr=*) addr=$value ;;
             --port=*) port=$value ;;
+            --max_restarts=*) max_restarts=$value ;;
             -*=*) flags+=("$option") ;;
             *) refuse "options are --name=value, which $option is not; see --help" ;;
         esac
@@ -94,6 +95,7 @@ Options:
   --device=npu|cuda|cpu     default: npu
   --nproc=<n>               processes, one a device; default: the 8 or 1 of the wrapper's name
   --nnodes= --node_rank= --addr= --port=       several machines; default: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
+  --max_restarts=<n>        start again from the last checkpoint after a process has died (default: 0)
   --<flag>=<value>          every flag of script/train.py; it overrides the recipe
 END
     exit 0
@@ -116,6 +118,7 @@ choose_processes() {
     nproc=${nproc:-$default}
     is_count "$nproc" || refuse "--nproc=$nproc is not a number of processes"
     [[ $node_rank =~ ^[0-9]+$ ]] || refuse "--node_rank=$node_rank is not the number of a machine"
+    [[ $max_restarts =~ ^[0-9]+$ ]] || refuse "--max_restarts=$max_restarts is not a number of restarts"
     export RANK_SIZE=$((nproc * nnodes))
 }
 
@@ -169,7 +172,7 @@ check_input() {
 
 # Trains with everything said on the console and in the log; returns the training's own exit status.
 train() {
-    if [ "$RANK_SIZE" -eq 1 ]; then
+    if [ "$RANK_SIZE" -eq 1 ] && [ "$max_restarts" -eq 0 ]; then
         run_logged "$1"
     else # the launcher keeps a log for each rank
         run_script --check=false --log_dir="$project/test/output" --first_device="$ASCEND_DEVICE_ID"
@@ -203,7 +206,7 @@ run_logged() {
 # train.py through the launcher, which becomes train.py where there is one process.
 run_script() {
     supervise "$python" "$project/script/launch.py" --nproc="$nproc" --nnodes="$nnodes" --node_rank="$node_rank" \
-        --addr="$addr" --port="${port:-0}" "$@" \
+        --addr="$addr" --port="${port:-0}" --max_restarts="$max_restarts" "$@" \
         "$project/script/train.py" "${flags[@]}" ${weights:+"--model_weight_file=$weights"}
 }
 

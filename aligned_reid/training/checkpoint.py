@@ -8,15 +8,16 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
+from aligned_reid.distributed import from_main, group_size
 from aligned_reid.errors import InputError
-from aligned_reid.weights import CHECKPOINT_NAME, read_weight_file
+from aligned_reid.weights import CHECKPOINT_NAME, PREVIOUS_NAME, read_weight_file
 
 FORMAT = 1
 WRITING_SHARE = 0.1  # of a run's time at most goes into writing checkpoints
@@ -40,6 +41,8 @@ class Checkpoints:
     ) -> None:
         self.path = folder / CHECKPOINT_NAME
         self.learners, self.accelerator = learners, accelerator
+        self.newest_is_good = True  # else it may not take the place of the one before it
+        self.job: dict[str, str] = {}  # who writes; see rendezvous.job_of
         self.last_end, self.last_duration = -float("inf"), 0.0
 
     def is_due(self) -> bool:
@@ -49,7 +52,8 @@ class Checkpoints:
     def save(self, epoch: int, config: Config, step: int = 0, meters: dict[str, Any] | None = None) -> None:
         """Write the state after `epoch`, and `step` steps of the next with its `meters`.
 
-        Raises OSError where that fails, and then the former file is still there.
+        The former file stays beside it, as ckpt.previous.pth. Raises OSError where that fails, and then the former file
+        is still there.
         """
         start = time.monotonic()
         content = {
@@ -62,17 +66,27 @@ class Checkpoints:
             "meters": on_host(meters),
             "random": random_states(self.accelerator),
             "config": config.to_dict(),
+            "made_on": self.made_on(),
+            "job": self.job,
         }
-        write_atomically(self.path, content)
+        write_atomically(self.path, content, self.path.with_name(PREVIOUS_NAME) if self.newest_is_good else None)
+        self.newest_is_good = True
         self.last_end = time.monotonic()
         self.last_duration = self.last_end - start
 
-    def load(self) -> dict[str, Any]:
-        """Bring model, optimiser, scaler and random states to those of the file; returns its content.
+    def made_on(self) -> dict[str, Any]:
+        """What a resumed run has to share with the one before it, to end with the same bits."""
+        return {"num_processes": group_size(), "device": self.accelerator.device.type}
 
-        Raises InputError where there is no file, it is damaged, or belongs to another model.
+    def load(self) -> LastGood:
+        """Bring model, optimiser, scaler and random states to those of the last good file; returns that.
+
+        Rank 0 reads it and the others get it from there: their machines need not see its folder. Raises InputError
+        where there is none, or it belongs to another model.
         """
-        content = read_checkpoint(self.path)
+        content, path, damage = from_main(lambda: read_content(self.path.parent), self.accelerator.device)
+        last = LastGood(content, Path(path), damage)
+        self.newest_is_good = not last.damage
         try:
             states = [content, *content.get("other_models", [])]
             if len(states) != len(self.learners):
@@ -82,10 +96,48 @@ class Checkpoints:
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:160]
             raise InputError(
-                f"{self.path} is of another model or other losses than the flags give ({reason})"
+                f"{last.path} is of another model or other losses than the flags give ({reason})"
             ) from error
         set_random_states(content["random"], self.accelerator)
-        return content
+        return last
+
+
+class LastGood(NamedTuple):
+    """A checkpoint that --resume goes on from."""
+
+    content: dict[str, Any]
+    path: Path
+    damage: str  # what is wrong with the newest; empty where this is it
+
+
+def read_last_good(folder: Path) -> LastGood:
+    """The run folder's newest checkpoint, or the one before it where that is damaged.
+
+    Raises InputError where neither can be gone on from.
+    """
+    newest, previous = folder / CHECKPOINT_NAME, folder / PREVIOUS_NAME
+    try:
+        return LastGood(as_run(read_weight_file(newest), newest), newest, "")
+    except NotARun:
+        raise
+    except InputError as error:
+        damage = str(error).split("; the one before it")[0]
+        if not previous.is_file():
+            raise
+    try:
+        return LastGood(as_run(read_weight_file(previous), previous), previous, damage)
+    except InputError as error:
+        raise InputError(f"no checkpoint to go on from: {damage}; {error}") from error
+
+
+def read_content(folder: Path) -> list[Any]:
+    """`read_last_good` in what torch.save and weights_only know."""
+    last = read_last_good(folder)
+    return [last.content, str(last.path), last.damage]
+
+
+class NotARun(InputError):
+    """A whole file, which is not one of ours."""
 
 
 def on_host(value: Any) -> Any:
@@ -99,22 +151,26 @@ def on_host(value: Any) -> Any:
     return value
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint that this library wrote; raises InputError where the file is none."""
-    content = read_weight_file(path)
+def as_run(content: Any, path: Path) -> dict[str, Any]:
+    """The content of a checkpoint that this library wrote; raises NotARun where it is none."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path} holds no run that --resume could go on from: use it as --model_weight_file")
+        raise NotARun(f"{path} holds no run that --resume could go on from: use it as --model_weight_file")
     return content
 
 
-def write_atomically(path: Path, content: Any) -> None:
-    """torch.save into a file beside `path`, then rename: `path` is the old or the new content, never a part of one."""
+def write_atomically(path: Path, content: Any, previous: Path | None = None) -> None:
+    """torch.save into a file beside `path`, then rename: `path` is the old or the new content, never a part of one.
+
+    previous: the name that the old content keeps. There is a whole file under one of the names at any moment.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.is_file():
+            keep_as(path, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
@@ -122,6 +178,18 @@ def write_atomically(path: Path, content: Any) -> None:
         if isinstance(error, OSError):
             raise
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+
+
+def keep_as(path: Path, name: Path) -> None:
+    """Give a file a second name, which another file may have had; where links cannot be made, this name instead."""
+    link = name.with_name(name.name + ".tmp")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+    except OSError:
+        os.replace(path, name)
+    else:
+        os.replace(link, name)
 
 
 def set_aside(path: Path) -> Path | None:

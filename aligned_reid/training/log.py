@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -11,12 +13,19 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+FPS_OF_ALL = re.compile(r", FPS [^,]+, ids/s [^,]+")  # of all ranks together: who adds up log files shall find it once
+RANK_LOG = "ALIGNED_REID_RANK_LOG"  # launcher.become_rank sets it
+
 
 class Log:
-    """Lines for the console and, in a run folder, log.txt; scalars for tensorboard. Silent on ranks other than 0."""
+    """Lines for the console and, in a run folder, log.txt; scalars for tensorboard.
+
+    Ranks other than 0 are silent, but where the launcher gives each a log file of its own.
+    """
 
     def __init__(self, folder: Path | None, *, is_main: bool = True) -> None:
         self.is_main = is_main
+        self.prints = is_main or RANK_LOG in os.environ
         self.file: TextIO | None = None
         self.writer: Any = None
         if is_main and folder is not None:
@@ -24,9 +33,9 @@ class Log:
             self.folder = folder
 
     def __call__(self, line: str = "") -> None:
-        if not self.is_main:
+        if not self.prints:
             return
-        print(line, flush=True)
+        print(line if self.is_main else FPS_OF_ALL.sub("", line), flush=True)
         if self.file:
             self.file.write(line + "\n")
             self.file.flush()

@@ -22,14 +22,17 @@ from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import AlignedReID
 from aligned_reid.training.bad_images import BadImages
+from aligned_reid.training.best import Best
 from aligned_reid.training.checkpoint import Checkpoints
 from aligned_reid.training.learner import Learner
 from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
 from aligned_reid.training.objective import Figures, mutual_loss, show
 from aligned_reid.training.profile import StepProfile
+from aligned_reid.training.resume import describe_resume, first_step
 from aligned_reid.training.schedule import learning_rate
 from aligned_reid.training.stop import StopSignals
 from aligned_reid.training.watch import CollapseWatch, LossWatch
+from aligned_reid.training.watchdog import Watchdog
 
 COLLAPSED = 3  # exit status of --stop_on_collapse
 
@@ -67,6 +70,8 @@ class Trainer:
         self.meters = Meters()
         self.between_steps = True  # and not in the middle of one, where nothing can be saved
         self.stop = StopSignals()
+        self.watchdog = Watchdog(config.timeout if world.size > 1 else 0)
+        self.best: Best | None = None  # evaluates in between, where that is asked for
         self.speed = Speed()
         self.throughput = Throughput()
         self.profile = StepProfile(config.profile if world.is_main else 0, self.accelerator, folder / "profile", log)
@@ -77,23 +82,20 @@ class Trainer:
             for model, accelerator in zip(models, itertools.cycle(accelerators), strict=False)
         ]
         self.checkpoints = Checkpoints(folder, self.learners, self.accelerator)
+        self.checkpoints.job = dict(world.job)
         self.bad_images = BadImages(images, config.max_bad_images, world, log)
         self.loader = make_loader(images, sampler, workers=config.workers, pin_memory=self.accelerator.pin_memory)
         self.steps_per_epoch = -(-len(sampler) // config.accumulate)
 
     def resume(self) -> None:
         """Go on from the run folder's checkpoint."""
-        content = self.checkpoints.load()
-        self.epoch, self.step = content["epoch"], content.get("step", 0)
+        last = self.checkpoints.load()
+        self.epoch = last.content["epoch"]
+        self.step = first_step(last.content, self.config, self.world.size, self.steps_per_epoch)
         if self.step:
-            self.meters.load_state_dict(content["meters"], self.accelerator.device)
-        in_epoch = f" and step {self.step} of the next" if self.step else ""
-        self.log(f"resumed from {self.checkpoints.path} after epoch {self.epoch}{in_epoch}")
-        changed = [
-            line for line in self.config.differences(content["config"]) if not line.startswith(("resume:", "seed:"))
-        ]
-        if changed:
-            self.log(f"flags that differ from those of the checkpoint: {'; '.join(changed)}")
+            self.meters.load_state_dict(last.content["meters"], self.accelerator.device)
+        for line in describe_resume(self.config, last, self.checkpoints.made_on()):
+            self.log(line)
 
     def train(self) -> None:
         """Train the epochs that are left; a checkpoint after the last, and after each before it as far as due.
@@ -110,6 +112,8 @@ class Trainer:
                     if not self.stop.number:
                         raise
                     self.stop_here()
+                if self.best:
+                    self.best.after_epoch(self.learners[0].tested_model, self.epoch)
                 if self.world.is_main and (self.epoch == self.config.total_epochs or self.checkpoints.is_due()):
                     self.save()
         for learner in self.learners:  # each rank's last step moved its own batch norm statistics
@@ -123,7 +127,8 @@ class Trainer:
             learner.start_epoch(epoch)
         watch = LossWatch(self.accelerator, self.describe_batch(epoch))
         self.throughput.start_epoch()
-        for step, batches in enumerate(self.profile.steps(self.progress(epoch)), start=self.step + 1):
+        steps = self.profile.steps(self.watchdog.over(self.progress(epoch)))
+        for step, batches in enumerate(steps, start=self.step + 1):
             self.between_steps = False
             rate = learning_rate(epoch, self.config, self.world.size, (step - 1) / self.steps_per_epoch)
             for learner in self.learners:

@@ -20,7 +20,7 @@ from aligned_reid import model, preflight, run  # noqa: E402
 from aligned_reid.config import Config  # noqa: E402
 from aligned_reid.training import checkpoint, objective, trainer  # noqa: E402
 
-MOMENTS = ("loss", "step", "write", "rename")
+MOMENTS = ("loss", "step", "write", "keep", "rename")
 
 
 def kill() -> None:
@@ -46,6 +46,7 @@ def kill_at(moment: str, step: int) -> None:
     objective.Objective.__call__ = counted(objective.Objective.__call__, "loss")
     trainer.Trainer.end_step = counted(trainer.Trainer.end_step, "step")
     checkpoint.torch.save = counted(checkpoint.torch.save, "write", before=False)
+    checkpoint.keep_as = counted(checkpoint.keep_as, "keep", before=False)
     checkpoint.os.replace = counted(checkpoint.os.replace, "rename")
 
 

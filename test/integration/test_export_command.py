@@ -1,5 +1,6 @@
 """script/export.py as a user runs it."""
 
+import h5py
 import pytest
 import torch
 from conftest import run_script
@@ -28,6 +29,29 @@ def test_the_graph_has_the_models_scores(command, tiny_data, trained, tmp_path, 
     assert "opset 17, images uint8 [N, 64, 32, 3] -> global_feat float32 [N, 2048]" in done.out
     trained_scores = scores_in((trained / "log.txt").read_text())
     assert scores_in(done.out) == (trained_scores if features == "global_local" else trained_scores[-4:])
+
+
+def test_safetensors_hold_what_export_needs(command, tiny_flags, tmp_path, small_trunk):
+    flags = (*tiny_flags, "--total_epochs=1", "--normalize_feature=true", f"--exp_dir={tmp_path / 'run'}")
+    assert command("train.py", *flags).status == 0
+    weights, graph = tmp_path / "run" / "model.safetensors", tmp_path / "model.onnx"
+    done = command("export.py", f"--model_weight_file={weights}", f"--save_file={graph}")
+    assert (done.status, done.err) == (0, "")
+    assert "images uint8 [N, 64, 32, 3]" in done.out  # the size is in the file's settings
+    features = [tmp_path / "from_safetensors.h5", tmp_path / "from_checkpoint.h5"]
+    for source, target in zip((weights, tmp_path / "run"), features, strict=True):
+        done = command("extract.py", *tiny_flags, f"--model_weight_file={source}", f"--save_file={target}")
+        assert (done.status, done.err) == (0, "")
+    with h5py.File(features[0]) as first, h5py.File(features[1]) as second:
+        assert (first["global"][:] == second["global"][:]).all()
+        assert first.attrs.keys() == second.attrs.keys()
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for name in ("export.py", "extract.py", "train.py"):
+        save = (f"--save_file={tmp_path / 'new'}",) if name != "train.py" else ("--only_test=true",)
+        own = () if name == "export.py" else tiny_flags
+        done = command(name, *own, f"--model_weight_file={weights}", *save)
+        assert done.status == 2
+        assert done.err.count("\n") == 1 and f"{weights} is no safetensors file, or it is cut off" in done.err
 
 
 @pytest.mark.slow

@@ -77,20 +77,23 @@ class TestStatus:
         assert status == 1
         log = log_file(tmp_path / "logs", rank)
         assert (
-            err == f"launch.py: error: rank {rank} ended with status 1: RuntimeError: out of stripes; its log: {log}\n"
+            err == f"launch.py: error: rank {rank} on {socket.gethostname()} ended with status 1: "
+            f"RuntimeError: out of stripes; its log: {log}\n"
         )
         assert "Traceback (most recent call last)" in log.read_text()
 
     def test_killed_rank(self, run):
         status, _, err = run("if RANK == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(30)")
         assert status == 128 + signal.SIGKILL
-        assert err.startswith("launch.py: error: rank 1 was killed by signal 9 (Killed); its log: ")
+        assert err.startswith(
+            f"launch.py: error: rank 1 on {socket.gethostname()} was killed by signal 9 (Killed); its log: "
+        )
         assert err.count("\n") == 1
 
     def test_silent_failure(self, run):
         status, _, err = run("if RANK == 1: os._exit(7)\ntime.sleep(30)")
         assert status == 7
-        assert err.startswith("launch.py: error: rank 1 ended with status 7; its log: ")
+        assert err.startswith(f"launch.py: error: rank 1 on {socket.gethostname()} ended with status 7; its log: ")
 
     @pytest.mark.skipif(
         not hasattr(SubprocessContext, "_capture_process_failures"),
@@ -389,3 +392,56 @@ class TestScreen:
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr.startswith("train.py: error: ") and result.stderr.count("\n") == 1
         assert not log_dir.exists()
+
+
+class TestRestarts:
+    COUNTS = "attempts = Path('attempts'); tried = len(attempts.read_text()) if attempts.exists() else 0\n"
+    COUNTS += "if RANK == 1: attempts.write_text('a' * (tried + 1))\n"
+
+    def test_ranks_start_again_after_a_death(self, run, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        body = "time.sleep(0.5)\nif RANK == 1 and tried == 0: print('step 7', flush=True); os.kill(os.getpid(), 9)\n"
+        body = self.COUNTS + body + "print('attempt', os.environ['TORCHELASTIC_RESTART_COUNT'], flush=True)"
+        status, out, err = run(body, max_restarts=2)
+        assert (status, out.splitlines()[-1]) == (0, "attempt 1")
+        first, second = err.splitlines()
+        host = socket.gethostname()
+        assert first.startswith(
+            f"launch.py: error: rank 1 on {host} was killed by signal 9 (Killed); its last line: step 7;"
+        )
+        assert second == "launch.py: restart 1 of 2"
+        assert "attempt 1" in read_log(tmp_path, 1)
+
+    @pytest.mark.parametrize(
+        ("end", "status", "attempts"),
+        [("sys.exit(2)", 2, 1), ("sys.exit(3)", 3, 1), ("sys.exit(143)", 143, 1), ("os.kill(os.getpid(), 15)", 143, 1),
+         ("sys.exit(1)", 1, 2), ("os.kill(os.getpid(), 11)", 139, 2)],
+    )  # fmt: skip
+    def test_what_is_final_is_not_tried_again(self, run, tmp_path, monkeypatch, end, status, attempts):
+        monkeypatch.chdir(tmp_path)
+        assert run(f"{self.COUNTS}if RANK == 1: {end}\ntime.sleep(30)", max_restarts=1)[0] == status
+        assert len((tmp_path / "attempts").read_text()) == attempts
+
+    def test_one_process_can_be_restarted(self, run, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        body = self.COUNTS.replace("RANK == 1", "True") + "print(tried); sys.exit(tried == 0)"
+        assert run(body, num_processes=1, max_restarts=1)[:2] == (0, "0\n1\n")
+
+    def test_a_hang_that_the_rank_itself_has_seen(self, run, tmp_path):
+        body = "import faulthandler\nprint('Ep 1', flush=True)\n"
+        body += "if RANK == 1: faulthandler.dump_traceback_later(0.5, exit=True)\ntime.sleep(30)"
+        status, _, err = run(body)
+        assert status == 1
+        assert err == (
+            f"launch.py: error: rank 1 on {socket.gethostname()} hung: its step was not done after 0:00:00.500000; "
+            f"its last line: Ep 1; its log: {log_file(tmp_path / 'logs', 1)}\n"
+        )
+        assert "most recent call first" in read_log(tmp_path, 1)
+
+    def test_who_did_not_answer_is_shown_with_its_last_line(self, run, tmp_path):
+        waits = "train.py: stopped: no sign of life from rank 1 on here: rank 0 on here waited 4 s (--timeout)"
+        body = "print('Ep', RANK, flush=True)\n"
+        body += f"if RANK == 0: time.sleep(0.5); print({waits!r}, file=sys.stderr); sys.exit(1)\ntime.sleep(30)"
+        status, _, err = run(body)
+        log = log_file(tmp_path / "logs", 1)
+        assert (status, err) == (1, f"{waits}\nlaunch.py: rank 1 hung; its last line: Ep 1; its log: {log}\n")

@@ -61,8 +61,10 @@ def test_a_run_writes_its_folder_and_prints_what_tools_read(command, tiny_flags,
     assert (folder / "log.txt").read_text() == done.out
     assert {path.name for path in folder.iterdir()} == {
         "ckpt.pth",
+        "ckpt.previous.pth",
         "config.json",
         "log.txt",
+        "model.safetensors",
         "results.json",
         "tensorboard",
     }

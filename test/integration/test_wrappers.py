@@ -202,7 +202,12 @@ class TestRecipe:
         case.run("train_full_8p.sh", "--data_path=d", "--nnodes=2", "--node_rank=1", "--addr=10.0.0.1", "--port=1234")
         assert {"--nproc=8", "--nnodes=2", "--node_rank=1", "--addr=10.0.0.1", "--port=1234"} <= set(case.arguments())
         assert case.variables()["RANK_SIZE"] == "16"
+        assert "--max_restarts=0" in case.arguments()
         assert (case.output(8) / "AlignedReID_for_PyTorch_bs128_16p_acc.log").exists()  # rank 8 is this machine's first
+
+    def test_restarts(self, case):
+        case.run("train_full_8p.sh", "--data_path=d", "--max_restarts=2")
+        assert "--max_restarts=2" in case.arguments()
 
 
 class TestPlatform:
@@ -384,6 +389,7 @@ class TestMistakes:
             ("train_full_8p.sh", ["--data_path=d", "--nproc=0"], {}, "--nproc=0"),
             ("train_full_8p.sh", ["--data_path=d", "--nnodes=x"], {}, "--nnodes=x"),
             ("train_full_8p.sh", ["--data_path=d", "--node_rank=x"], {}, "--node_rank=x"),
+            ("train_full_8p.sh", ["--data_path=d", "--max_restarts=x"], {}, "--max_restarts=x"),
             ("train_full_8p.sh", ["--data_path=d"], {"RANK_SIZE": "many"}, "RANK_SIZE=many"),
             ("train_performance_1p.sh", ["--data_path=d"], {"ASCEND_DEVICE_ID": "0,1"}, "ASCEND_DEVICE_ID=0,1"),
             ("train_performance_1p.sh", ["--data_path=d"], {"PYTHON": "no_such_python"}, "no_such_python"),

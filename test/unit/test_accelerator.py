@@ -1,5 +1,6 @@
 """Devices: which one is taken, why one is not, and the step that a bad gradient skips."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -227,3 +228,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         done = subprocess.run([sys.executable, "-c", source, setting], capture_output=True, text=True, check=True)
         pages_again[setting] = int(done.stdout)
     assert pages_again["keep"] < pages_again["leave"] / 10
+
+
+def test_hccl_waits_as_long_as_the_run_does_unless_the_user_says_otherwise(monkeypatch):
+    for timeout, expected in [(300, ("300", "300")), (5, ("5", "120")), (90000, ("17340", "7200"))]:
+        for name in ("HCCL_EXEC_TIMEOUT", "HCCL_CONNECT_TIMEOUT"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        accelerator_module.Npu.prepare_group(None, timeout)
+        assert (os.environ["HCCL_EXEC_TIMEOUT"], os.environ["HCCL_CONNECT_TIMEOUT"]) == expected
+    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "1836")
+    accelerator_module.Npu.prepare_group(None, 300)
+    assert os.environ["HCCL_EXEC_TIMEOUT"] == "1836"

@@ -1,6 +1,7 @@
 """ckpt.pth: whole or not at all, read back to the bit, nothing of a former run lost."""
 
 import random
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,7 +11,13 @@ from aligned_reid import InputError
 from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.training import checkpoint as checkpoint_module
-from aligned_reid.training.checkpoint import Checkpoints, random_states, set_aside, set_random_states
+from aligned_reid.training.checkpoint import (
+    Checkpoints,
+    random_states,
+    read_last_good,
+    set_aside,
+    set_random_states,
+)
 from aligned_reid.weights import read_weight_file
 
 
@@ -47,7 +54,7 @@ def test_what_is_read_goes_on_to_the_bit(tmp_path):
     expected = first.step()
 
     second = Parts(tmp_path)
-    content = second.checkpoints.load()
+    content = second.checkpoints.load().content
     assert (content["epoch"], content["sampler"]) == (1, {"seed": 3, "epoch": 1})
     assert content["config"] == config.to_dict()
     assert torch.equal(torch.rand(3), drawn[0])
@@ -79,6 +86,80 @@ def test_a_failed_write_leaves_the_former_file(tmp_path, monkeypatch, failure):
         parts.checkpoints.save(2, Config(seed=3))
     assert read_weight_file(tmp_path)["epoch"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pth"]
+
+
+def test_the_one_before_is_kept_beside_the_newest(tmp_path):
+    parts = Parts(tmp_path)
+    for epoch in (1, 2, 3):
+        parts.checkpoints.save(epoch, Config(seed=3))
+    epochs = {path.name: torch.load(path, weights_only=True)["epoch"] for path in tmp_path.iterdir()}
+    assert epochs == {"ckpt.pth": 3, "ckpt.previous.pth": 2}
+
+
+def test_a_disk_without_links_keeps_it_too(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(checkpoint_module.os, "link", no_links)
+    parts = Parts(tmp_path)
+    for epoch in (1, 2):
+        parts.checkpoints.save(epoch, Config(seed=3))
+    assert torch.load(tmp_path / "ckpt.previous.pth", weights_only=True)["epoch"] == 1
+    (tmp_path / "ckpt.pth").unlink()  # where a kill comes between the two names
+    assert read_last_good(tmp_path).content["epoch"] == 1
+
+
+def flip_a_byte(path):
+    """Damage a file where its tensors are: torch.load does not notice."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as records:
+        record = next(one for one in records.infolist() if one.filename.endswith("/data/0"))
+    content[record.header_offset + 30 + len(record.filename) + 64] ^= 1
+    path.write_bytes(content)
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_off, remove])
+def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, damage):
+    parts = Parts(tmp_path, width=40)
+    parts.checkpoints.save(1, Config(seed=3))
+    first = [parameter.detach().clone() for parameter in parts.model.parameters()]
+    parts.step()
+    parts.checkpoints.save(2, Config(seed=3))
+    damage(tmp_path / "ckpt.pth")
+    last = parts.checkpoints.load()
+    assert (last.path.name, last.content["epoch"]) == ("ckpt.previous.pth", 1)
+    assert str(tmp_path / "ckpt.pth") in last.damage and "\n" not in last.damage
+    for ours, theirs in zip(parts.model.parameters(), first, strict=True):
+        assert torch.equal(ours, theirs)
+    parts.checkpoints.save(3, Config(seed=3))  # the damaged file must not take the place of the good one
+    epochs = {path.name: torch.load(path, weights_only=True)["epoch"] for path in tmp_path.iterdir()}
+    assert epochs == {"ckpt.pth": 3, "ckpt.previous.pth": 1}
+
+    for path in tmp_path.iterdir():
+        flip_a_byte(path)
+    with pytest.raises(InputError, match="no checkpoint to go on from") as error:
+        parts.checkpoints.load()
+    assert str(error.value).count("the checksum of") == 2 and "\n" not in str(error.value)
+
+
+def test_weights_to_test_are_not_taken_from_a_damaged_file(tmp_path):
+    parts = Parts(tmp_path, width=40)
+    for epoch in (1, 2):
+        parts.checkpoints.save(epoch, Config(seed=3))
+    flip_a_byte(tmp_path / "ckpt.pth")
+    with pytest.raises(
+        InputError, match=rf"{tmp_path}/ckpt\.pth is damaged.*the one before it is .*ckpt\.previous\.pth"
+    ):
+        read_weight_file(tmp_path / "ckpt.pth")
+    assert read_weight_file(tmp_path / "ckpt.previous.pth")["epoch"] == 1
 
 
 def test_a_file_that_is_no_run_or_another_model_is_refused(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from aligned_reid import InputError
-from aligned_reid.config import OPTIONS, Config, flags_of, make_parser, markdown_table
+from aligned_reid.config import OPTIONS, WITHOUT_EFFECT, Config, flags_of, make_parser, markdown_table
 
 
 def parse(text):
@@ -127,3 +127,10 @@ def test_every_field_is_a_flag_in_help_and_table():
         for flag in flags_of(field):
             assert flag in text
             assert f"`{flag}`" in table
+
+
+def test_what_has_no_effect_on_a_resumed_training_is_named():
+    names = {one.name for one in OPTIONS}
+    assert names >= WITHOUT_EFFECT
+    before = Config(base_lr=0.1, workers=1, resume=True).to_dict()
+    assert Config().differences_by_effect(before) == (["base_lr: 0.1 -> 0.0002"], ["workers: 1 -> 4"])

@@ -75,3 +75,12 @@ def test_other_ranks_are_silent(tmp_path, capsys):
     log.close()
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_other_ranks_speak_where_each_has_a_log_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("ALIGNED_REID_RANK_LOG", raising=False)
+    Log(tmp_path, is_main=False)("unheard")
+    monkeypatch.setenv("ALIGNED_REID_RANK_LOG", "1")
+    Log(tmp_path, is_main=False)(format_epoch(1, 27.0, 118.2, 29.6, {"loss": 0.5}))
+    assert capsys.readouterr().out == "Ep 1, 27.00s, loss 0.5000\n"
+    assert not (tmp_path / "log.txt").exists()  # that is rank 0's

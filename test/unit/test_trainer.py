@@ -188,9 +188,14 @@ def test_ranks_whose_weights_differ_stop_the_run(tiny_data, tmp_path, monkeypatc
 def test_resuming_with_other_flags_says_which(tiny_data, tmp_path):
     first = make_trainer(tiny_data, tmp_path, total_epochs=1)
     first.train()
-    second = make_trainer(tiny_data, tmp_path, total_epochs=1, base_lr=0.5)
+    second = make_trainer(tiny_data, tmp_path, total_epochs=1, base_lr=0.5, checkpoint_every_steps=7)
     second.resume()
-    assert any("base_lr: 0.0002 -> 0.5" in line for line in second.log)
+    assert "flags that differ from those of the checkpoint and change the result: base_lr: 0.0002 -> 0.5" in second.log
+    assert (
+        "flags that differ from those of the checkpoint without effect on training: checkpoint_every_steps: 0 -> 7"
+        in second.log
+    )
+    assert not any("bit-exact" in line for line in second.log)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path):

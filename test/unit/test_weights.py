@@ -14,7 +14,7 @@ import torchvision
 from aligned_reid import InputError
 from aligned_reid import weights as weights_module
 from aligned_reid.model import AlignedReID, load_weights
-from aligned_reid.weights import read_state_dict, read_weight_file
+from aligned_reid.weights import read_state_dict, read_weight_file, settings_of, write_safetensors
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "golden" / "reference_state_dict.json").read_text())
 
@@ -181,3 +181,43 @@ def test_offline_one_line_says_which_file_to_put_where(tmp_path, monkeypatch):
         AlignedReID(None, pretrained="imagenet")
     assert str(tmp_path / "checkpoints" / "resnet50-0676ba61.pth") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_safetensors_are_written_and_read(tmp_path, model):
+    path = tmp_path / "model.safetensors"
+    channels_last = {name: value.clone() for name, value in model.state_dict().items()}
+    channels_last["base.conv1.weight"] = channels_last["base.conv1.weight"].to(memory_format=torch.channels_last)
+    write_safetensors(path, channels_last, {"l_loss_weight": 1.0, "resize_h_w": [64, 32]})
+    content = read_weight_file(path)
+    assert settings_of(content) == {"l_loss_weight": 1.0, "resize_h_w": [64, 32]}
+    loaded = read_state_dict(path)
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+    assert [one.name for one in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_damaged_safetensors_are_one_line(tmp_path):
+    write_safetensors(tmp_path / "whole.safetensors", {"weight": torch.ones(1000)}, {})
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    damaged = {"cut": whole[:-10], "empty": b"", "text": b"these are not weights", "head": whole[:9]}
+    damaged["settings"] = whole.replace(b'"config":"{}"', b'"config":"{\'"')
+    assert damaged["settings"] != whole
+    for name, content in damaged.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match="is no safetensors file, or it is cut off") as error:
+            read_weight_file(tmp_path / f"{name}.safetensors")
+        assert f"{name}.safetensors" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_full_disk_leaves_the_former_safetensors(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {"weight": torch.ones(3)}, {})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights_module.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_safetensors(path, {"weight": torch.zeros(3)}, {})
+    assert torch.equal(read_state_dict(path)["weight"], torch.ones(3))
+    assert [one.name for one in tmp_path.iterdir()] == ["model.safetensors"]
