@@ -1,6 +1,7 @@
 """Evaluation during training: what it keeps, what it says, and that the training does not notice it."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -80,6 +81,13 @@ def test_the_weights_as_safetensors_give_the_same_scores(tiny_data, tmp_path):
     for name in ("global", "local", "global_local_re_ranked"):  # local: the settings in the file say it was trained
         assert tested[name] == trained[name], name
     assert tested["local"] is not None
+
+
+def test_a_missing_package_costs_no_more_than_its_file(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # its import fails
+    assert run(config_of(tiny_data, tmp_path, total_epochs=1))["global"]
+    assert not (tmp_path / "model.safetensors").exists()
+    assert "needs the package safetensors: pip install safetensors" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_new_run_in_the_folder_keeps_the_former_files(tiny_data, tmp_path):
