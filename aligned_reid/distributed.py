@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -13,38 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligned_reid.errors import InputError
-from aligned_reid.rendezvous import Meeting, connect, has_launchers_store, job_of, meet
+from aligned_reid.rendezvous import (
+    Meeting,
+    World,
+    connect,
+    has_launchers_store,
+    job_of,
+    meet,
+    read_world,
+)
 
-
-@dataclass(frozen=True)
-class World:
-    """Where this process stands among the run's processes."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0  # on this machine
-    job: Mapping[str, str] = field(default_factory=dict, compare=False)  # of rendezvous.job_of, once the group is open
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def read_world() -> World:
-    """The rank and size that a launcher put into the environment (torchrun's RANK, WORLD_SIZE, LOCAL_RANK)."""
-    try:
-        rank, size, local_rank = (int(os.environ.get(n, d)) for n, d in WORLD_VARIABLES.items())
-    except ValueError as error:
-        raise InputError(f"RANK, WORLD_SIZE and LOCAL_RANK have to be whole numbers ({error})") from error
-    if not 0 <= rank < size:
-        raise InputError(f"RANK {rank} does not fit WORLD_SIZE {size}: unset both for a run of one process")
-    return World(rank, size, local_rank)
+__all__ = ["World", "read_world"]  # besides what is defined here: who asks for the group asks for these
 
 
 MEETING_SHARE = 4  # of --timeout: what ranks may come after each other, for some check and load data longer
 CONNECT_SECONDS = 60.0
-WORLD_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def open_group(world: World, backend: str, address: str = "", timeout: float = 600.0) -> Meeting | None:

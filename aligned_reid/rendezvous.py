@@ -13,20 +13,43 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from aligned_reid.errors import RunStopped
+from aligned_reid.errors import InputError, RunStopped
 
-if TYPE_CHECKING:
-    from aligned_reid.distributed import World
-
+WORLD_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 2.0  # in which other waiting ranks say that they wait, too
 NAMELESS_JOBS = ("", "none", "aligned_reid")  # what torchrun and script/launch.py say where nobody named the job
 TIMED_OUT = re.compile(r"tim(ed|e) ?out|timeout", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among the run's processes."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # on this machine
+    job: Mapping[str, str] = field(default_factory=dict, compare=False)  # of job_of, once the group is open
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_world() -> World:
+    """The rank and size that a launcher put into the environment (torchrun's RANK, WORLD_SIZE, LOCAL_RANK)."""
+    try:
+        rank, size, local_rank = (int(os.environ.get(n, d)) for n, d in WORLD_VARIABLES.items())
+    except ValueError as error:
+        raise InputError(f"RANK, WORLD_SIZE and LOCAL_RANK have to be whole numbers ({error})") from error
+    if not 0 <= rank < size:
+        raise InputError(f"RANK {rank} does not fit WORLD_SIZE {size}: unset both for a run of one process")
+    return World(rank, size, local_rank)
 
 
 def connect(world: World, timeout: float) -> dist.Store:

@@ -27,6 +27,7 @@ def mistake() -> None:
     raise InputError("the flags are wrong")
 
 
+STALL_SECONDS = 0.5  # of every step, with the fault `stall`
 FAULTS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "hang": lambda: time.sleep(3600),
@@ -49,6 +50,16 @@ def at_step(function, step, fault):
     return counted
 
 
+def stalled(function):
+    """`function`, which takes STALL_SECONDS longer."""
+
+    def slow(*given, **named):
+        time.sleep(STALL_SECONDS)
+        return function(*given, **named)
+
+    return slow
+
+
 def main() -> None:
     fault, rank, step, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     for module in (model, preflight):
@@ -61,9 +72,11 @@ def main() -> None:
     if fault in FAULTS and own_rank == rank and (fault == "mistake" or not happened.exists()):
         happened.touch()
         if fault == "hang_loading":
-            TrainImages.__getitem__ = at_step(TrainImages.__getitem__, 8 * (step - 1) + 1, fault)
+            TrainImages._write = at_step(TrainImages._write, 8 * (step - 1) + 1, fault)
         else:
             Objective.__call__ = at_step(Objective.__call__, step, fault)
+    if fault == "stall" and own_rank == rank:
+        Objective.__call__ = stalled(Objective.__call__)
     run(Config.from_arguments(sys.argv[5:]))
 
 

@@ -68,6 +68,16 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_figure_for_speed_is_of_all_ranks_and_shows_one_that_stalls(job):
+    done = job.launch("stall", 1, 0, "--total_epochs=3")
+    assert done.returncode == 0, done.stderr
+    rates = [float(rate) for rate in re.findall(r"^Ep .*FPS (\S+),", done.stdout, flags=re.MULTILINE)]
+    images = 2 * 4 * 2  # ranks, identities, images of each
+    assert len(rates) == 3
+    for rate in rates:
+        assert images / 2 / 0.5 < rate <= images / 0.5  # more than one rank's images alone would give
+
+
 def test_a_dead_rank_is_named_with_its_last_line(job):
     done = job.launch("kill", 1, 4, "--total_epochs=50")
     assert done.returncode == 128 + 9
