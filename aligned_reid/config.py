@@ -118,7 +118,7 @@ class Config:
     label_smoothing: float = option(0.0, "share of the identity loss's target that is spread over all identities")
     center_loss_weight: float = option(0.0, "weight of the center loss")
     num_models: int = option(1, "models that are trained together and learn from each other (mutual learning)")
-    models_apart: bool = option(False, "each of --num_models on a device of its own, counted from --npu")
+    models_apart: bool = option(False, "each of --num_models on a device of its own, or in a process of its own")
     pm_loss_weight: float = option(0.0, "weight of the mutual loss on probabilities", aliases=["-pmlw"])
     gdm_loss_weight: float = option(0.0, "weight of the mutual loss on global distances", aliases=["-gdmlw"])
     ldm_loss_weight: float = option(0.0, "weight of the mutual loss on local distances", aliases=["-ldmlw"])
@@ -255,6 +255,10 @@ class Config:
                 "-pmlw, -gdmlw, -ldmlw need --num_models 2 or more",
             ),
             (self.num_models > 1 or not self.models_apart, "--models_apart needs --num_models 2 or more"),
+            (
+                not (self.models_apart and (self.cross_rank_mining or self.sync_bn)),
+                "--models_apart: processes have models of their own, so --cross_rank_mining and --sync_bn are for none",
+            ),
             (
                 self.pm_loss_weight == 0.0 or self.id_loss_weight > 0.0,
                 "-pmlw needs -idlw above 0: probabilities come from the identity classifier",

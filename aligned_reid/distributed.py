@@ -102,20 +102,27 @@ def gather_with_own(own: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def from_main(read: Callable[[], Any], device: torch.device) -> Any:
-    """What `read` gives rank 0, on every rank: tensors on the host, numbers, strings, lists and dicts of them."""
+def largest_over_ranks(value: Tensor) -> Tensor:
+    """Element-wise maximum of a tensor over all ranks; the tensor itself in a run of one process."""
+    if is_grouped():
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
+def from_rank(rank: int, read: Callable[[], Any], device: torch.device) -> Any:
+    """What `read` gives rank `rank`, on all: tensors on the host, numbers, strings, lists and dicts of them."""
     if not is_grouped():
         return read()
     buffer = io.BytesIO()
-    if dist.get_rank() == 0:
+    if dist.get_rank() == rank:
         torch.save(read(), buffer)
     size = torch.tensor([buffer.tell()], device=device)
-    dist.broadcast(size, src=0)
+    dist.broadcast(size, src=rank)
     data = torch.empty(int(size.item()), dtype=torch.uint8)
-    if dist.get_rank() == 0:
+    if dist.get_rank() == rank:
         data.copy_(torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8))
     data = data.to(device)
-    dist.broadcast(data, src=0)
+    dist.broadcast(data, src=rank)
     return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), weights_only=True)
 
 

@@ -92,7 +92,12 @@ def check_apart(config: Config, world: World, accelerator: Accelerator) -> None:
     if not config.models_apart:
         return
     if world.size > 1:
-        raise InputError("--models_apart true is for one process: leave it out, and each process trains all models")
+        if world.size != config.num_models:
+            raise InputError(
+                f"--models_apart true: of {world.size} processes each has a model, and --num_models is "
+                f"{config.num_models}; start as many, or one for all models"
+            )
+        return
     num_devices = 0 if accelerator.name == "cpu" else accelerator.count() - accelerator.index
     if num_devices < config.num_models:
         raise InputError(
@@ -200,7 +205,7 @@ def train_and_evaluate(
         models = [model]
     else:
         trainer = train(config, world, accelerator, given, log)
-        models = [learner.tested_model for learner in trainer.learners]
+        models = trainer.tested_models()
         speed, profile = trainer.speed, trainer.profile.results()
         best = trainer.best.record if trainer.best else None
         if world.is_main:
@@ -294,8 +299,8 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
         config.ims_per_id,
         config.train_final_batch,
         config.seed or 0,
-        world.rank,
-        num_shards=world.size if config.id_sampling == "sharded" else 1,
+        0 if config.models_apart else world.rank,  # models that learn from each other see the same batches
+        num_shards=world.size if config.id_sampling == "sharded" and not config.models_apart else 1,
     )
     if sampler.ids_with_few_images:
         log(
@@ -304,7 +309,9 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
         )
     models = [start_model(config, images.num_classes, given.weights, log) for _ in range(config.num_models)]
     accelerators = [accelerator]
-    if config.models_apart:
+    if config.models_apart and world.size > 1:
+        models = [models[world.rank]]
+    elif config.models_apart:
         accelerators += [
             open_device(config, world.local_rank, accelerator.index + more) for more in range(1, config.num_models)
         ]

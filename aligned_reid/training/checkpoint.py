@@ -15,7 +15,7 @@ import torch
 
 from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
-from aligned_reid.distributed import from_main, group_size
+from aligned_reid.distributed import from_rank, group_size
 from aligned_reid.errors import InputError
 from aligned_reid.weights import CHECKPOINT_NAME, PREVIOUS_NAME, read_weight_file
 
@@ -38,7 +38,11 @@ class Checkpoints:
         folder: Path,
         learners: Sequence[Learns],
         accelerator: Accelerator,
+        *,
+        writes: bool = True,
     ) -> None:
+        """writes: whether this process writes what `save` collects; others may have a part in that."""
+        self.writes = writes
         self.path = folder / CHECKPOINT_NAME
         self.learners, self.accelerator = learners, accelerator
         self.newest_is_good = True  # else it may not take the place of the one before it
@@ -69,7 +73,8 @@ class Checkpoints:
             "made_on": self.made_on(),
             "job": self.job,
         }
-        write_atomically(self.path, content, self.path.with_name(PREVIOUS_NAME) if self.newest_is_good else None)
+        if self.writes:
+            write_atomically(self.path, content, self.path.with_name(PREVIOUS_NAME) if self.newest_is_good else None)
         self.newest_is_good = True
         self.last_end = time.monotonic()
         self.last_duration = self.last_end - start
@@ -84,7 +89,7 @@ class Checkpoints:
         Rank 0 reads it and the others get it from there: their machines need not see its folder. Raises InputError
         where there is none, or it belongs to another model.
         """
-        content, path, damage = from_main(lambda: read_content(self.path.parent), self.accelerator.device)
+        content, path, damage = from_rank(0, lambda: read_content(self.path.parent), self.accelerator.device)
         last = LastGood(content, Path(path), damage)
         self.newest_is_good = not last.damage
         try:

@@ -38,6 +38,7 @@ class Objective(nn.Module):
         self.global_triplet = TripletLoss(config.global_margin)
         self.local_triplet = TripletLoss(config.local_margin)
         self.num_mined = world.size if world and config.cross_rank_mining else 1
+        self.sum_centers = [sum_over_ranks] if world and world.size > 1 else []
         self.center_loss = CenterLoss(num_classes, TRUNK_CHANNELS) if config.center_loss_weight > 0 else None
 
     def forward(self, features: Features, labels: Tensor) -> tuple[Tensor, Figures]:
@@ -62,7 +63,7 @@ class Objective(nn.Module):
             figures["idL"] = loss
         if self.center_loss is not None:
             loss = self.center_loss(features.global_feat, labels)
-            self.center_loss.move(features.global_feat, labels, sum_over_ranks)
+            self.center_loss.move(features.global_feat, labels, *self.sum_centers)
             total = total + config.center_loss_weight * loss
             figures["cL"] = loss
         return total, figures | {"loss": total}

@@ -21,6 +21,7 @@ from aligned_reid.distributed import World, sum_over_ranks, take_from_main
 from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import AlignedReID
+from aligned_reid.training.apart import Apart
 from aligned_reid.training.bad_images import BadImages
 from aligned_reid.training.best import Best
 from aligned_reid.training.checkpoint import Checkpoints
@@ -77,11 +78,15 @@ class Trainer:
         self.profile = StepProfile(config.profile if world.is_main else 0, self.accelerator, folder / "profile", log)
         self.collapse = CollapseWatch(config)
         self.num_skipped = 0  # steps of the epoch
+        each_has_own = config.models_apart and world.size > 1
         self.learners = [
-            Learner(config, model, accelerator, world)
+            Learner(config, model, accelerator, World() if each_has_own else world)
             for model, accelerator in zip(models, itertools.cycle(accelerators), strict=False)
         ]
-        self.checkpoints = Checkpoints(folder, self.learners, self.accelerator)
+        self.apart = Apart(self.learners[0], world) if each_has_own else None
+        self.checkpoints = Checkpoints(
+            folder, self.apart.learners if self.apart else self.learners, self.accelerator, writes=world.is_main
+        )
         self.checkpoints.job = dict(world.job)
         self.bad_images = BadImages(images, config.max_bad_images, world, log)
         self.loader = make_loader(images, sampler, workers=config.workers, pin_memory=self.accelerator.pin_memory)
@@ -111,14 +116,19 @@ class Trainer:
                 except RuntimeError:  # a loader's worker, or another rank, may have answered a signal by ending
                     if not self.stop.number:
                         raise
-                    self.stop_here()
+                    self.stop_here(can_save=not self.apart)
                 if self.best:
-                    self.best.after_epoch(self.learners[0].tested_model, self.epoch)
-                if self.world.is_main and (self.epoch == self.config.total_epochs or self.checkpoints.is_due()):
-                    self.save()
+                    self.best.after_epoch(self.tested_models()[0], self.epoch)
+                self.save_if(self.epoch == self.config.total_epochs or self.checkpoints.is_due())
+        self.profile.finish()
+
+    def tested_models(self) -> list[AlignedReID]:
+        """The models to evaluate, the same on every rank."""
+        if self.apart:
+            return self.apart.tested_models()
         for learner in self.learners:  # each rank's last step moved its own batch norm statistics
             take_from_main(learner.tested_model.buffers())
-        self.profile.finish()
+        return [learner.tested_model for learner in self.learners]
 
     def train_epoch(self, epoch: int) -> None:
         """One epoch, or what is left of it: every identity once (sharded: once among all ranks)."""
@@ -130,7 +140,7 @@ class Trainer:
         steps = self.profile.steps(self.watchdog.over(self.progress(epoch)))
         for step, batches in enumerate(steps, start=self.step + 1):
             self.between_steps = False
-            rate = learning_rate(epoch, self.config, self.world.size, (step - 1) / self.steps_per_epoch)
+            rate = learning_rate(epoch, self.config, self.learners[0].world.size, (step - 1) / self.steps_per_epoch)
             for learner in self.learners:
                 learner.set_learning_rate(rate)
                 learner.optimizer.zero_grad()
@@ -172,6 +182,7 @@ class Trainer:
                 if sum(self.config.mutual_weights) > 0:
                     device = learner.accelerator.device
                     others = [one.detached(device) for other, one in enumerate(shown) if other != number]
+                    others = self.apart.others(shown[0]) if self.apart else others
                     with learner.accelerator.full_precision():
                         loss, figures = mutual_loss(self.config, shown[number], others)
                     losses[number] = losses[number] + loss
@@ -196,16 +207,25 @@ class Trainer:
         """Save where that is due, and end here where a signal asks for it."""
         self.step, self.between_steps = step, True
         every = self.config.checkpoint_every_steps
-        if not self.world.is_main or not (self.stop.number or (every and step % every == 0)):
+        if self.apart:  # all save together, or nobody
+            self.stop.number = self.apart.agree(self.stop.number)
+        if not (self.world.is_main or self.apart) or not (self.stop.number or (every and step % every == 0)):
             return
         watch.flush()  # no checkpoint of a loss that is not finite
         if self.stop.number:
             self.stop_here()
         self.save()
 
-    def stop_here(self) -> NoReturn:
+    def save_if(self, due: bool) -> None:
+        """Save where that is due for rank 0."""
+        if self.apart:
+            due = bool(self.apart.agree(int(due and self.world.is_main)))
+        if due and (self.world.is_main or self.apart):
+            self.save()
+
+    def stop_here(self, *, can_save: bool = True) -> NoReturn:
         """End the run as a signal asks: what is done is saved, by rank 0 and unless it is in the middle of a step."""
-        if self.world.is_main and self.between_steps:
+        if can_save and (self.world.is_main or self.apart) and self.between_steps:
             self.save()
         at = f"step {self.step} of epoch {self.epoch + 1}"
         line = f"{self.stop.name} at {at}; {self.last_checkpoint()}: go on with --resume true"
@@ -215,11 +235,11 @@ class Trainer:
         """Log the epoch: rank 0's means, all ranks' images."""
         seconds, timed_seconds, timed_images = self.throughput.end_epoch()
         count = torch.tensor(float(timed_images), device=self.accelerator.device)
-        all_images = int(sum_over_ranks(count).item())
+        all_images = timed_images if self.apart else int(sum_over_ranks(count).item())
         self.speed.seconds += timed_seconds
         self.speed.images += all_images
         fps = all_images / timed_seconds
-        means = meters.means()
+        means = self.apart.means(meters.means()) if self.apart else meters.means()
         self.check_ranks(epoch)
         self.log(format_epoch(epoch, seconds, fps, fps / self.config.ims_per_id, means))
         rate = self.learners[0].optimizer.param_groups[0]["lr"]
@@ -240,7 +260,7 @@ class Trainer:
 
     def check_ranks(self, epoch: int) -> None:
         """Raise RunStopped unless all ranks hold the same weights, as they do while gradients are averaged."""
-        if self.world.size == 1:
+        if self.world.size == 1 or self.apart:
             return
         parameters = [parameter for learner in self.learners for parameter in learner.model.parameters()]
         sums = torch.stack([parameter.detach().float().sum().to(self.accelerator.device) for parameter in parameters])
