@@ -27,6 +27,7 @@ from aligned_reid.weights import (
 )
 
 CHECKPOINT_BYTES = 320 * 2**20  # model and Adam's two moments, float32
+NUM_CHECKPOINTS = 3  # the newest, the one before it, and the one that is being written
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def check_trunk(content: Any, path: str) -> Any:
 
 
 def check_run_dir(config: Config) -> None:
-    """The run folder can be made and written, and a checkpoint fits onto its disk."""
+    """The run folder can be made and written, and its checkpoints fit onto its disk."""
     folder = config.run_dir
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
@@ -156,9 +157,11 @@ def check_run_dir(config: Config) -> None:
     if not can_write(existing):
         raise InputError(f"--exp_dir {folder}: {existing} cannot be written to; choose another folder")
     free = shutil.disk_usage(existing).free
-    if not config.only_test and free < CHECKPOINT_BYTES:
+    here = sum((folder / name).is_file() for name in (CHECKPOINT_NAME, PREVIOUS_NAME)) if config.resume else 0
+    needed = (NUM_CHECKPOINTS - here) * CHECKPOINT_BYTES
+    if not config.only_test and free < needed:
         raise InputError(
-            f"--exp_dir {folder}: {free // 2**20} MB are free, a checkpoint needs {CHECKPOINT_BYTES // 2**20}; "
+            f"--exp_dir {folder}: {free // 2**20} MB are free, checkpoints need {needed // 2**20}; "
             "make room or choose another folder"
         )
 

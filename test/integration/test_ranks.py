@@ -177,3 +177,13 @@ def test_one_rank_is_restarted_and_not_for_ever(job):
     assert done.returncode == 128 + 9
     assert done.stdout == "alive\n" * 2
     assert done.stderr.count("was killed by signal 9 (Killed); its last line: alive; ") == 2
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_goes_on_and_says_so(job):
+    assert job.launch("none", 0, 0, "--total_epochs=1").returncode == 0
+    program = [*job.program("none", 0, 0, "--total_epochs=2", "--resume=true")]
+    done = job.run([ROOT / "script" / "launch.py", "--nproc=1", "--max_restarts=1"], program)
+    assert done.returncode == 0, done.stderr
+    assert "processes 2 -> 1: from here on the run is no longer bit-exact" in job.log
+    assert "Ep 2," in job.log

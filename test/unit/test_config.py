@@ -85,6 +85,8 @@ def test_a_tuple_may_have_blanks():
         ("--crop_ratio 0", "above 0"),
         ("--base_lr nan", "positive number"),
         ("--seed -1", "whole number from 0"),
+        ("--timeout 0", "1 or more"),
+        ("--eval_every -1", "0 or more"),
         ("--npu -1", "device index"),
         ("stray", "unrecognized arguments: stray"),
     ],
