@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Callable, Iterable
@@ -26,7 +27,7 @@ __all__ = ["World", "read_world"]  # besides what is defined here: who asks for 
 
 
 MEETING_SHARE = 4  # of --timeout: what ranks may come after each other, for some check and load data longer
-CONNECT_SECONDS = 60.0
+CONNECT_SECONDS = 10.0
 
 
 def open_group(world: World, backend: str, address: str = "", timeout: float = 600.0) -> Meeting | None:
@@ -53,7 +54,10 @@ def job_of_world(world: World, meeting: Meeting | None) -> dict[str, str]:
     """What this launch is known by, over restarts; see rendezvous.job_of."""
     if meeting is not None:
         return job_of(meeting.whole_store)
-    return job_of(connect(world, CONNECT_SECONDS) if has_launchers_store() else None)
+    with contextlib.suppress(RuntimeError):  # the environment may be that of a launcher that is gone
+        if has_launchers_store():
+            return job_of(connect(world, CONNECT_SECONDS))
+    return job_of(None)
 
 
 def close_group() -> None:

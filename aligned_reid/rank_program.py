@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import NoReturn
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+JOB_VARIABLES = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 
 
 def pipe_path(folder: str, local_rank: int | str, descriptor: int) -> str:
     return os.path.join(folder, f"{local_rank}.{descriptor}")
 
 
-def become_command(command: Sequence[str], remove: Iterable[str] = RANK_VARIABLES) -> NoReturn:
+def become_command(command: Sequence[str], remove: Iterable[str] = (*RANK_VARIABLES, *JOB_VARIABLES)) -> NoReturn:
     """Replace this process by the command, without what another launcher may have left in the environment."""
     environment = {name: value for name, value in os.environ.items() if name not in set(remove)}
     sys.stdout.flush()

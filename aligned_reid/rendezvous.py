@@ -64,7 +64,7 @@ def connect(world: World, timeout: float) -> dist.Store:
 
 
 def has_launchers_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "MASTER_PORT" in os.environ
 
 
 class Meeting:

@@ -89,6 +89,7 @@ def test_a_dead_rank_is_named_with_its_last_line(job):
     assert job.seconds < 60
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_outside_of_a_collective_ends_itself(job):
     done = job.launch("hang_loading", 1, 4, "--total_epochs=50", "--timeout=4")
     assert done.returncode == 1
@@ -116,7 +117,8 @@ def test_a_rank_that_hangs_in_a_step_is_named_by_those_that_wait(job):
     assert job.seconds < 90
 
 
-@pytest.mark.parametrize(("rank", "step"), [(0, 4), pytest.param(1, 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "step"), [(0, 4), (1, 3)])
 def test_restarted_ranks_end_with_the_bits_of_a_run_that_was_not_killed(job, whole, rank, step):
     done = job.launch("kill", rank, step, "--total_epochs=3", max_restarts=2)
     assert done.returncode == 0, done.stderr
@@ -157,6 +159,7 @@ def test_torchruns_restarts_go_on_too(job, whole, rendezvous):
     assert same(job.weights(), whole)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_not_tried_again(job):
     done = job.launch("mistake", 1, 1, max_restarts=3)
     assert (done.returncode, done.stderr) == (2, "faulty_train.py: error: the flags are wrong\n")

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from aligned_reid.distributed import World
+from aligned_reid.distributed import World, job_of_world
 from aligned_reid.errors import RunStopped
 from aligned_reid.rendezvous import Meeting, connect, is_same_job, job_of, meet
 
@@ -84,6 +84,7 @@ def test_a_launch_has_one_token_where_the_launcher_keeps_the_store(store, monkey
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     assert job_of(store) == {"token": "", "name": ""}
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     job = job_of(store)
     assert len(job["token"]) == 32
     assert job_of(store) == job
@@ -106,3 +107,14 @@ def test_rank_0_keeps_the_store_where_no_launcher_does(monkeypatch):
     other = connect(World(1, 2), 10.0)
     main.set("key", "value")
     assert other.get("key") == b"value"
+
+
+def test_the_environment_of_a_launcher_that_is_gone_does_no_harm(monkeypatch):
+    monkeypatch.setattr("aligned_reid.distributed.CONNECT_SECONDS", 1.0)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    assert job_of_world(World(), None) == {"token": "", "name": ""}
