@@ -27,7 +27,7 @@ from aligned_reid.training.best import Best
 from aligned_reid.training.checkpoint import Checkpoints
 from aligned_reid.training.learner import Learner
 from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
-from aligned_reid.training.objective import Figures, mutual_loss, show
+from aligned_reid.training.objective import Figures, Shown, mutual_loss, show
 from aligned_reid.training.profile import StepProfile
 from aligned_reid.training.resume import describe_resume, first_step
 from aligned_reid.training.schedule import learning_rate
@@ -180,15 +180,19 @@ class Trainer:
                     shown.append(show(features, self.config))
             for number, learner in enumerate(self.learners):
                 if sum(self.config.mutual_weights) > 0:
-                    device = learner.accelerator.device
-                    others = [one.detached(device) for other, one in enumerate(shown) if other != number]
-                    others = self.apart.others(shown[0]) if self.apart else others
                     with learner.accelerator.full_precision():
-                        loss, figures = mutual_loss(self.config, shown[number], others)
+                        loss, figures = mutual_loss(self.config, shown[number], self.others(shown, number))
                     losses[number] = losses[number] + loss
                     all_figures[number] |= {**figures, "loss": losses[number]}
                 learner.backward(losses[number] if share == 1 else losses[number] * share)
         return self.joined(losses, all_figures)
+
+    def others(self, shown: list[Shown], number: int) -> list[Shown]:
+        """What the other models show of a batch to model `number` of this process, on its device."""
+        if self.apart:
+            return self.apart.others(shown[number])
+        device = self.learners[number].accelerator.device
+        return [one.detached(device) for other, one in enumerate(shown) if other != number]
 
     def joined(self, losses: list[Tensor], all_figures: list[Figures]) -> tuple[Tensor, Figures]:
         """The models' losses as one, and their figures under one roof, the names numbered where there are several."""
