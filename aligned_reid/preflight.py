@@ -26,7 +26,8 @@ from aligned_reid.weights import (
     read_weight_file,
 )
 
-CHECKPOINT_BYTES = 320 * 2**20  # model and Adam's two moments, float32
+# Of one model: its weights and Adam's two moments, float32; and the moving average of its weights.
+CHECKPOINT_BYTES, AVERAGE_BYTES = 320 * 2**20, 100 * 2**20
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,10 @@ def check_run_dir(config: Config) -> None:
     if not can_write(existing):
         raise InputError(f"--exp_dir {folder}: {existing} cannot be written to; choose another folder")
     free = shutil.disk_usage(existing).free
-    if not config.only_test and free < CHECKPOINT_BYTES:
+    needed = config.num_models * (CHECKPOINT_BYTES + (AVERAGE_BYTES if config.ema_decay else 0))
+    if not config.only_test and free < needed:
         raise InputError(
-            f"--exp_dir {folder}: {free // 2**20} MB are free, a checkpoint needs {CHECKPOINT_BYTES // 2**20}; "
+            f"--exp_dir {folder}: {free // 2**20} MB are free, a checkpoint needs {needed // 2**20}; "
             "make room or choose another folder"
         )
 

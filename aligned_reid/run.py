@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -61,7 +62,7 @@ def run(config: Config) -> dict[str, Any]:
     world = read_world()
     given = check_input(config, has_run_dir=world.is_main)
     accelerator = open_device(config, world.local_rank)
-    check_apart(config, world, accelerator)
+    check_devices(config, world, accelerator)
     with process_group(world, accelerator, config) as world:
         config = go_on_after_restart(config, world, accelerator)
         config = settle_seed(config, world, accelerator)
@@ -87,8 +88,10 @@ def open_device(config: Config, local_rank: int, index: int | None = None) -> Ac
     )
 
 
-def check_apart(config: Config, world: World, accelerator: Accelerator) -> None:
-    """Raise InputError where --models_apart asks for devices that are not there."""
+def check_devices(config: Config, world: World, accelerator: Accelerator) -> None:
+    """Raise InputError where --sync_bn or --models_apart asks for what the devices do not give."""
+    if config.sync_bn and accelerator.name == "cpu":
+        raise InputError("--sync_bn true: torch has no batch norm over several processes for CPUs; leave it out")
     if not config.models_apart:
         return
     if world.size > 1:
@@ -281,7 +284,8 @@ def run_extraction(config: Config, save_file: Path) -> None:
                 writer.write(first, {name: feat.numpy() for name, feat in feats.items() if feat is not None})
         if writer:
             writer.finish()
-    log(f"features of {len(images):,} images in {save_file}; next: python script/evaluate.py --features {save_file}")
+    next_command = f"python script/evaluate.py --features {shlex.quote(str(save_file))}"
+    log(f"features of {len(images):,} images in {save_file}; next: {next_command}")
 
 
 def train(config: Config, world: World, accelerator: Accelerator, given: RunInput, log: Log) -> Trainer:

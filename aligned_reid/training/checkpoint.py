@@ -172,12 +172,12 @@ def write_atomically(path: Path, content: Any, previous: Path | None = None) -> 
         if previous is not None and path.is_file():
             keep_as(path, previous)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch puts a RuntimeError in front of a full disk's
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
+        raise OSError(f"cannot write {path}: {reason}") from error
 
 
 def keep_as(path: Path, name: Path) -> None:

@@ -113,7 +113,8 @@ class Trainer:
                         raise
                     self.stop_here()
                 if self.best:
-                    self.best.after_epoch(self.learners[0].tested_model, self.epoch)
+                    with self.told_where_to_go_on():
+                        self.best.after_epoch(self.learners[0].tested_model, self.epoch)
                 if self.world.is_main and (self.epoch == self.config.total_epochs or self.checkpoints.is_due()):
                     self.save()
         for learner in self.learners:  # each rank's last step moved its own batch norm statistics
@@ -261,10 +262,16 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint; a full or read-only folder ends the run with the former checkpoint in place."""
-        try:
+        with self.told_where_to_go_on():
             self.checkpoints.save(self.epoch, self.config, self.step, self.meters.state_dict())
+
+    @contextlib.contextmanager
+    def told_where_to_go_on(self) -> Iterator[None]:
+        """Raise InputError, with the last good checkpoint, where a file cannot be written."""
+        try:
+            yield
         except OSError as error:
-            raise InputError(f"{error}; {self.last_checkpoint()}") from error
+            raise InputError(f"{error}; {self.last_checkpoint()}: make room, and go on with --resume true") from error
 
     def last_checkpoint(self) -> str:
         """Where the last good checkpoint is, for a message."""

@@ -397,7 +397,9 @@ def test_a_disk_without_room_is_said_before_training(command, tiny_flags, tmp_pa
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
     done = command("train.py", *tiny_flags, f"--exp_dir={tmp_path / 'run'}")
-    assert_refused(done, "1 MB are free")
+    assert_refused(done, "1 MB are free, a checkpoint needs 320")
+    done = command("train.py", *tiny_flags, "--num_models=2", "--ema_decay=0.9", f"--exp_dir={tmp_path / 'run'}")
+    assert_refused(done, "1 MB are free, a checkpoint needs 840")
     assert not (tmp_path / "run").exists()
 
 
