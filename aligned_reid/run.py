@@ -209,8 +209,8 @@ def train_and_evaluate(
         if world.is_main:
             try:
                 write_weights(models, config)
-            except InputError as error:  # the package is missing, which is no reason to lose the test
-                log(f"not written: {error}")
+            except (InputError, OSError) as error:  # a missing package or a full disk is no reason to lose the test
+                log(f"{SAFETENSORS_NAME} is not written: {error}; the weights are in {CHECKPOINT_NAME}")
     train_seconds = time.monotonic() - start
     use_local = local_was_trained if config.use_local_distance is None else config.use_local_distance
 
@@ -253,7 +253,7 @@ def run_extraction(config: Config, save_file: Path) -> None:
         model, local_was_trained = load_for_test(config, given.weights, log)
         local = local_was_trained if config.use_local_distance is None else config.use_local_distance
         made_by = {
-            "weights": digest_of(model),
+            "weights": digest_of(model.state_dict()),
             "resize_h_w": list(config.resize_h_w),
             "precision": str(accelerator.half or torch.float32),
             "normalize_feature": config.normalize_feature or config.test_distance == "cosine",

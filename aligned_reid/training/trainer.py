@@ -89,7 +89,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the run folder's checkpoint."""
-        last = self.checkpoints.load()
+        last = self.checkpoints.load(self.config)
         self.epoch = last.content["epoch"]
         self.step = first_step(last.content, self.config, self.world.size, self.steps_per_epoch)
         if self.step:

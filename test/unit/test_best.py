@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from aligned_reid import run as run_module
 from aligned_reid.config import Config
 from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.run import run
@@ -106,6 +107,15 @@ def test_the_weights_as_safetensors_give_the_same_scores(tiny_data, tmp_path):
     for name in ("global", "local", "global_local_re_ranked"):  # local: the settings in the file say it was trained
         assert tested[name] == trained[name], name
     assert tested["local"] is not None
+
+
+def test_a_disk_without_room_for_safetensors_costs_no_more_than_its_file(tiny_data, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_module, "write_safetensors", full)
+    assert run(config_of(tiny_data, tmp_path, total_epochs=1))["global"]
+    assert "model.safetensors is not written: [Errno 28] No space left" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_missing_package_costs_no_more_than_its_file(tiny_data, tmp_path, monkeypatch):
