@@ -315,6 +315,10 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
     if config.cache:
         open_image_cache(config, world, accelerator, images, log)
     trainer = Trainer(config, models, images, sampler, accelerators, world, log, config.run_dir)
+    if not config.resume and start_alike(models):
+        log(
+            "the models start alike in all that is trained, so that they stay alike: -idlw or -llw gives each its own head"
+        )
     if config.eval_every:
         trainer.best = Best(config, given.test, accelerator, world, log, config.run_dir)
     if config.resume:
@@ -337,6 +341,14 @@ def start_model(config: Config, num_classes: int, weights: Any, log: Log) -> Ali
     elif not config.resume:
         log(model.trunk_report)
     return model
+
+
+def start_alike(models: Sequence[AlignedReID]) -> bool:
+    """Whether the first two of several models have the same weights, frozen heads aside."""
+    if len(models) < 2:
+        return False
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    return all(torch.equal(one.cpu(), other.cpu()) for one, other in pairs if one.requires_grad)
 
 
 def open_image_cache(config: Config, world: World, accelerator: Accelerator, images: TrainImages, log: Log) -> None:

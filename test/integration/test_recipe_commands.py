@@ -74,6 +74,16 @@ def test_each_of_two_models_is_evaluated_and_saved(train, tmp_path):
     assert results["models"][0]["global"] != results["models"][1]["global"]
 
 
+def test_models_that_start_alike_are_noticed(train, tmp_path):
+    assert train(tmp_path / "first").status == 0
+    mutual = ("--num_models=2", "-gdmlw", "1", f"--pretrained={tmp_path / 'first' / 'model.safetensors'}")
+    alike = train(tmp_path / "alike", *mutual)
+    assert "the models start alike in all that is trained" in alike.out
+    results = json.loads((tmp_path / "alike" / "results.json").read_text())
+    assert results["models"][0]["global"] == results["models"][1]["global"]
+    assert "start alike" not in train(tmp_path / "apart", *mutual, "-idlw", "1").out
+
+
 def test_a_cpu_holds_no_models_apart(train, tmp_path):
     done = train(tmp_path / "run", "--num_models=2", "--models_apart=true", "-gdmlw", "1", "--device=cpu")
     assert done.status == 2
