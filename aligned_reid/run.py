@@ -316,9 +316,7 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
         open_image_cache(config, world, accelerator, images, log)
     trainer = Trainer(config, models, images, sampler, accelerators, world, log, config.run_dir)
     if not config.resume and start_alike(models):
-        log(
-            "the models start alike in all that is trained, so that they stay alike: -idlw or -llw gives each its own head"
-        )
+        log("the models start alike in all that is trained, and stay so: -idlw or -llw gives each a head of its own")
     if config.eval_every:
         trainer.best = Best(config, given.test, accelerator, world, log, config.run_dir)
     if config.resume:
