@@ -121,12 +121,6 @@ class Accelerator:
         """
         return self.adam(parameters_of(model, decay_norms), lr, weight_decay), self.loss_scaler(scale)
 
-    def convert_sync_bn(self, model: nn.Module) -> nn.Module:
-        """`model` with batch norms that normalise by the batches of all processes. A CPU raises InputError."""
-        if self.name == "cpu":
-            raise InputError("--sync_bn true: torch has no batch norm over several processes for CPUs; leave it out")
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
     def loss_scaler(self, scale: float | None) -> LossScaler:
         """scale: static loss scale; None: dynamic. bfloat16 and float32 need none, so the CPU's is 1."""
         return LossScaler()

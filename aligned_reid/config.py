@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -218,7 +219,7 @@ class Config:
             (0.0 < self.crop_ratio <= 1.0, "--crop_ratio is above 0 and at most 1"),
             (self.checkpoint_every_steps >= 0, "--checkpoint_every_steps is a number of steps, 0 or more"),
             (self.eval_every >= 0, "--eval_every is a number of epochs, 0 or more"),
-            (self.timeout >= 1, "--timeout is a number of seconds, 1 or more"),
+            (1 <= self.timeout <= 365 * 86400, "--timeout is a number of seconds, from 1 to those of a year"),
             (self.profile >= 0, "--profile is a number of steps, 0 or more"),
             (self.run >= 1, "--run counts from 1"),
             (self.seed is None or 0 <= self.seed < 2**31, "--seed is a whole number from 0 to 2147483647"),
@@ -246,6 +247,11 @@ class Config:
             (self.weight_decay >= 0.0, "--weight_decay is 0 or more"),
             (self.warmup_epochs >= 0, "--warmup_epochs is a number of epochs, 0 or more"),
             (self.freeze_trunk_epochs >= 0, "--freeze_trunk_epochs is a number of epochs, 0 or more"),
+            (
+                self.freeze_trunk_epochs == 0 or self.trains_beside_trunk,
+                "--freeze_trunk_epochs needs -llw or -idlw above 0, or --pooling gem: there is no head to train",
+            ),
+            (self.staircase_decay_multiply_factor > 0.0, "--staircase_decay_multiply_factor is above 0"),
             (self.repeat >= 1, "--repeat is a number of runs, 1 or more"),
             (self.repeat == 1 or not self.only_test, "--repeat trains several times: leave out --only_test true"),
             (self.bnneck or not self.feature_after_bn, "--feature_after_bn needs --bnneck true"),
@@ -268,6 +274,10 @@ class Config:
                 "-ldmlw needs -llw above 0: local distances come from the local branch",
             ),
         ]
+        for one in OPTIONS:
+            value = getattr(self, one.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"--{one.name} is a finite number, which {value} is not")
         for holds, rule in rules:
             if not holds:
                 raise InputError(rule)
@@ -282,6 +292,11 @@ class Config:
     def loss_weights(self) -> tuple[float, float, float]:
         """Weights of the global, the local and the identity loss."""
         return self.g_loss_weight, self.l_loss_weight, self.id_loss_weight
+
+    @property
+    def trains_beside_trunk(self) -> bool:
+        """Whether a loss has parameters to train where the trunk stays as it is."""
+        return self.l_loss_weight > 0.0 or self.id_loss_weight > 0.0 or self.pooling == "gem"
 
     @property
     def mutual_weights(self) -> tuple[float, float, float]:

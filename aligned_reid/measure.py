@@ -13,6 +13,7 @@ from aligned_reid.data.dataset import TestImages
 from aligned_reid.distributed import World
 from aligned_reid.evaluation.extract import FeatureSet, extract_features
 from aligned_reid.evaluation.protocol import Measures, evaluate_features
+from aligned_reid.flags import format_option
 from aligned_reid.model import AlignedReID, open_model
 from aligned_reid.training.log import Log
 from aligned_reid.weights import settings_of
@@ -37,6 +38,10 @@ def settle_test(config: Config, content: Any, log: Log) -> Config:
     changed = {name: value for name, value in taken.items() if value != getattr(config, name)}
     if changed:
         log(f"as the weights were trained: {', '.join(f'{name} {value}' for name, value in changed.items())}")
+    size = settings.get("resize_h_w", config.resize_h_w)
+    if tuple(size) != tuple(config.resize_h_w):
+        trained, tested = (format_option(tuple(one)) for one in (size, config.resize_h_w))
+        log(f"the weights were trained at --resize_h_w={trained} and are tested at {tested}")
     return dataclasses.replace(config, **changed)
 
 

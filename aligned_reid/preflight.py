@@ -26,7 +26,8 @@ from aligned_reid.weights import (
     read_weight_file,
 )
 
-CHECKPOINT_BYTES = 320 * 2**20  # model and Adam's two moments, float32
+# Of one model: its weights and Adam's two moments, float32; and the moving average of its weights.
+CHECKPOINT_BYTES, AVERAGE_BYTES = 320 * 2**20, 100 * 2**20
 NUM_CHECKPOINTS = 3  # the newest, the one before it, and the one that is being written
 
 
@@ -158,7 +159,8 @@ def check_run_dir(config: Config) -> None:
         raise InputError(f"--exp_dir {folder}: {existing} cannot be written to; choose another folder")
     free = shutil.disk_usage(existing).free
     here = sum((folder / name).is_file() for name in (CHECKPOINT_NAME, PREVIOUS_NAME)) if config.resume else 0
-    needed = (NUM_CHECKPOINTS - here) * CHECKPOINT_BYTES
+    one = config.num_models * (CHECKPOINT_BYTES + (AVERAGE_BYTES if config.ema_decay else 0))
+    needed = (NUM_CHECKPOINTS - here) * one
     if not config.only_test and free < needed:
         raise InputError(
             f"--exp_dir {folder}: {free // 2**20} MB are free, checkpoints need {needed // 2**20}; "

@@ -91,9 +91,9 @@ class RankOutput:
         self.complained_at, self.last_words, self.shown, self.in_traceback = inf, "", False, False
 
     def reason(self, rank: int, exit_code: int) -> str:
-        """In one line, why this rank failed; empty where the console has it from the rank itself."""
+        """In one line, why this rank failed."""
         if OWN_LINE.match(self.last_words) and exit_code > 0:
-            return "" if self.shown else self.last_words
+            return self.last_words
         if exit_code < 0:
             what = f"was killed by signal {-exit_code} ({signal.strsignal(-exit_code)})"
         elif hang := HANG_LINE.match(self.last_words):
@@ -109,13 +109,17 @@ class RankOutput:
 
 
 def explain(outputs: Sequence[RankOutput], first_rank: int, local_rank: int, exit_code: int) -> list[str]:
-    """Lines that say why a rank failed, and where it waited in vain for ranks of this machine, what those said last."""
+    """Lines that say why a rank failed, and where it waited in vain for ranks of this machine, what those said last.
+
+    What the console has in the same words, from this rank or another, is left out.
+    """
     output = outputs[local_rank]
-    lines = [output.reason(first_rank + local_rank, exit_code)]
+    reason = output.reason(first_rank + local_rank, exit_code)
+    lines = [] if any(one.shown and one.last_words == reason for one in outputs) else [reason]
     for rank in map(int, SILENT_RANK.findall(output.last_words)):
         if 0 <= rank - first_rank < len(outputs):
             lines.append(f"launch.py: rank {rank} hung; {outputs[rank - first_rank].traces()}")
-    return [line for line in lines if line]
+    return lines
 
 
 def print_all(lines: Iterable[str]) -> None:

@@ -54,11 +54,12 @@ def run_once(config: Config, folder: Path, seed: int) -> dict[str, Any]:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A results.json; empty where there is none."""
-    if not path.is_file():
+    """A results.json of a run; empty where there is none, or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return content if isinstance(content, dict) and isinstance(content.get("config"), dict) else {}
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

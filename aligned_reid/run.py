@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -61,7 +62,7 @@ def run(config: Config) -> dict[str, Any]:
     world = read_world()
     given = check_input(config, has_run_dir=world.is_main)
     accelerator = open_device(config, world.local_rank)
-    check_apart(config, world, accelerator)
+    check_devices(config, world, accelerator)
     with process_group(world, accelerator, config) as world:
         config = go_on_after_restart(config, world, accelerator)
         config = settle_seed(config, world, accelerator)
@@ -87,8 +88,10 @@ def open_device(config: Config, local_rank: int, index: int | None = None) -> Ac
     )
 
 
-def check_apart(config: Config, world: World, accelerator: Accelerator) -> None:
-    """Raise InputError where --models_apart asks for devices that are not there."""
+def check_devices(config: Config, world: World, accelerator: Accelerator) -> None:
+    """Raise InputError where --sync_bn or --models_apart asks for what the devices do not give."""
+    if config.sync_bn and accelerator.name == "cpu":
+        raise InputError("--sync_bn true: torch has no batch norm over several processes for CPUs; leave it out")
     if not config.models_apart:
         return
     if world.size > 1:
@@ -211,8 +214,8 @@ def train_and_evaluate(
         if world.is_main:
             try:
                 write_weights(models, config)
-            except InputError as error:  # the package is missing, which is no reason to lose the test
-                log(f"not written: {error}")
+            except (InputError, OSError) as error:  # a missing package or a full disk is no reason to lose the test
+                log(f"{SAFETENSORS_NAME} is not written: {error}; the weights are in {CHECKPOINT_NAME}")
     train_seconds = time.monotonic() - start
     use_local = local_was_trained if config.use_local_distance is None else config.use_local_distance
 
@@ -255,7 +258,7 @@ def run_extraction(config: Config, save_file: Path) -> None:
         model, local_was_trained = load_for_test(config, given.weights, log)
         local = local_was_trained if config.use_local_distance is None else config.use_local_distance
         made_by = {
-            "weights": digest_of(model),
+            "weights": digest_of(model.state_dict()),
             "resize_h_w": list(config.resize_h_w),
             "precision": str(accelerator.half or torch.float32),
             "normalize_feature": config.normalize_feature or config.test_distance == "cosine",
@@ -286,7 +289,8 @@ def run_extraction(config: Config, save_file: Path) -> None:
                 writer.write(first, {name: feat.numpy() for name, feat in feats.items() if feat is not None})
         if writer:
             writer.finish()
-    log(f"features of {len(images):,} images in {save_file}; next: python script/evaluate.py --features {save_file}")
+    next_command = f"python script/evaluate.py --features {shlex.quote(str(save_file))}"
+    log(f"features of {len(images):,} images in {save_file}; next: {next_command}")
 
 
 def train(config: Config, world: World, accelerator: Accelerator, given: RunInput, log: Log) -> Trainer:
@@ -318,6 +322,8 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
     if config.cache:
         open_image_cache(config, world, accelerator, images, log)
     trainer = Trainer(config, models, images, sampler, accelerators, world, log, config.run_dir)
+    if not config.resume and start_alike(models):
+        log("the models start alike in all that is trained, and stay so: -idlw or -llw gives each a head of its own")
     if config.eval_every:
         trainer.best = Best(config, given.test, accelerator, world, log, config.run_dir)
     if config.resume:
@@ -340,6 +346,14 @@ def start_model(config: Config, num_classes: int, weights: Any, log: Log) -> Ali
     elif not config.resume:
         log(model.trunk_report)
     return model
+
+
+def start_alike(models: Sequence[AlignedReID]) -> bool:
+    """Whether the first two of several models have the same weights, frozen heads aside."""
+    if len(models) < 2:
+        return False
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    return all(torch.equal(one.cpu(), other.cpu()) for one, other in pairs if one.requires_grad)
 
 
 def open_image_cache(config: Config, world: World, accelerator: Accelerator, images: TrainImages, log: Log) -> None:

@@ -84,19 +84,25 @@ def read_safetensors(file: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
-            settings = json.loads((content.metadata() or {}).get("config", "{}"))
+            metadata = content.metadata() or {}
+            settings = json.loads(metadata.get("config", "{}"))
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{file} is no safetensors file, or it is cut off ({first_line(error)})") from error
+    if "digest" in metadata and metadata["digest"] != digest_of(tensors):  # the format has no checksum of its own
+        raise InputError(f"{file} is damaged: its tensors are not those that were written; take another copy")
     return {"model": tensors, "config": settings}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """Write weights for everybody's readers, whole or not at all; `settings` go into the metadata as JSON."""
+    """Write weights for everybody's readers, whole or not at all.
+
+    `settings` go into the metadata as JSON, and with them a digest of the tensors.
+    """
     import_safetensors(path)
     from safetensors.torch import save
 
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(dense, {"format": "pt", "config": json.dumps(settings)})
+    content = save(dense, {"format": "pt", "config": json.dumps(settings), "digest": digest_of(dense)})
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -148,10 +154,10 @@ def settings_of(content: Any) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def digest_of(model: nn.Module) -> str:
-    """A digest of a model's tensors: the same weights give the same one, whatever file they came from."""
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of a model's tensors by name: the same weights give the same one, whatever file they came from."""
     digest = blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -64,6 +64,8 @@ def main() -> None:
     )
     print(f"{arguments.save_file} ({arguments.save_file.stat().st_size / 1e6:.1f} MB): {described}")
     print(f"ONNX Runtime's features differ from torch's by at most {difference:.1e} of the largest value")
+    if trained.get("flip_test"):
+        print("the weights are to be tested on means with mirror images (--flip_test), which the graph leaves to you")
     if images is not None:
         features = OnnxFeatures(arguments.save_file).extract(images, arguments.workers)
         evaluate_features(features, images, print, Measures())

@@ -83,11 +83,11 @@ class Checkpoints:
         """What a resumed run has to share with the one before it, to end with the same bits."""
         return {"num_processes": group_size(), "device": self.accelerator.device.type}
 
-    def load(self) -> LastGood:
+    def load(self, config: Config) -> LastGood:
         """Bring model, optimiser, scaler and random states to those of the last good file; returns that.
 
         Rank 0 reads it and the others get it from there: their machines need not see its folder. Raises InputError
-        where there is none, or it belongs to another model.
+        where there is none, or it belongs to another model than `config`, the run's, gives.
         """
         content, path, damage = from_rank(0, lambda: read_content(self.path.parent), self.accelerator.device)
         last = LastGood(content, Path(path), damage)
@@ -99,9 +99,11 @@ class Checkpoints:
             for learner, state in zip(self.learners, states, strict=True):
                 learner.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:160]
+            changed, _ = config.differences_by_effect(content.get("config", {}))
+            reason = "; ".join(changed) or " ".join(str(error).split())[:160]
             raise InputError(
-                f"{last.path} is of another model or other losses than the flags give ({reason})"
+                f"{last.path} is of another model or other losses than the flags give ({reason}): repeat that run's "
+                "flags, or start anew from its weights, with --model_weight_file in the place of --resume"
             ) from error
         set_random_states(content["random"], self.accelerator)
         return last
@@ -177,12 +179,12 @@ def write_atomically(path: Path, content: Any, previous: Path | None = None) -> 
         if previous is not None and path.is_file():
             keep_as(path, previous)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch puts a RuntimeError in front of a full disk's
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
+        raise OSError(f"cannot write {path}: {reason}") from error
 
 
 def keep_as(path: Path, name: Path) -> None:

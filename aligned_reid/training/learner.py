@@ -26,7 +26,7 @@ class Learner:
         model.train_heads(local=config.l_loss_weight > 0, identity=config.id_loss_weight > 0)
         model.grad_checkpoint = config.grad_checkpoint
         if config.sync_bn:
-            accelerator.convert_sync_bn(model)
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(accelerator.device).to(memory_format=accelerator.memory_format)
         num_classes = model.fc.out_features if model.fc is not None else 0
         self.objective = Objective(config, world, num_classes).to(accelerator.device)

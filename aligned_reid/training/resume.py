@@ -33,9 +33,11 @@ def describe_resume(config: Config, last: LastGood, made_on: dict[str, Any]) -> 
 def first_step(content: dict[str, Any], config: Config, num_processes: int, num_steps: int) -> int:
     """The steps of the next epoch that are done; num_steps: of an epoch now.
 
-    Where processes share the identities and their number has changed, as many steps as show the same share of them.
+    Where a step now has another number of batches, or processes share the identities and their number has changed, as
+    many steps as show the same share of them.
     """
     step = int(content.get("step", 0))
+    step = step * content.get("config", {}).get("accumulate", config.accumulate) // config.accumulate
     before = content.get("made_on", {}).get("num_processes", num_processes)
     if config.id_sampling == "sharded" and before != num_processes:
         step = step * before // num_processes

@@ -94,7 +94,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the run folder's checkpoint."""
-        last = self.checkpoints.load()
+        last = self.checkpoints.load(self.config)
         self.epoch = last.content["epoch"]
         self.step = first_step(last.content, self.config, self.world.size, self.steps_per_epoch)
         if self.step:
@@ -118,7 +118,8 @@ class Trainer:
                         raise
                     self.stop_here(can_save=not self.apart)
                 if self.best:
-                    self.best.after_epoch(self.tested_models()[0], self.epoch)
+                    with self.told_where_to_go_on():
+                        self.best.after_epoch(self.tested_models()[0], self.epoch)
                 self.save_if(self.epoch == self.config.total_epochs or self.checkpoints.is_due())
         self.profile.finish()
 
@@ -285,10 +286,16 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint; a full or read-only folder ends the run with the former checkpoint in place."""
-        try:
+        with self.told_where_to_go_on():
             self.checkpoints.save(self.epoch, self.config, self.step, self.meters.state_dict())
+
+    @contextlib.contextmanager
+    def told_where_to_go_on(self) -> Iterator[None]:
+        """Raise InputError, with the last good checkpoint, where a file cannot be written."""
+        try:
+            yield
         except OSError as error:
-            raise InputError(f"{error}; {self.last_checkpoint()}") from error
+            raise InputError(f"{error}; {self.last_checkpoint()}: make room, and go on with --resume true") from error
 
     def last_checkpoint(self) -> str:
         """Where the last good checkpoint is, for a message."""

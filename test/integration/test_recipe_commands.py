@@ -74,6 +74,16 @@ def test_each_of_two_models_is_evaluated_and_saved(train, tmp_path):
     assert results["models"][0]["global"] != results["models"][1]["global"]
 
 
+def test_models_that_start_alike_are_noticed(train, tmp_path):
+    assert train(tmp_path / "first").status == 0
+    mutual = ("--num_models=2", "-gdmlw", "1", f"--pretrained={tmp_path / 'first' / 'model.safetensors'}")
+    alike = train(tmp_path / "alike", *mutual)
+    assert "the models start alike in all that is trained" in alike.out
+    results = json.loads((tmp_path / "alike" / "results.json").read_text())
+    assert results["models"][0]["global"] == results["models"][1]["global"]
+    assert "start alike" not in train(tmp_path / "apart", *mutual, "-idlw", "1").out
+
+
 def test_a_cpu_holds_no_models_apart(train, tmp_path):
     done = train(tmp_path / "run", "--num_models=2", "--models_apart=true", "-gdmlw", "1", "--device=cpu")
     assert done.status == 2
@@ -82,7 +92,10 @@ def test_a_cpu_holds_no_models_apart(train, tmp_path):
 
 
 def test_sync_bn_is_refused_on_a_cpu(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ckpt.pth").write_bytes(b"a former run's")
     done = train(tmp_path / "run", "--sync_bn=true")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["ckpt.pth"]  # not renamed for nothing
     assert done.status == 2
     assert "--sync_bn true: torch has no batch norm over several processes for CPUs" in done.err
     assert done.err.count("\n") == 1
@@ -101,7 +114,8 @@ def test_several_seeds_give_mean_and_deviation(train, tmp_path):
     assert report["global"]["mAP"]["deviation"] == pytest.approx(abs(first - second) / 2**0.5)
     assert "2 runs, seeds 3 to 4; mean and standard deviation:" in done.out
     assert done.out.splitlines()[-1].startswith("global: [cmc1: ")
-    again = train(folder, "--repeat=2")
-    assert again.status == 0
+    (folder / "seed4" / "results.json").write_text("damaged")
+    again = train(folder, "--repeat=2", "--resume=true")
+    assert again.status == 0, again.err
     assert "seed 3: done before" in again.out
     assert "Ep 1" not in again.out

@@ -398,6 +398,8 @@ def test_a_disk_without_room_is_said_before_training(command, tiny_flags, tmp_pa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
     done = command("train.py", *tiny_flags, f"--exp_dir={tmp_path / 'run'}")
     assert_refused(done, "1 MB are free, checkpoints need 960")  # three files
+    done = command("train.py", *tiny_flags, "--num_models=2", "--ema_decay=0.9", f"--exp_dir={tmp_path / 'run'}")
+    assert_refused(done, "1 MB are free, checkpoints need 2520")
     assert not (tmp_path / "run").exists()
 
 

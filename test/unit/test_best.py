@@ -1,15 +1,19 @@
 """Evaluation during training: what it keeps, what it says, and that the training does not notice it."""
 
+import errno
 import json
+import os
 import sys
 
 import pytest
 import torch
 
+from aligned_reid import run as run_module
 from aligned_reid.config import Config
-from aligned_reid.errors import RunStopped
+from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.run import run
 from aligned_reid.training import best as best_module
+from aligned_reid.training.checkpoint import Checkpoints
 from aligned_reid.weights import read_weight_file
 
 pytestmark = pytest.mark.usefixtures("small_trunk")
@@ -74,6 +78,28 @@ def test_a_damaged_best_is_named_and_sought_anew(tiny_data, tmp_path):
     assert "the best model is sought anew" in (tmp_path / "log.txt").read_text()
 
 
+def test_a_full_disk_at_the_best_is_one_line(tiny_data, tmp_path, monkeypatch):
+    def full(content, file):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")  # as torch does
+
+    after_epoch = best_module.Best.after_epoch
+
+    def full_at_two(self, model, epoch):
+        if epoch == 2:
+            self.record = None
+            monkeypatch.setattr(torch, "save", full)
+        after_epoch(self, model, epoch)
+
+    monkeypatch.setattr(best_module.Best, "after_epoch", full_at_two)
+    monkeypatch.setattr(Checkpoints, "is_due", lambda self: True)
+    with pytest.raises(InputError, match=r"best\.pth: No space left.* the last good checkpoint is .*ckpt\.pth"):
+        run(config_of(tiny_data, tmp_path, eval_every=1, total_epochs=2))
+    assert {read_weight_file(tmp_path / name)["epoch"] for name in ("ckpt.pth", "best.pth")} == {1}
+
+
 def test_the_weights_as_safetensors_give_the_same_scores(tiny_data, tmp_path):
     trained = run(config_of(tiny_data, tmp_path / "run", total_epochs=1, l_loss_weight=1.0))
     weights = tmp_path / "run" / "model.safetensors"
@@ -81,6 +107,15 @@ def test_the_weights_as_safetensors_give_the_same_scores(tiny_data, tmp_path):
     for name in ("global", "local", "global_local_re_ranked"):  # local: the settings in the file say it was trained
         assert tested[name] == trained[name], name
     assert tested["local"] is not None
+
+
+def test_a_disk_without_room_for_safetensors_costs_no_more_than_its_file(tiny_data, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_module, "write_safetensors", full)
+    assert run(config_of(tiny_data, tmp_path, total_epochs=1))["global"]
+    assert "model.safetensors is not written: [Errno 28] No space left" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_missing_package_costs_no_more_than_its_file(tiny_data, tmp_path, monkeypatch):

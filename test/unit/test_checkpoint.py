@@ -54,7 +54,7 @@ def test_what_is_read_goes_on_to_the_bit(tmp_path):
     expected = first.step()
 
     second = Parts(tmp_path)
-    content = second.checkpoints.load().content
+    content = second.checkpoints.load(Config(seed=3)).content
     assert (content["epoch"], content["sampler"]) == (1, {"seed": 3, "epoch": 1})
     assert content["config"] == config.to_dict()
     assert torch.equal(torch.rand(3), drawn[0])
@@ -134,7 +134,7 @@ def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, damage):
     parts.step()
     parts.checkpoints.save(2, Config(seed=3))
     damage(tmp_path / "ckpt.pth")
-    last = parts.checkpoints.load()
+    last = parts.checkpoints.load(Config(seed=3))
     assert (last.path.name, last.content["epoch"]) == ("ckpt.previous.pth", 1)
     assert str(tmp_path / "ckpt.pth") in last.damage and "\n" not in last.damage
     for ours, theirs in zip(parts.model.parameters(), first, strict=True):
@@ -146,7 +146,7 @@ def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, damage):
     for path in tmp_path.iterdir():
         flip_a_byte(path)
     with pytest.raises(InputError, match="no checkpoint to go on from") as error:
-        parts.checkpoints.load()
+        parts.checkpoints.load(Config(seed=3))
     assert str(error.value).count("the checksum of") == 2 and "\n" not in str(error.value)
 
 
@@ -166,10 +166,10 @@ def test_a_file_that_is_no_run_or_another_model_is_refused(tmp_path):
     parts = Parts(tmp_path)
     torch.save(parts.model.state_dict(), tmp_path / "ckpt.pth")
     with pytest.raises(InputError, match="--model_weight_file"):
-        parts.checkpoints.load()
-    Parts(tmp_path, width=5).checkpoints.save(1, Config(seed=3))
-    with pytest.raises(InputError, match="another model"):
-        parts.checkpoints.load()
+        parts.checkpoints.load(Config(seed=3))
+    Parts(tmp_path, width=5).checkpoints.save(1, Config(seed=3, bnneck=True))
+    with pytest.raises(InputError, match=r"another model or .* the flags give \(bnneck: True -> False\)"):
+        parts.checkpoints.load(Config(seed=3))
 
 
 def test_writing_takes_a_bounded_share_of_the_time(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What the README says is what the code does."""
+"""What the README and the examples of docs/ say is what the code does."""
 
 import re
 import shutil
@@ -13,6 +13,11 @@ from aligned_reid.model import AlignedReID
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DATASETS = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+
+
+def examples_in(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_the_table_of_flags_is_the_parsers():
@@ -29,14 +34,26 @@ def test_flags_and_files_that_it_names_exist():
     assert Config().ids_per_batch == 32
 
 
-def test_its_example_prepares_own_photos(tmp_path, monkeypatch):
+def test_nothing_is_prepared_into_its_source():
+    commands = re.findall(r"script/prepare_\w+\.py --source (\S+) .*--save_dir (\S+)", README + DATASETS)
+    assert len(commands) >= 6
+    assert all(source != save_dir for source, save_dir in commands)
+
+
+def test_all_rooms_are_in_the_architecture():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = {path.name for path in (ROOT / "aligned_reid").rglob("*.py")} - {"__init__.py"}
+    assert sorted(name for name in files if name not in text) == []
+
+
+def test_the_example_for_a_division_of_ones_own_makes_a_data_set(tmp_path, monkeypatch):
     drawn = make_synthetic(tmp_path / "drawn", 8, 2, 3, seed=1)
     (tmp_path / "mine").mkdir()
     shutil.copytree(drawn / "images", tmp_path / "mine" / "images")
     for distractor in (tmp_path / "mine" / "images").glob("00000000_*"):
         distractor.unlink()
     monkeypatch.chdir(tmp_path)
-    example, _ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (example,) = examples_in(DATASETS)
     exec(example, {})
     test = TestImages(open_data(tmp_path / "mine"))
     check_protocol(test.person_ids, test.cameras, test.marks)
@@ -54,7 +71,7 @@ def test_its_example_reads_a_graph(small_trunk, tiny_data, tmp_path, monkeypatch
     export_onnx(graph, tmp_path / "aligned_reid.onnx", (256, 128), opset=17, batch_size=None)
     shutil.copy(next((tiny_data / "images").iterdir()), tmp_path / "person.jpg")
     monkeypatch.chdir(tmp_path)
-    _, example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (example,) = examples_in(README)
     found: dict = {}
     exec(example, found)
     assert found["global_feat"].shape == (1, 2048)

@@ -45,6 +45,12 @@ def test_the_share_of_an_epoch_that_is_done_stays(sampling, before, now, expecte
     assert first_step(content, Config(id_sampling=sampling), now, num_steps=10) == expected
 
 
+@pytest.mark.parametrize(("before", "now", "expected"), [(1, 2, 3), (2, 1, 12), (2, 3, 4), (2, 2, 6)])
+def test_steps_of_other_batches_show_the_same_share(before, now, expected):
+    content = {"step": 6, "config": Config(accumulate=before).to_dict()}
+    assert first_step(content, Config(accumulate=now), 1, num_steps=20) == expected
+
+
 def config_of(data, folder, **settings):
     common = {"data_path": str(data), "exp_dir": str(folder), "pretrained": "none", "resize_h_w": (64, 32), "seed": 1}
     common |= {"ids_per_batch": 4, "ims_per_id": 2, "workers": 0, "device": "cpu", "amp": "O0", "total_epochs": 2}

@@ -209,6 +209,16 @@ def test_damaged_safetensors_are_one_line(tmp_path):
         assert f"{name}.safetensors" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_bit_that_flipped_in_safetensors_is_noticed(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {"weight": torch.ones(1000)}, {})
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
+        read_weight_file(path)
+
+
 def test_a_full_disk_leaves_the_former_safetensors(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     write_safetensors(path, {"weight": torch.ones(3)}, {})

@@ -1,0 +1,27 @@
+"""The test of a run: with the settings that its weights were trained with."""
+
+from aligned_reid.config import Config
+from aligned_reid.measure import settle_test
+
+
+def settled(settings, **given):
+    lines = []
+    config = settle_test(Config.of(**given), {"config": settings}, lines.append)
+    return config, lines
+
+
+def test_what_belongs_to_the_weights_is_taken_from_their_file():
+    config, lines = settled({"bnneck": True, "flip_test": True, "base_lr": 1.0})
+    assert (config.bnneck, config.flip_test, config.base_lr) == (True, True, Config().base_lr)
+    assert lines == ["as the weights were trained: bnneck True, flip_test True"]
+
+
+def test_a_given_flag_stays():
+    config, lines = settled({"flip_test": True}, flip_test=False)
+    assert (config.flip_test, lines) == (False, [])
+
+
+def test_another_size_of_the_images_is_said():
+    _, lines = settled({"resize_h_w": [128, 64]})
+    assert lines == ["the weights were trained at --resize_h_w=128,64 and are tested at 256,128"]
+    assert settled({"resize_h_w": [128, 64]}, resize_h_w=(128, 64))[1] == []
