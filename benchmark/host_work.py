@@ -23,9 +23,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import nn
-from training import IMS_PER_ID, published_image, published_triplets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from loader import published_image
+from training_published import IMS_PER_ID, published_triplets
 
 from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config

@@ -1,0 +1,72 @@
+"""Work in processes of its own: what one side of a benchmark does in its turn, and the most memory that it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Block(NamedTuple):
+    """What a process measured in its turn: seconds of each step, its largest memory in MB, and what it computed on."""
+
+    seconds: list[float]
+    megabytes: float
+    device: str
+
+
+def in_own_processes(work: Callable[..., Any], all_arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What `work` gives for each of the arguments: one new process each, all at the same time.
+
+    The processes have ended when this returns, so that their memory and their threads disturb no other turn. Exits
+    where one of them ends without a result; it has said why.
+    """
+    context = multiprocessing.get_context("spawn")
+    started = []
+    for arguments in all_arguments:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=answer, args=(theirs, work, arguments))
+        process.start()
+        theirs.close()  # so that the end of the process is noticed
+        started.append((process, ours))
+    try:
+        return [connection.recv() for _, connection in started]
+    except EOFError:
+        raise SystemExit("a process of the benchmark has ended without a result") from None
+    finally:
+        for process, connection in started:
+            connection.close()
+            process.join()
+
+
+def answer(connection: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    connection.send(work(*arguments))
+
+
+def forget_peak_memory() -> None:
+    """Let peak_memory count from here on, where Linux lets this process do so."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> float:
+    """MB that this process has held at most (Linux). Its children's are not among them.
+
+    Not getrusage's ru_maxrss, which a process inherits from the one that started it.
+    """
+    return memory_line("VmHWM")
+
+
+def memory() -> float:
+    """MB that this process holds now."""
+    return memory_line("VmRSS")
+
+
+def memory_line(name: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) / 1024
+    raise SystemExit(f"/proc/self/status has no {name}: memory is measured on Linux only")

@@ -1,0 +1,96 @@
+"""Benchmarks of training run on a tiny data set and print their tables; what the figures are is for a quiet machine."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+TINY = ("--resize_h_w=32,32", "--ids_per_batch=4", "--steps=1", "--workers=0")
+
+
+def rows_of(output):
+    """The rows of a benchmark's tables, by their first column; the tables' heads too."""
+    lines = [line for line in output.splitlines() if line.startswith("|") and "---" not in line]
+    return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
+
+
+def numbers(row):
+    return [float(cell.rstrip("%").replace(",", "")) for cell in row]
+
+
+def run(name, *arguments):
+    """A benchmark as a user runs it: each side in a process of its own."""
+    command = [sys.executable, str(ROOT / "benchmark" / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return rows_of(done.stdout)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """A benchmark with all sides in this process, one after another, which is many times as fast."""
+
+    def run(name, *arguments):
+        monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "in_own_processes", lambda work, given: [work(*one) for one in given])
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        module.main()
+        return rows_of(capsys.readouterr().out)
+
+    return run
+
+
+def test_training_has_a_row_for_each_side(tiny_data, run_here, small_trunk):
+    title, *rows = run_here("training", f"--data_path={tiny_data}", "--only=training", *TINY).items()
+    assert title[1] == ["images/s", "s a step", "to published", "of the bare step", "MB at most"]
+    assert [name for name, _ in rows] == [
+        "published, float32 NCHW",
+        "ours",
+        "ours, --cache true",
+        "ours, --grad_checkpoint true",
+        "ours, --accumulate 2, half the --ids_per_batch",
+        "bare step, random images",
+    ]
+    for name, row in rows:
+        rate, _, to_published, of_bare, megabytes = numbers(row)
+        assert rate > 0 and to_published > 0 and of_bare > 0 and megabytes > 100, name
+    assert numbers(rows[0][1])[2] == 1.0
+    assert numbers(rows[-1][1])[3] == 100.0
+
+
+def test_scaling_compares_one_process_and_two(tiny_data):
+    rows = run("training.py", f"--data_path={tiny_data}", "--only=scaling", *TINY)
+    rows.pop("scaling")
+    assert list(rows) == ["1 process", "2 processes", "2 processes, --cross_rank_mining true"]
+    for device, *figures in rows.values():
+        assert "threads" in device
+        assert min(numbers(figures)) > 0
+    assert numbers(rows["1 process"][1:])[2] == 1.0
+
+
+def test_feature_extraction(tiny_data, run_here, small_trunk):
+    rows = run_here("training", f"--data_path={tiny_data}", "--only=extraction", "--extract=8", *TINY)
+    assert min(numbers(rows["8 images"])) > 0
+
+
+def test_loading(tiny_data):
+    rows = run("loader.py", f"--data_path={tiny_data}", "--resize_h_w=32,32", "--images=16", "--rounds=1")
+    assert len(rows) == 6
+    assert numbers(rows["published"])[1] == 1.0
+
+
+def test_the_local_loss_is_the_published_one():
+    """The benchmark ends with an error where the two losses differ."""
+    rows = run("local_loss.py", "--sizes=64", "--rounds=1")
+    assert min(numbers(rows["64 images"])) > 0
+
+
+def test_more_steps_than_an_epoch_has_are_refused(tiny_data, run_here, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run_here("training", f"--data_path={tiny_data}", "--ids_per_batch=8", "--steps=2")
+    assert exit_.value.code == 2
+    assert "--steps 2 and one before them are more than the 1 steps of an epoch" in capsys.readouterr().err
