@@ -21,6 +21,8 @@ from aligned_reid.distance import (
 )
 from aligned_reid.errors import InputError
 
+COSTS_AT_A_TIME = 2**20  # of pairs of stripes, in mining: all of a batch of 128 images with 8 stripes
+
 
 class HardExamples(NamedTuple):
     """For each anchor, its farthest positive and its nearest negative; each [N]."""
@@ -129,7 +131,7 @@ def local_loss(
             raise InputError("local_loss: needs labels, or both p_inds and n_inds")
         # Of the N x N distances only 2 N enter the loss: mine without gradient, then differentiate those.
         with torch.no_grad():
-            hard = batch_hard(aligned_distance(feat, feat), labels)
+            hard = batch_hard(_distances_by_rows(feat), labels)
         p_inds, n_inds = hard.p_inds, hard.n_inds
     partners = torch.cat([p_inds, n_inds]).to(feat.device, non_blocking=True)
     dist = aligned_distance_pairs(feat.repeat(2, 1, 1), feat.index_select(0, partners))
@@ -186,6 +188,12 @@ def mutual_distance_loss(dist: Tensor, other_dist: Tensor) -> Tensor:
     """
     _check_same_shape("mutual_distance_loss", dist, other_dist)
     return (at_least_float32(dist) - at_least_float32(other_dist.detach())).square().mean()
+
+
+def _distances_by_rows(feat: Tensor) -> Tensor:
+    """Aligned distances of all pairs, feat [N, H, d] -> [N, N]; some rows at a time, for their costs are H * H as many."""
+    rows = max(1, COSTS_AT_A_TIME // max(1, len(feat) * feat.shape[1] ** 2))
+    return torch.cat([aligned_distance(block, feat) for block in feat.split(rows)])
 
 
 def _at(dist: Tensor, indices: Tensor) -> Tensor:
