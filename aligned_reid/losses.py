@@ -191,7 +191,7 @@ def mutual_distance_loss(dist: Tensor, other_dist: Tensor) -> Tensor:
 
 
 def _distances_by_rows(feat: Tensor) -> Tensor:
-    """Aligned distances of all pairs, feat [N, H, d] -> [N, N]; some rows at a time, for their costs are H * H as many."""
+    """Aligned distances of all pairs, feat [N, H, d] -> [N, N]; some rows at a time: the costs are H * H as many."""
     rows = max(1, COSTS_AT_A_TIME // max(1, len(feat) * feat.shape[1] ** 2))
     return torch.cat([aligned_distance(block, feat) for block in feat.split(rows)])
 
