@@ -52,6 +52,8 @@ def check_input(config: Config, *, has_run_dir: bool = True) -> RunInput:
     has_run_dir: whether the checkpoint to resume from has to be here; only rank 0 reads it.
     """
     check_device_name(config.device)
+    if config.repeat > 1:
+        config = replace(config, resume=False)  # each of its runs looks into its own folder
     given = open_images(config)
     if given.train is not None:
         person_ids = given.train.person_ids

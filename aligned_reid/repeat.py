@@ -14,7 +14,7 @@ from aligned_reid.distributed import read_world
 from aligned_reid.measure import SCORE_NAMES
 from aligned_reid.run import RESULTS_NAME, run, write_json
 from aligned_reid.training.log import Log
-from aligned_reid.weights import CHECKPOINT_NAME
+from aligned_reid.weights import CHECKPOINT_NAME, PREVIOUS_NAME
 
 REPEAT_NAME = "repeat.json"
 REPORTED = ("cmc1", "mAP", "mAP_step")
@@ -45,7 +45,8 @@ def repeat(config: Config) -> dict[str, Any]:
 def run_once(config: Config, folder: Path, seed: int) -> dict[str, Any]:
     """The results of one seed's run: those that lie in its folder, or a new run's."""
     own = dataclasses.replace(config, exp_dir=str(folder), seed=seed, repeat=1)
-    own = dataclasses.replace(own, resume=config.resume and (folder / CHECKPOINT_NAME).is_file())
+    has_begun = any((folder / name).is_file() for name in (CHECKPOINT_NAME, PREVIOUS_NAME))
+    own = dataclasses.replace(own, resume=config.resume and has_begun)
     former = read_results(folder / RESULTS_NAME)
     if former and not [line for line in own.differences(former["config"]) if not line.startswith("resume:")]:
         Log(None, is_main=read_world().is_main)(f"seed {seed}: done before, in {folder}")

@@ -64,6 +64,10 @@ def test_only_rank_0_needs_the_run_folder(tiny_data, tmp_path):
     assert check_input(config, has_run_dir=False).weights is None
 
 
+def test_several_seeds_have_no_checkpoint_in_the_folder_of_all(tiny_data, tmp_path, small_trunk):
+    assert check_input(config_of(tiny_data, tmp_path, resume=True, repeat=2)).weights is None
+
+
 def test_a_damaged_checkpoint_is_gone_on_from_by_the_one_before(tiny_data, tmp_path, small_trunk):
     run(config_of(tiny_data, tmp_path, total_epochs=2))
     path = tmp_path / "ckpt.pth"
