@@ -1,4 +1,4 @@
-"""Train with kills: python kill_and_resume.py <data> <folder> <kills> <ranks> <workers>; test_resume_command.py calls it.
+"""Train with kills: python kill_and_resume.py <data> <folder> <kills> <ranks> <workers>, for test_resume_command.py.
 
 Every attempt is forked from this process, which has imported all there is to import and computed nothing. A rank kills
 itself at a random moment of a random step, the writing of a checkpoint among them; the next attempt resumes.
