@@ -61,7 +61,7 @@ def main() -> None:
     if fault in FAULTS and own_rank == rank and (fault == "mistake" or not happened.exists()):
         happened.touch()
         if fault == "hang_loading":
-            TrainImages.__getitem__ = at_step(TrainImages.__getitem__, 8 * (step - 1) + 1, fault)
+            TrainImages._write = at_step(TrainImages._write, 8 * (step - 1) + 1, fault)
         else:
             Objective.__call__ = at_step(Objective.__call__, step, fault)
     run(Config.from_arguments(sys.argv[5:]))
