@@ -44,6 +44,10 @@ def parse_arguments() -> Namespace:
         (options.max_restarts >= 0, "--max_restarts is 0 or more"),
         (0 <= options.port < 65536, "--port is at most 65535"),
         (options.nnodes == 1 or options.addr, "several machines need --addr (or MASTER_ADDR), the first one's address"),
+        (
+            not options.command or Path(options.command[0]).is_file(),
+            f"there is no script {' '.join(options.command[:1])}",
+        ),
     ]
     for holds, rule in rules:
         if not holds:

@@ -375,6 +375,7 @@ class TestScreen:
             (["--processes=2", "x.py"], "unknown flag --processes"),
             (["--nnodes=2", "--node_rank=2", "x.py"], "--node_rank counts from 0"),
             (["--nnodes=2", "x.py"], "--addr"),
+            (["--nproc=2", "x.py"], "there is no script x.py"),
         ],
     )
     def test_mistakes(self, arguments, says):

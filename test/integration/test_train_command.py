@@ -424,4 +424,4 @@ def test_a_loss_that_is_not_finite_has_status_1(command, tiny_flags, tmp_path, s
 def test_help_names_every_flag(command):
     done = command("train.py", "--help")
     assert done.status == 0
-    assert all(f"--{name}" in done.out for name in vars(Config()))
+    assert all(f"--{name}" in done.out for name in Config().to_dict())

@@ -425,7 +425,7 @@ def test_several_models_resume_exactly(tiny_data, tmp_path):
     for one, other in zip(whole.learners, second.learners, strict=True):
         assert same(one.model.state_dict(), other.model.state_dict())
     single = make_trainer(tiny_data, tmp_path / "parts", id_loss_weight=1.0)
-    with pytest.raises(InputError, match="it has 2 models, not 1"):
+    with pytest.raises(InputError, match="num_models: 2 -> 1"):
         single.resume()
 
 
