@@ -91,7 +91,7 @@ def test_a_tuple_may_have_blanks():
         ("--freeze_trunk_epochs 1", "there is no head to train"),
         ("--timeout 99999999999", "from 1 to those of a year"),
         ("--seed -1", "whole number from 0"),
-        ("--timeout 0", "1 or more"),
+        ("--timeout 0", "from 1 to those of a year"),
         ("--eval_every -1", "0 or more"),
         ("--npu -1", "device index"),
         ("stray", "unrecognized arguments: stray"),
