@@ -160,15 +160,18 @@ def checkpointed(trunk: nn.Module, images: Tensor) -> Tensor:
 
     Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
     """
+    stages = list(trunk.children())
+    blocks = [block for stage in stages for block in stage.children() if isinstance(block, Bottleneck)]
+    stem = nn.Sequential(
+        *(stage for stage in stages if not any(isinstance(one, Bottleneck) for one in stage.children()))
+    )
     feat = images
-    for stage in trunk.children():
-        blocks = list(stage.children()) or [stage]
-        for block in blocks:
-            if feat.requires_grad and isinstance(block, Bottleneck):
-                contexts = functools.partial(recomputation_contexts, block)
-                feat = checkpoint(block, feat, use_reentrant=False, context_fn=contexts)
-            else:
-                feat = block(feat)
+    for part in (stem, *blocks):
+        if any(parameter.requires_grad for parameter in part.parameters()):
+            contexts = functools.partial(recomputation_contexts, part)
+            feat = checkpoint(part, feat, use_reentrant=False, context_fn=contexts)
+        else:
+            feat = part(feat)
     return feat
 
 
