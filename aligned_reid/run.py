@@ -49,7 +49,7 @@ from aligned_reid.weights import (
     write_safetensors,
 )
 
-RESULTS_NAME = "results.json"
+RESULTS_NAME, CONFIG_NAME = "results.json", "config.json"
 MARK_NAMES = ("query", "gallery", "multi-query")
 
 
@@ -146,7 +146,7 @@ def run_folder(config: Config, world: World) -> Iterator[Log]:
     folder = config.run_dir
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        former = [folder / RESULTS_NAME, folder / "config.json"]
+        former = [folder / RESULTS_NAME, folder / CONFIG_NAME]
         if not (config.resume or config.only_test):
             names = (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME, SAFETENSORS_NAME, "log.txt", "tensorboard")
             former += [folder / name for name in names] + sorted(folder.glob("model_?.safetensors"))
@@ -154,7 +154,8 @@ def run_folder(config: Config, world: World) -> Iterator[Log]:
         log = Log(folder if config.log_to_file else None)
         if any(renamed):
             log(f"files of a former run in {folder} are kept as {', '.join(path.name for path in renamed if path)}")
-        write_json(folder / "config.json", config.to_dict())
+        if not config.resume:  # which may yet be refused
+            write_json(folder / CONFIG_NAME, config.to_dict())
     else:
         log = Log(None, is_main=False)
     try:
@@ -328,6 +329,8 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
         trainer.best = Best(config, given.test, accelerator, world, log, config.run_dir)
     if config.resume:
         trainer.resume()
+        if world.is_main:
+            write_json(config.run_dir / CONFIG_NAME, config.to_dict())
         if trainer.best:
             trainer.best.resume()
     trainer.train()

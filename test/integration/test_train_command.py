@@ -381,6 +381,18 @@ def test_weights_of_another_shape(command, tiny_flags, tmp_path, small_trunk):
     assert_refused(command("train.py", *tiny_flags, *flags), "base.conv1.weight has shape (16, 3, 7, 7)")
 
 
+def test_a_refused_resume_leaves_the_settings_of_the_run(command, tiny_flags, tmp_path, small_trunk):
+    folder = tmp_path / "run"
+    flags = (*tiny_flags, "--seed=3", f"--exp_dir={folder}")
+    assert command("train.py", *flags, "--total_epochs=1").status == 0
+    before = (folder / "config.json").read_text()
+    refused = command("train.py", *flags, "--total_epochs=2", "--resume=true", "--num_models=2", "-gdmlw=1")
+    assert_refused(refused, "num_models: 1 -> 2")
+    assert (folder / "config.json").read_text() == before
+    assert command("train.py", *flags, "--total_epochs=2", "--resume=true").status == 0
+    assert json.loads((folder / "config.json").read_text())["total_epochs"] == 2
+
+
 def test_resuming_what_is_no_run(command, tiny_flags, tmp_path, small_trunk):
     torch.save(AlignedReID(8, pretrained="none").state_dict(), tmp_path / "ckpt.pth")
     done = command("train.py", *tiny_flags, "--resume=true", f"--exp_dir={tmp_path}")
