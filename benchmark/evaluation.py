@@ -5,8 +5,9 @@
 Random features with the structure of a test set: people, cameras, distractors. `market` has Market-1501's size and
 takes about 15 minutes on 2 cores, most of them the published code's, and 12 GB of memory, its re-ranking's. Compilation
 by numba, once in the life of an installation, is not counted. Peak memory is what a function holds at most besides its
-inputs, its result included. At `500k`, Market-1501 with 500,000 distractors, the published code cannot run; it is what
-evaluation_large.py measures, re-ranking included, and takes hours.
+inputs, its result included. A second table has feature extraction, of which extraction.py says more. At `500k`,
+Market-1501 with 500,000 distractors, the published code cannot run; it is what evaluation_large.py measures, re-ranking
+included, and takes hours.
 """
 
 import argparse
@@ -26,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import evaluation_large as large  # noqa: E402
 import evaluation_numpy as plain  # noqa: E402
 import evaluation_published as published  # noqa: E402
+import extraction  # noqa: E402
 
 from aligned_reid.evaluation import (  # noqa: E402
     global_distance_matrix,
@@ -36,6 +38,7 @@ from aligned_reid.evaluation import (  # noqa: E402
 )
 
 SIZES = {"small": (400, 1600, 75), "market": (3368, 15913, 750)}  # queries, gallery, people
+IMAGES = {"small": 64, "market": 512}  # to extract features of
 NUM_CAMERAS = 6
 DISTRACTORS = 0.17  # of the gallery
 GLOBAL_WIDTH, LOCAL_SHAPE = 2048, (8, 128)
@@ -194,6 +197,7 @@ def main() -> None:
     print(" ".join(heads))
     warm_up(make_test_set(50, 200, 10))
     compare(make_test_set(*SIZES[size]))
+    print(f"\n{extraction.extraction_table(None, (256, 128), IMAGES[size])}")
 
 
 if __name__ == "__main__":

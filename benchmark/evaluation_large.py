@@ -1,12 +1,13 @@
 """Time and memory of streamed evaluation over the size of the gallery, up to Market-1501 with 500,000 distractors.
 
     python benchmark/evaluation_large.py [--galleries=1000,4000,16000,64000,256000,516000] [--re_rank_up_to=64000]
-        [--local=true] [--folder=/tmp] [--figure=docs/evaluation_scale.png]
+        [--local=true] [--folder=/tmp] [--figure=docs/evaluation_scale.png] [--tables output.txt ...]
 
 Made-up features of Market-1501's 3,368 queries, its 15,913 gallery images and distractors go into features.h5 in a
 temporary folder (6.4 GB with local features at the largest), and from there through what script/evaluate.py does. The
 published code needs the whole matrices and cannot run at these sizes. Memory is what the process holds at most besides
-pages of mapped files, the start of Python and its libraries included.
+pages of mapped files, the start of Python and its libraries included. --tables measures nothing: it draws the figure
+from what former runs have printed.
 """
 
 from __future__ import annotations
@@ -116,7 +117,18 @@ def open_set(path: Path, local: bool) -> LargeSet:
     return LargeSet.of([read_features(path)], normalize_feature=False, local=local)
 
 
+def read_rows(printed: str) -> list[tuple[int, str, float, float]]:
+    """The rows of tables that measure_sizes has printed."""
+    rows = []
+    for line in printed.splitlines():
+        gallery, *others = [cell.strip() for cell in line.strip("| ").split("|")]
+        if gallery.replace(",", "").isdecimal() and len(others) == 4:
+            rows.append((int(gallery.replace(",", "")), others[0], float(others[2]), float(others[3])))
+    return rows
+
+
 def draw(rows: list[tuple[int, str, float, float]], path: Path) -> None:
+    """Seconds and memory over the gallery's size, a line for each distance."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,7 +136,7 @@ def draw(rows: list[tuple[int, str, float, float]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
     for name in dict.fromkeys(row[1] for row in rows):
-        sizes, _, seconds, megabytes = zip(*(row for row in rows if row[1] == name), strict=True)
+        sizes, _, seconds, megabytes = zip(*sorted(row for row in rows if row[1] == name), strict=True)
         axes[0].loglog(sizes, seconds, "o-", label=name)
         axes[1].semilogx(sizes, np.array(megabytes) / 1024, "o-", label=name)
     for axis, title in zip(axes, ("seconds", "GB besides mapped pages"), strict=True):
@@ -162,7 +174,13 @@ def main() -> None:
     parser.add_argument("--local", type=parse_bool, default=True)
     parser.add_argument("--folder", default=None, help="where the features are written")
     parser.add_argument("--figure", type=Path, default=None)
+    parser.add_argument("--tables", type=Path, nargs="+", help="files of what was printed before, for --figure")
     arguments = parser.parse_args()
+    if arguments.tables:
+        if not arguments.figure:
+            parser.error("--tables needs --figure, where to draw them")
+        draw([row for path in arguments.tables for row in read_rows(path.read_text())], arguments.figure)
+        return
     measure_sizes(arguments.galleries, arguments.re_rank_up_to, arguments.local, arguments.folder, arguments.figure)
 
 

@@ -1,12 +1,12 @@
 """Training against the published loop, in one run: a table each of training, scaling, loading and the local loss.
 
     python benchmark/training.py --data_path=<prepared data set> [--resize_h_w=256,128] [--steps=2] [--rounds=1]
-        [--only=training|scaling|loader|local|extraction]
+        [--only=training|scaling|loader|local]
 
 Training: images/s of the published loop, of ours, of ours with the flags that save time or memory, and of the bare step
 (forward, backward and optimiser of the same model on random images). Scaling: ours in one process with all cores, and
 in two with half of them each, which share the batch. Loading and the local loss: see benchmark/loader.py and
-local_loss.py, which print theirs alone too. Feature extraction only where --only asks for it.
+local_loss.py, which print theirs alone too.
 
 The published loop is the reference's algorithm, line for line, on today's torch: PIL decoding and float64 normalising
 in two threads, float32 NCHW, Adam, hard samples by boolean masks, figures read back in every step. All train ResNet-50
@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from blocks import Block, in_own_processes
 from loader import loader_rates, loader_table
 from local_loss import local_table, local_turns
-from training_ours import bare_block, our_block, our_extraction, our_rank
-from training_published import IMS_PER_ID, published_block, published_extraction
+from training_ours import bare_block, our_block, our_rank
+from training_published import IMS_PER_ID, published_block
 
 from aligned_reid.config import Config
 from aligned_reid.data import IdentityBatchSampler, TrainImages, open_data
@@ -39,7 +39,7 @@ from aligned_reid.errors import InputError
 from aligned_reid.flags import parse_height_width
 from aligned_reid.launcher import free_port
 
-SUBJECTS = ("training", "scaling", "loader", "local", "extraction")
+SUBJECTS = ("training", "scaling", "loader", "local")
 NUM_RANKS = 2
 
 
@@ -157,20 +157,6 @@ def scaling_table(measured: dict[str, Measured], batch: int) -> str:
     return "\n".join(rows)
 
 
-def extraction_table(arguments: argparse.Namespace) -> str:
-    given = (config_of(SIDES["live"], arguments), arguments.extract)
-    rates: dict[Any, list[float]] = {published_extraction: [], our_extraction: []}
-    for _ in range(arguments.rounds):
-        for extract, measured in rates.items():
-            measured += in_own_processes(extract, [given])
-    published, ours = (statistics.median(measured) for measured in rates.values())
-    return (
-        "| feature extraction, loading included | published, images/s | ours, images/s | ratio |\n"
-        f"| --- | --- | --- | --- |\n| {arguments.extract} images | {published:.1f} | {ours:.1f} "
-        f"| {ours / published:.2f} |"
-    )
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", required=True)
@@ -179,8 +165,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a block")
     parser.add_argument("--rounds", type=int, default=1, help="blocks of each side")
     parser.add_argument("--workers", type=int, default=1, help="that load images for a process of ours")
-    parser.add_argument("--extract", type=int, default=1024, help="test images to extract features of")
-    parser.add_argument("--only", choices=SUBJECTS, help="one subject; default: all but extraction")
+    parser.add_argument("--only", choices=SUBJECTS, help="one subject; default: all")
     arguments = parser.parse_args()
     if arguments.ids_per_batch < 2 * NUM_RANKS or arguments.ids_per_batch % NUM_RANKS:
         parser.error("--ids_per_batch has to be even and at least 4: two processes share it")
@@ -198,7 +183,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    subjects = [arguments.only] if arguments.only else SUBJECTS[:-1]
+    subjects = [arguments.only] if arguments.only else SUBJECTS
     names = [name for name in SIDES if any(name in SIDES_OF.get(subject, ()) for subject in subjects)]
     tables = []
     if names:
@@ -212,8 +197,6 @@ def main() -> None:
         tables.append(loader_table(loader_rates(arguments.data_path, arguments.resize_h_w)))
     if "local" in subjects:
         tables.append(local_table(local_turns((128, 512), arguments.rounds)))
-    if "extraction" in subjects:
-        tables.append(extraction_table(arguments))
     print("\n\n".join(tables))
 
 

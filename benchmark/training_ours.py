@@ -1,4 +1,4 @@
-"""The library's training, feature extraction and bare step, a block at a time, for benchmark/training.py to compare."""
+"""The library's training and bare step, a block at a time, for benchmark/training.py to compare."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import torch
 from blocks import Block, peak_memory
 
 from aligned_reid.config import Config
-from aligned_reid.data import IdentityBatchSampler, TestImages, TrainImages, open_data
+from aligned_reid.data import IdentityBatchSampler, TrainImages, open_data
 from aligned_reid.data.dataset import num_processors
 from aligned_reid.distributed import World, close_group, open_group, read_world
-from aligned_reid.evaluation.extract import extract_features
 from aligned_reid.model import AlignedReID
 from aligned_reid.run import open_device
 from aligned_reid.training.learner import Learner
@@ -94,14 +93,3 @@ def bare_block(config: Config, steps: int) -> Block:
         accelerator.synchronize()
         seconds.append(time.perf_counter() - start)
     return Block(seconds[1:], peak_memory(), accelerator.describe())
-
-
-def our_extraction(config: Config, num_images: int) -> float:
-    """Images/s of feature extraction from the test part's first images."""
-    accelerator = open_device(config, 0)
-    images = TestImages(open_data(config.data_path), size=config.resize_h_w)
-    images.image_names = images.image_names[:num_images]
-    model = AlignedReID(None, pretrained="none")
-    start = time.perf_counter()
-    extract_features(model, images, accelerator, World(), local=True, workers=config.workers)
-    return len(images) / (time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""The published training and feature extraction, line for line on today's torch, for benchmark/training.py to compare.
+"""The published training, line for line on today's torch, for benchmark/training.py to compare.
 
 PIL decoding and float64 normalising in two threads, float32 NCHW, Adam, hard samples by boolean masks, figures read
 back in every step.
@@ -20,9 +20,9 @@ from loader import published_image
 from torch import nn
 
 from aligned_reid.config import Config
-from aligned_reid.data import TestImages, TrainImages, open_data
+from aligned_reid.data import TrainImages, open_data
 
-IMS_PER_ID, TEST_BATCH, MARGIN = 4, 32, 0.3
+IMS_PER_ID, MARGIN = 4, 0.3
 
 
 class PublishedModel(nn.Module):
@@ -177,18 +177,3 @@ def published_block(config: Config, steps: int) -> Block:
     images = TrainImages(open_data(config.data_path), size=config.resize_h_w)
     seconds = PublishedTraining(images, config.ids_per_batch).block(steps)
     return Block(seconds, peak_memory(), "")
-
-
-def published_extraction(config: Config, num_images: int) -> float:
-    """Images/s of the reference's feature extraction: one batch of 32 after another, float32 NCHW."""
-    images = TestImages(open_data(config.data_path), size=config.resize_h_w)
-    all_names = images.image_names[:num_images]
-    model = PublishedModel(1).eval()
-    start = time.perf_counter()
-    with torch.no_grad():
-        for first in range(0, len(all_names), TEST_BATCH):
-            names = all_names[first : first + TEST_BATCH]
-            batch = np.stack([published_image(f"{images.images_dir}/{name}", images.size, False) for name in names])
-            for feat in model(torch.from_numpy(batch).float())[:2]:
-                feat.numpy()
-    return len(all_names) / (time.perf_counter() - start)

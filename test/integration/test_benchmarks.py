@@ -72,9 +72,30 @@ def test_scaling_compares_one_process_and_two(tiny_data):
     assert numbers(rows["1 process"][1:])[2] == 1.0
 
 
-def test_feature_extraction(tiny_data, run_here, small_trunk):
-    rows = run_here("training", f"--data_path={tiny_data}", "--only=extraction", "--extract=8", *TINY)
-    assert min(numbers(rows["8 images"])) > 0
+def test_feature_extraction_gives_the_published_features(run_here, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    monkeypatch.delitem(importlib.import_module("extraction").SIDES, "ours, --compile true")  # it compiles for a minute
+    monkeypatch.setattr("aligned_reid.evaluation.extract.BATCHES_PER_BLOCK", 1)  # undone when the test ends
+    title, *rows = run_here("extraction", "--images=8", "--resize_h_w=32,32").items()
+    assert title[0] == "features of 8 images of 32 x 32"
+    assert [name for name, _ in rows] == ["published", "ours"]
+    for _, (_, *figures) in rows:
+        rate, to_published, megabytes, difference = numbers(figures)
+        assert min(rate, to_published, megabytes) > 0
+        assert difference < 1e-4
+
+
+def test_sizes_of_the_gallery_are_drawn_from_tables_of_several_runs(tmp_path):
+    galleries = ("--galleries=100,200", "--local=false", "--re_rank_up_to=100")
+    command = [sys.executable, str(ROOT / "benchmark" / "evaluation_large.py")]
+    measured = subprocess.run([*command, *galleries], capture_output=True, text=True, timeout=300, check=True).stdout
+    rows = [line.split("|")[1:3] for line in measured.splitlines()[3:]]
+    assert rows == [[" 100 ", " global "], [" 100 ", " global, re-ranked "], [" 200 ", " global "]]
+    tables = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for table in tables:
+        table.write_text(measured.replace(" 100 ", " 1,000 ") if table == tables[1] else measured)
+    subprocess.run([*command, "--figure=all.png", "--tables", *tables], cwd=tmp_path, timeout=100, check=True)
+    assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_loading(tiny_data):
