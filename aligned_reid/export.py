@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aligned_reid.data.dataset import TestImages, make_loader
+from aligned_reid.data.dataset import TestImages
+from aligned_reid.data.loader import make_loader
 from aligned_reid.data.transforms import IM_MEAN, IM_STD
 from aligned_reid.distance import normalize
 from aligned_reid.errors import InputError, RunStopped

@@ -15,7 +15,7 @@ from blocks import Block, peak_memory
 
 from aligned_reid.config import Config
 from aligned_reid.data import IdentityBatchSampler, TrainImages, open_data
-from aligned_reid.data.dataset import num_processors
+from aligned_reid.data.loader import num_processors
 from aligned_reid.distributed import World, close_group, open_group, read_world
 from aligned_reid.model import AlignedReID
 from aligned_reid.run import open_device

@@ -9,9 +9,9 @@ from aligned_reid.data.dataset import (
     TestImages,
     TrainBatch,
     TrainImages,
-    make_loader,
     open_data,
 )
+from aligned_reid.data.loader import make_loader
 from aligned_reid.data.market1501 import is_raw_market1501, prepare_market1501
 from aligned_reid.data.msmt17 import prepare_msmt17
 from aligned_reid.data.partitions import (

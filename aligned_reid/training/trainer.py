@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
-from aligned_reid.data.dataset import TrainBatch, TrainImages, make_loader
+from aligned_reid.data.dataset import TrainBatch, TrainImages
+from aligned_reid.data.loader import make_loader
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.distributed import World, sum_over_ranks, take_from_main
 from aligned_reid.errors import InputError, RunStopped

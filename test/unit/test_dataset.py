@@ -15,7 +15,8 @@ import torch
 from aligned_reid import InputError
 from aligned_reid.data import checks
 from aligned_reid.data.checks import check_images, check_protocol
-from aligned_reid.data.dataset import ReidData, TestImages, TrainImages, make_loader, open_data
+from aligned_reid.data.dataset import ReidData, TestImages, TrainImages, open_data
+from aligned_reid.data.loader import make_loader
 from aligned_reid.data.partitions import build_partitions, format_image_name, read_partitions, write_partitions
 from aligned_reid.data.sampler import IdentityBatchSampler, SampleRequest
 from aligned_reid.data.transforms import decode_image, mirror_image, random_crop, resize_image
