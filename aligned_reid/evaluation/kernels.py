@@ -19,7 +19,7 @@ SIGNATURES = {
     "count_ranks": "void({dtype}[:, ::1], int64[::1], int64[::1], boolean[::1], int64[::1])",
     "insert_nearest": (
         "void(float32[:, ::1], int64, int64, boolean, float32[:, ::1], int32[:, ::1], float32[::1], float32[::1], "
-        "float32[::1], float32[::1])"
+        "float32[::1], uint8[::1], int64[::1])"
     ),
 }
 
@@ -34,7 +34,7 @@ HALF = np.float32(0.5)
 ZERO = np.float32(0)
 BLOCKED = np.float32(1e30)  # no path comes from here
 
-GROUP = 16  # columns that insert_nearest tests at a time
+GROUP = 8  # columns that insert_nearest tests at a time, bytes of an int64
 
 
 @numba.njit(**COST_OPTIONS)
@@ -99,20 +99,13 @@ def count_ranks(dist: Any, bounds: Any, same_person: Any, removed: Any, ranks: A
 
 
 @numba.njit(**OPTIONS)
-def _take_row(row: Any, square: Any, values: Any, largest: Any, total: Any) -> None:
+def _take_row(row: Any, square: Any, bound: Any, below: Any, largest: Any, total: Any) -> None:
     for c in range(len(row)):
         value = row[c] * row[c] if square else row[c]
-        values[c] = value
-        largest[c] = value if value > largest[c] else largest[c]
+        # Not max or a condition: those become masked stores, which cost AMD's processors ten times as much.
+        largest[c] = np.maximum(largest[c], value)
         total[c] += value
-
-
-@numba.njit(**OPTIONS)
-def _any_below(values: Any, bound: Any, start: Any) -> bool:
-    below = np.int32(0)
-    for c in range(GROUP):
-        below |= np.int32(values[start + np.uint64(c)] < bound[start + np.uint64(c)])
-    return below != 0
+        below[c] = np.uint8(value < bound[c])
 
 
 @numba.njit(**OPTIONS)
@@ -137,20 +130,24 @@ def insert_nearest(
     bound: Any,
     largest: Any,
     total: Any,
-    values: Any,
+    below: Any,
+    groups: Any,
 ) -> None:
     """Put the rows of dist [n, columns], images first_image and following, into the lists of columns first_column on.
 
-    Lists, each ascending: nearest [C, k] and the images, indices [C, k]. bound, the last entry of each list, and
-    values, scratch, are padded to whole groups; bound with what no distance is below. largest, total [C]: over all
-    rows. With `square`, distances are squared first.
+    Lists, each ascending: nearest [C, k] and the images, indices [C, k]; bound [C], the last entry of each. largest,
+    total [C]: over all rows. below: scratch, bytes, 0 and padded to whole groups; groups, the same memory in integers
+    of GROUP bytes, so that one look tells that a row has nothing for as many lists. With `square`, distances are
+    squared first.
     """
     num_columns = len(nearest)
-    for row in range(len(dist)):
-        _take_row(dist[row, first_column : first_column + num_columns], square, values, largest, total)
-        for start in range(0, len(bound), GROUP):
-            if _any_below(values, bound, np.uint64(start)):
-                for c in range(start, start + GROUP):
-                    if values[c] < bound[c]:
-                        _insert(values[c], first_image + row, nearest[c], indices[c])
+    for image in range(len(dist)):
+        row = dist[image, first_column : first_column + num_columns]
+        _take_row(row, square, bound, below, largest, total)
+        for group in range(len(groups)):
+            if groups[group] != 0:
+                for c in range(group * GROUP, (group + 1) * GROUP):
+                    if below[c]:
+                        value = row[c] * row[c] if square else row[c]
+                        _insert(value, first_image + image, nearest[c], indices[c])
                         bound[c] = nearest[c, -1]

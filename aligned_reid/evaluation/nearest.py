@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 
 from aligned_reid.evaluation.compiled import compiled
 
-PADDING = 64  # columns, a multiple of kernels.GROUP
-
 Float32s = NDArray[np.float32]
 
 
@@ -20,12 +18,10 @@ class NearestLists:
     """
 
     def __init__(self, num_columns: int, length: int) -> None:
-        padded = -(-num_columns // PADDING) * PADDING
         self._dist = np.full((num_columns, length), np.inf, np.float32)
         self._indices = np.zeros((num_columns, length), np.int32)
-        self._bound = np.full(padded, -np.inf, np.float32)
-        self._bound[:num_columns] = np.inf
-        self._values = np.zeros(padded, np.float32)
+        self._bound = np.full(num_columns, np.inf, np.float32)
+        self._groups = np.zeros(-(-num_columns // 8), np.int64)  # scratch, a byte for each column
         self.largest = np.zeros(num_columns, np.float32)
         self.total = np.zeros(num_columns, np.float32)
 
@@ -42,8 +38,9 @@ class NearestLists:
         if insert_nearest is None:
             self._add_without_numba(dist[:, first_column : first_column + len(self._dist)], first_image, square)
         else:
-            lists = (self._dist, self._indices, self._bound, self.largest, self.total, self._values)
-            insert_nearest(dist, first_column, first_image, square, *lists)
+            lists = (self._dist, self._indices, self._bound, self.largest, self.total)
+            scratch = (self._groups.view(np.uint8), self._groups)
+            insert_nearest(dist, first_column, first_image, square, *lists, *scratch)
 
     @property
     def arrays(self) -> list[NDArray[Any]]:
@@ -54,7 +51,7 @@ class NearestLists:
         """Take over the `arrays` of other lists of the same size."""
         for own, given in zip(self.arrays, arrays, strict=True):
             own[:] = given
-        self._bound[: len(self._dist)] = self._dist[:, -1]
+        self._bound[:] = self._dist[:, -1]
 
     def _add_without_numba(self, dist: NDArray[Any], first_image: int, square: bool) -> None:
         dist = (np.square(dist) if square else dist).T
