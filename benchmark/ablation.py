@@ -1,10 +1,11 @@
-"""What each trick of the strong recipe is worth: one training a row, each row the one before it and one trick more.
+"""What each trick is worth: one training a row, from the reference's recipe to the strong one.
 
     python benchmark/ablation.py --data_path=market1501 --pretrained=model.pth --folder=ablation [--rows=1,2] [--table]
 
-Every row that ends appends a line to --results (default docs/ablation.jsonl), with its flags and scores. The script may
-be stopped at any time: started again it goes on with the row that it was in, from its checkpoint, and makes no row
-twice. --table prints the table of what is there, and trains nothing. A row takes --epochs epochs at 128 x 64 pixels.
+A row adds a trick to the row that it names. Every one that ends appends a line to --results (default
+docs/ablation.jsonl), with its flags and scores. The script may be stopped at any time: started again it goes on with
+the row that it was in, from its checkpoint, and makes no row twice. --table prints the table of what is there, and
+trains nothing. A row takes --epochs epochs at 128 x 64 pixels, or as much time.
 """
 
 from __future__ import annotations
@@ -14,39 +15,65 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from aligned_reid.flags import parse_ints
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = "128,64"
-# Each adds its flags to those of all rows above it.
-ROWS: list[tuple[str, list[str]]] = [
-    ("reference", []),
-    ("16 x 4 images a batch", ["--ids_per_batch=16", "--train_final_batch=true"]),
-    ("identity loss", ["-idlw=1"]),
-    (
+COLUMNS = {
+    "rank@1": ("global", "cmc1"),
+    "mAP (step)": ("global", "mAP_step"),
+    "re-ranked rank@1": ("global_re_ranked", "cmc1"),
+    "local rank@1": ("local", "cmc1"),
+    "global + local rank@1": ("global_local", "cmc1"),
+}
+
+
+class Row(NamedTuple):
+    """A trick: its flags, and the row, counted from 1, whose flags it adds them to."""
+
+    name: str
+    base: int
+    flags: list[str]
+    trains: bool = True  # else it tests the weights of its base in another way
+
+
+ROWS = [
+    Row("reference", 0, []),
+    Row("8 x 4 images a batch, the last one kept", 1, ["--ids_per_batch=8", "--train_final_batch=true"]),
+    Row("identity loss", 2, ["-idlw=1"]),
+    Row(
         "BNNeck, its feature at test, cosine distance",
+        3,
         ["--bnneck=true", "--feature_after_bn=true", "--test_distance=cosine"],
     ),
-    ("label smoothing", ["--label_smoothing=0.1"]),
-    ("warm-up, cosine schedule, rate 3.5e-4", ["--warmup_epochs=1", "--lr_decay_type=cosine", "--base_lr=3.5e-4"]),
-    ("norms and biases not decayed", ["--decay_norms=false"]),
-    ("mirror averaging at test", ["--flip_test=true"]),
-    ("padded crops", ["--pad_crop=5"]),
-    ("random erasing", ["--erase_prob=0.5"]),
-    ("last stride 1", ["--last_stride=1"]),
-    ("moving average of weights", ["--ema_decay=0.999"]),
-    ("soft margin", ["-gm=none"]),
-    ("center loss", ["--center_loss_weight=5e-4"]),
-    ("generalised mean pooling", ["--pooling=gem"]),
-    ("trunk frozen for the first epoch", ["--freeze_trunk_epochs=1"]),
-    ("local branch", ["-llw=1"]),
-    ("two models, mutual learning", ["--num_models=2", "-pmlw=0.1", "-gdmlw=0.1", "-ldmlw=0.1"]),
+    Row("label smoothing", 4, ["--label_smoothing=0.1"]),
+    Row(
+        "warm-up, cosine schedule, rate 3.5e-4", 5, ["--warmup_epochs=1", "--lr_decay_type=cosine", "--base_lr=3.5e-4"]
+    ),
+    Row("norms and biases not decayed", 6, ["--decay_norms=false"]),
+    Row("padded crops", 7, ["--pad_crop=4"]),
+    # From here on each is added to the same row.
+    Row("mirror averaging at test", 8, ["--flip_test=true"], trains=False),
+    Row("small images first, in the time of 12 epochs", 8, ["--half_size_epochs=12", "--total_epochs=21"]),
+    Row("random erasing", 8, ["--erase_prob=0.5"]),
+    Row("last stride 1", 8, ["--last_stride=1"]),
+    Row("moving average of weights", 8, ["--ema_decay=0.999"]),
+    Row("soft margin", 8, ["-gm=none"]),
+    Row("center loss", 8, ["--center_loss_weight=5e-4"]),
+    Row("generalised mean pooling", 8, ["--pooling=gem"]),
+    Row("trunk frozen for the first epoch", 8, ["--freeze_trunk_epochs=1"]),
+    Row("local branch", 8, ["-llw=1"]),
+    Row("two models, mutual learning", 18, ["--num_models=2", "-pmlw=0.1", "-gdmlw=0.1", "-ldmlw=0.1"]),
 ]
 
 
 def flags_of(row: int) -> list[str]:
-    """The flags of row `row`, from 1: its own and those of all before it."""
-    return [flag for _, flags in ROWS[:row] for flag in flags]
+    """The flags of row `row`, from 1: those of its base and its own."""
+    return [*flags_of(ROWS[row - 1].base), *ROWS[row - 1].flags] if row else []
 
 
 def read_results(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
@@ -57,9 +84,15 @@ def read_results(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
     return {(line["row"], line["seed"]): line for line in lines}
 
 
+def folder_of(row: int, seed: int, arguments: argparse.Namespace) -> Path:
+    folder: Path = arguments.folder
+    return folder / f"row{row:02d}_seed{seed}"
+
+
 def run_row(row: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train and test one row; returns its line."""
-    folder = arguments.folder / f"row{row:02d}_seed{seed}"
+    name, base, _, trains = ROWS[row - 1]
+    folder = folder_of(row, seed, arguments)
     flags = [
         f"--data_path={arguments.data_path}",
         f"--pretrained={arguments.pretrained}",
@@ -69,35 +102,30 @@ def run_row(row: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any
         f"--seed={seed}",
         *flags_of(row),
     ]
-    resume = (folder / "ckpt.pth").is_file()
-    command = [str(ROOT / "script" / "train.py"), *flags, f"--exp_dir={folder}", f"--resume={str(resume).lower()}"]
+    command = [str(ROOT / "script" / "train.py"), *flags, f"--exp_dir={folder}"]
+    if not trains:
+        command += ["--only_test=true", f"--model_weight_file={folder_of(base, seed, arguments)}"]
+    elif (folder / "ckpt.pth").is_file():
+        command.append("--resume=true")
     status = subprocess.run([sys.executable, *command], check=False).returncode
     if status:
         sys.exit(status)  # train.py has said why
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    scores = {name: score for name, score in results.items() if isinstance(score, dict) and "cmc1" in score}
-    seconds = {name: results[name] for name in ("train_seconds", "evaluate_seconds")}
-    return {"row": row, "name": ROWS[row - 1][0], "seed": seed, "flags": flags[2:], **seconds, "scores": scores}
+    scores = {key: score for key, score in results.items() if isinstance(score, dict) and "cmc1" in score}
+    seconds = {key: results.get(key) for key in ("train_seconds", "evaluate_seconds")}
+    return {"row": row, "name": name, "base": base, "seed": seed, "flags": flags[2:], **seconds, "scores": scores}
 
 
 def table(results: dict[tuple[int, int], dict[str, Any]]) -> str:
     """The rows that there are, as Markdown."""
-    lines = [
-        "| added to the row above | seed | rank@1 | mAP (step) | re-ranked rank@1 | global + local rank@1 | minutes |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for (_, seed), line in sorted(results.items()):
-        shown = [
-            f"{100 * scores[measure]:.2f}" if (scores := line["scores"].get(distance)) else "-"
-            for distance, measure in (
-                ("global", "cmc1"),
-                ("global", "mAP_step"),
-                ("global_re_ranked", "cmc1"),
-                ("global_local", "cmc1"),
-            )
-        ]
-        lines.append(f"| {line['name']} | {seed} | {' | '.join(shown)} | {line['train_seconds'] / 60:.0f} |")
-    return "\n".join(lines)
+    heads = ["row", "what it adds", "to row", "seed", *COLUMNS, "minutes of training"]
+    lines = [heads, ["---"] * len(heads)]
+    for (row, seed), line in sorted(results.items()):
+        scores = [line["scores"].get(distance, {}).get(measure) for distance, measure in COLUMNS.values()]
+        shown = ["-" if score is None else f"{100 * score:.2f}" for score in scores]
+        minutes = "-" if line["train_seconds"] is None else f"{line['train_seconds'] / 60:.0f}"
+        lines.append([str(row), line["name"], str(line["base"] or "-"), str(seed), *shown, minutes])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> None:
@@ -106,18 +134,20 @@ def main() -> None:
     parser.add_argument("--pretrained", default="imagenet", help="start of the trunk, as of script/train.py")
     parser.add_argument("--folder", type=Path, default=Path("ablation"), help="where the runs' folders are")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "ablation.jsonl")
-    parser.add_argument("--rows", default="", help=f"such as 1,4; default: 1 to {len(ROWS)}")
-    parser.add_argument("--seeds", default="1", help="such as 1,2")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--rows", type=parse_ints, default=(), help=f"such as 1,4; default: 1 to {len(ROWS)}")
+    parser.add_argument("--seeds", type=parse_ints, default=(1,), help="such as 1,2")
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--size", default=SIZE, help="height,width in pixels")
     parser.add_argument("--table", action="store_true", help="print the table and train nothing")
     arguments = parser.parse_args()
     results = read_results(arguments.results)
-    rows = [int(row) for row in arguments.rows.split(",")] if arguments.rows else range(1, len(ROWS) + 1)
+    rows = arguments.rows or range(1, len(ROWS) + 1)
+    if not 1 <= min(rows) <= max(rows) <= len(ROWS):
+        parser.error(f"--rows are numbers from 1 to {len(ROWS)}")
     if not arguments.table:
         if not arguments.data_path:
             parser.error("--data_path is needed to train")
-        for seed in map(int, arguments.seeds.split(",")):
+        for seed in arguments.seeds:
             for row in rows:
                 if (row, seed) not in results:
                     results[row, seed] = run_row(row, seed, arguments)

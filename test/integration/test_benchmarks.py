@@ -98,6 +98,21 @@ def test_sizes_of_the_gallery_are_drawn_from_tables_of_several_runs(tmp_path):
     assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_rows_of_the_ablation_are_made_once(tiny_data, tmp_path):
+    folder, results = tmp_path / "ablation", tmp_path / "results.jsonl"
+    flags = (f"--data_path={tiny_data}", f"--folder={folder}", f"--results={results}", "--pretrained=none")
+    flags += ("--epochs=1", "--size=64,32", "--rows=8,9")
+    made = run("ablation.py", *flags)
+    heads, (padded, mirrored) = made.pop("row"), made.values()
+    assert (padded[:3], mirrored[:3]) == (["padded crops", "7", "1"], ["mirror averaging at test", "8", "1"])
+    assert [row[heads.index("minutes of training")] for row in (padded, mirrored)] == ["0", "-"]
+    written = results.read_text()
+    assert len(written.splitlines()) == 2 and "--pad_crop=4" in written.splitlines()[1]
+    (folder / "row08_seed1" / "ckpt.pth").unlink()  # which making it again would miss
+    assert run("ablation.py", *flags) == {"row": heads, "8": padded, "9": mirrored}
+    assert results.read_text() == written
+
+
 def test_loading(tiny_data):
     rows = run("loader.py", f"--data_path={tiny_data}", "--resize_h_w=32,32", "--images=16", "--rounds=1")
     assert len(rows) == 6
