@@ -137,7 +137,7 @@ class Config:
     staircase_decay_at_epochs: tuple[int, ...] = option((101, 201), "epochs at which the rate drops")
     staircase_decay_multiply_factor: float = option(0.1, "factor of each drop")
     freeze_trunk_epochs: int = option(0, "first epochs in which only the heads are trained")
-    half_size_epochs: int = option(0, "first epochs on images of half the height and width: four times as fast")
+    half_size_epochs: int = option(0, "first epochs on images of half the height and width: a quarter of the work")
     ema_decay: float = option(0.0, "decay per step of the weights' moving average, which is tested; 0: no average")
     # evaluation
     only_test: bool = option(False, "evaluate --model_weight_file (or the run folder's checkpoint), do not train")
