@@ -137,7 +137,6 @@ class Config:
     staircase_decay_at_epochs: tuple[int, ...] = option((101, 201), "epochs at which the rate drops")
     staircase_decay_multiply_factor: float = option(0.1, "factor of each drop")
     freeze_trunk_epochs: int = option(0, "first epochs in which only the heads are trained")
-    half_size_epochs: int = option(0, "first epochs on images of half the height and width: a quarter of the work")
     ema_decay: float = option(0.0, "decay per step of the weights' moving average, which is tested; 0: no average")
     # evaluation
     only_test: bool = option(False, "evaluate --model_weight_file (or the run folder's checkpoint), do not train")
@@ -251,10 +250,6 @@ class Config:
             (
                 self.freeze_trunk_epochs == 0 or self.trains_beside_trunk,
                 "--freeze_trunk_epochs needs -llw or -idlw above 0, or --pooling gem: there is no head to train",
-            ),
-            (
-                self.half_size_epochs == 0 or (self.half_size_epochs > 0 and min(self.resize_h_w) >= 64),
-                "--half_size_epochs is a number of epochs, 0 or more, and needs --resize_h_w of at least 64,64 pixels",
             ),
             (self.staircase_decay_multiply_factor > 0.0, "--staircase_decay_multiply_factor is above 0"),
             (self.repeat >= 1, "--repeat is a number of runs, 1 or more"),

@@ -35,7 +35,6 @@ class Learner:
         )
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay > 0 else None
         self.trunk_is_frozen = False
-        self.half_size = False
         self.network = self.wrap()
 
     def wrap(self) -> nn.Module:
@@ -46,9 +45,8 @@ class Learner:
         return network
 
     def start_epoch(self, epoch: int) -> None:
-        """Training mode; in the first epochs, as far as asked for, with the trunk as it is and on smaller images."""
+        """Training mode; in the first epochs, as far as asked for, with the trunk as it is."""
         self.network.train()
-        self.half_size = epoch <= self.config.half_size_epochs
         frozen = epoch <= self.config.freeze_trunk_epochs
         changes = frozen != self.trunk_is_frozen
         self.trunk_is_frozen = frozen
@@ -63,11 +61,8 @@ class Learner:
 
     def forward(self, pixels: Tensor) -> Features:
         """Features of uint8 images [N, H, W, 3]."""
-        images = normalize_images(pixels, self.accelerator.memory_format)
-        if self.half_size:
-            images = nn.functional.avg_pool2d(images, 2)
         with self.accelerator.autocast():
-            features: Features = self.network(images)
+            features: Features = self.network(normalize_images(pixels, self.accelerator.memory_format))
         return features
 
     def judge(self, features: Features, labels: Tensor) -> tuple[Tensor, Figures]:

@@ -89,8 +89,6 @@ def test_a_tuple_may_have_blanks():
         ("--weight_decay inf", "--weight_decay is a finite number"),
         ("--staircase_decay_multiply_factor -1", "above 0"),
         ("--freeze_trunk_epochs 1", "there is no head to train"),
-        ("--half_size_epochs 1 --resize_h_w 128,48", "at least 64,64 pixels"),
-        ("--half_size_epochs -1", "a number of epochs, 0 or more"),
         ("--timeout 99999999999", "from 1 to those of a year"),
         ("--seed -1", "whole number from 0"),
         ("--timeout 0", "from 1 to those of a year"),

@@ -373,18 +373,6 @@ def test_the_trunk_is_frozen_for_its_epochs(tiny_data, tmp_path):
     assert not torch.equal(model_of(trainer).base.bn1.running_mean, before["base.bn1.running_mean"])
 
 
-def test_the_first_epochs_see_images_of_half_the_size(tiny_data, tmp_path):
-    trainer = make_trainer(tiny_data, tmp_path, half_size_epochs=1, resize_h_w=(128, 64))
-    shapes = []
-    model_of(trainer).base.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape[1:])))
-    for epoch in (1, 2):
-        trainer.train_epoch(epoch)
-        trainer.epoch = epoch
-    full = trainer.config.resize_h_w
-    assert set(shapes[: len(shapes) // 2]) == {(3, full[0] // 2, full[1] // 2)}
-    assert set(shapes[len(shapes) // 2 :]) == {(3, *full)}
-
-
 # ---- several models
 
 
