@@ -25,6 +25,7 @@ DRAIN_SECONDS = 2.0  # how long output may follow the end of the ranks
 RANK_PREFIX = re.compile(r"^\[rank\d+\]:\s?")
 TRACEBACK = "Traceback (most recent call last)"
 OWN_LINE = re.compile(r"^[\w.]+: (error|stopped|interrupted)\b")
+MISTAKE_LINE = re.compile(r"^[\w.]+: error: ")  # said with status 2; see command.py
 HANG_LINE = re.compile(r"^Timeout \((.+)\)!$")  # faulthandler's, which stacks follow; see training/watchdog.py
 SILENT_RANK = re.compile(r"rank (\d+) on \S+(?=.*: rank \d+ on)")  # in rendezvous.Meeting.explain's line
 ERROR_LINE = re.compile(OWN_LINE.pattern + r"|^[\w.]*(Error|Exception|Interrupt)\b")
@@ -35,13 +36,17 @@ def first_failure(failures: dict[int, int], outputs: Sequence[RankOutput]) -> tu
 
     The agent looks some times a second, and so may see several dead ranks at once, or a broken connection's victim
     before its cause. A rank that died without a word (killed) is the agent's to tell; else, who complained first failed
-    first. Ranks that the agent itself then stopped are out of it.
+    first. Ranks that the agent itself then stopped are out of it, but for one that has named a user's mistake: it was
+    on its way out with status 2, and the others may have lost it before it said so.
     """
     seen_first = next(iter(failures))
-    if outputs[seen_first].complained_at < inf:
-        own = [rank for rank, exit_code in failures.items() if exit_code != -signal.SIGTERM]
-        seen_first = min(own or failures, key=lambda rank: outputs[rank].complained_at)
-    return seen_first, failures[seen_first]
+    if outputs[seen_first].complained_at == inf:
+        return seen_first, failures[seen_first]
+    stopped = [rank for rank, exit_code in failures.items() if exit_code == -signal.SIGTERM]
+    mistaken = [rank for rank in failures if MISTAKE_LINE.match(outputs[rank].last_words)]
+    own = [rank for rank in failures if rank not in stopped]
+    first = min(mistaken or own or failures, key=lambda rank: outputs[rank].complained_at)
+    return first, 2 if first in mistaken and first in stopped else failures[first]
 
 
 class RankOutput:
