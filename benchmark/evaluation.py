@@ -7,7 +7,7 @@ takes about 15 minutes on 2 cores, most of them the published code's, and 12 GB 
 by numba, once in the life of an installation, is not counted. Peak memory is what a function holds at most besides its
 inputs, its result included. A second table has feature extraction, of which extraction.py says more. At `500k`,
 Market-1501 with 500,000 distractors, the published code cannot run; it is what evaluation_large.py measures, re-ranking
-included, and takes hours.
+included, and takes more than an hour.
 """
 
 import argparse

@@ -21,7 +21,7 @@ class NearestLists:
         self._dist = np.full((num_columns, length), np.inf, np.float32)
         self._indices = np.zeros((num_columns, length), np.int32)
         self._bound = np.full(num_columns, np.inf, np.float32)
-        self._groups = np.zeros(-(-num_columns // 8), np.int64)  # scratch, a byte for each column
+        self._groups = np.zeros(-(-num_columns // 8), np.int64)  # scratch, a byte for each column: kernels.GROUP
         self.largest = np.zeros(num_columns, np.float32)
         self.total = np.zeros(num_columns, np.float32)
 
