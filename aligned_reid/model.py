@@ -20,6 +20,7 @@ from aligned_reid.weights import find_state_dict, load_trunk, read_imagenet_weig
 
 TRUNK_CHANNELS = 2048
 TRUNK_STRIDE = 32
+TRUNK_STAGES = 4
 RESIDUAL_START = 0.2
 
 
@@ -109,10 +110,17 @@ class AlignedReID(nn.Module):
         if self.neck is not None:
             self.neck.weight.requires_grad_(identity)
 
-    def freeze_trunk(self, frozen: bool) -> None:
-        """Keep the trunk as it is, its batch norm statistics too, or let it learn again; after train()."""
-        self.base.requires_grad_(not frozen)
-        self.base.train(self.training and not frozen)
+    def freeze_stages(self, num_stages: int) -> None:
+        """Keep the stem and the first `num_stages` of the trunk's 4 stages as they are, and let the others learn.
+
+        0: all learn, the stem too. What is kept keeps its batch norm statistics; to be called after train().
+        """
+        last_frozen = f"layer{num_stages}"
+        frozen = num_stages > 0
+        for name, part in self.base.named_children():
+            part.requires_grad_(not frozen)
+            part.train(self.training and not frozen)
+            frozen = frozen and name != last_frozen
 
     def feature_shapes(self, size: tuple[int, int], *, local: bool) -> dict[str, tuple[int, ...]]:
         """Shapes of one image's features, by name in a feature file; size: height and width of the image."""

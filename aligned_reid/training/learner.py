@@ -13,7 +13,7 @@ from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.data.transforms import normalize_images
 from aligned_reid.distributed import World
-from aligned_reid.model import AlignedReID, Features
+from aligned_reid.model import TRUNK_STAGES, AlignedReID, Features
 from aligned_reid.training.average import WeightAverage
 from aligned_reid.training.objective import Figures, Objective
 
@@ -24,6 +24,8 @@ class Learner:
     def __init__(self, config: Config, model: AlignedReID, accelerator: Accelerator, world: World) -> None:
         self.config, self.accelerator, self.world = config, accelerator, world
         model.train_heads(local=config.l_loss_weight > 0, identity=config.id_loss_weight > 0)
+        model.freeze_stages(config.freeze_stages)
+        self.num_frozen = config.freeze_stages
         model.grad_checkpoint = config.grad_checkpoint
         if config.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -34,7 +36,6 @@ class Learner:
             self.model, config.base_lr, config.weight_decay, config.loss_scale, decay_norms=config.decay_norms
         )
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay > 0 else None
-        self.trunk_is_frozen = False
         self.network = self.wrap()
 
     def wrap(self) -> nn.Module:
@@ -45,14 +46,12 @@ class Learner:
         return network
 
     def start_epoch(self, epoch: int) -> None:
-        """Training mode; in the first epochs, as far as asked for, with the trunk as it is."""
+        """Training mode, but for what is to stay as it is of the trunk: in the first epochs that may be all of it."""
         self.network.train()
-        frozen = epoch <= self.config.freeze_trunk_epochs
-        changes = frozen != self.trunk_is_frozen
-        self.trunk_is_frozen = frozen
-        if frozen or changes:
-            self.model.freeze_trunk(frozen)
-        if changes:
+        num_frozen = TRUNK_STAGES if epoch <= self.config.freeze_trunk_epochs else self.config.freeze_stages
+        self.model.freeze_stages(num_frozen)
+        if num_frozen != self.num_frozen:
+            self.num_frozen = num_frozen
             self.network = self.wrap()  # data parallel training waits for the gradients that it found at its start
 
     def set_learning_rate(self, rate: float) -> None:

@@ -89,6 +89,7 @@ def test_a_tuple_may_have_blanks():
         ("--weight_decay inf", "--weight_decay is a finite number"),
         ("--staircase_decay_multiply_factor -1", "above 0"),
         ("--freeze_trunk_epochs 1", "there is no head to train"),
+        ("--freeze_stages 4", "0 to 3: of 4 the last one learns"),
         ("--timeout 99999999999", "from 1 to those of a year"),
         ("--seed -1", "whole number from 0"),
         ("--timeout 0", "from 1 to those of a year"),

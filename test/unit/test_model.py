@@ -128,16 +128,29 @@ def test_bnneck_is_between_feature_and_classifier(small_trunk):
 
 def test_a_frozen_trunk_keeps_weights_and_statistics(small_trunk):
     model = AlignedReID(5, pretrained="none").train()
-    model.freeze_trunk(True)
+    model.freeze_stages(4)
     before = model.base.bn1.running_mean.clone()
     model(torch.randn(4, 3, 64, 32)).logits.sum().backward()
     assert model.base.conv1.weight.grad is None
     assert torch.equal(model.base.bn1.running_mean, before)
     assert model.fc.weight.grad is not None
-    model.freeze_trunk(False)
+    model.freeze_stages(0)
     model(torch.randn(4, 3, 64, 32)).logits.sum().backward()
     assert model.base.conv1.weight.grad is not None
     assert not torch.equal(model.base.bn1.running_mean, before)
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_stages_are_frozen_from_the_first(num_stages):
+    model = AlignedReID(5, pretrained="none").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.freeze_stages(num_stages)
+    model(torch.randn(4, 3, 64, 32)).logits.sum().backward()
+    frozen = ["conv1.", "bn1.", *(f"layer{number}." for number in range(1, num_stages + 1))]
+    for name, parameter in model.base.named_parameters():
+        assert (parameter.grad is None) == name.startswith(tuple(frozen))
+    for name, statistic in model.base.named_buffers():
+        assert torch.equal(statistic, before[f"base.{name}"]) == name.startswith(tuple(frozen))
 
 
 def test_checkpointed_activations_give_the_same_gradients_and_statistics():

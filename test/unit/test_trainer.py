@@ -373,6 +373,20 @@ def test_the_trunk_is_frozen_for_its_epochs(tiny_data, tmp_path):
     assert not torch.equal(model_of(trainer).base.bn1.running_mean, before["base.bn1.running_mean"])
 
 
+def test_frozen_stages_stay_as_they_start(tiny_data, tmp_path):
+    trainer = make_trainer(tiny_data, tmp_path, freeze_stages=3, freeze_trunk_epochs=1, id_loss_weight=1.0)
+    before = weights_of(trainer)
+    trainer.train_epoch(1)
+    trainer.epoch = 1
+    trainer.train_epoch(2)
+    after = weights_of(trainer)
+    for name, value in before.items():  # the small trunk has no fourth stage
+        assert torch.equal(value, after[name]) or not name.startswith("base.")
+    assert not torch.equal(before["fc.weight"], after["fc.weight"])
+    trained = [parameter for group in trainer.learners[0].optimizer.param_groups for parameter in group["params"]]
+    assert all(one is not model_of(trainer).base.conv1.weight for one in trained)
+
+
 # ---- several models
 
 
