@@ -52,7 +52,7 @@ ROWS = [
     ),
     Row("label smoothing", 4, ["--label_smoothing=0.1"]),
     Row(
-        "warm-up, cosine schedule, rate 3.5e-4", 5, ["--warmup_epochs=1", "--lr_decay_type=cosine", "--base_lr=3.5e-4"]
+        "warm-up, cosine schedule, rate 7e-4", 5, ["--warmup_epochs=1", "--lr_decay_type=cosine", "--base_lr=7e-4"]
     ),
     Row("norms and biases not decayed", 6, ["--decay_norms=false"]),
     Row("padded crops", 7, ["--pad_crop=4"]),
@@ -65,8 +65,9 @@ ROWS = [
     Row("center loss", 8, ["--center_loss_weight=5e-4"]),
     Row("generalised mean pooling", 8, ["--pooling=gem"]),
     Row("trunk frozen for the first epoch", 8, ["--freeze_trunk_epochs=1"]),
+    Row("stem and first stage frozen", 8, ["--freeze_stages=1"]),
     Row("local branch", 8, ["-llw=1"]),
-    Row("two models, mutual learning", 17, ["--num_models=2", "-pmlw=0.1", "-gdmlw=0.1", "-ldmlw=0.1"]),
+    Row("two models, mutual learning", 18, ["--num_models=2", "-pmlw=0.1", "-gdmlw=0.1", "-ldmlw=0.1"]),
 ]
 
 
