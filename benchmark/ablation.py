@@ -51,9 +51,7 @@ ROWS = [
         ["--bnneck=true", "--feature_after_bn=true", "--test_distance=cosine"],
     ),
     Row("label smoothing", 4, ["--label_smoothing=0.1"]),
-    Row(
-        "warm-up, cosine schedule, rate 7e-4", 5, ["--warmup_epochs=1", "--lr_decay_type=cosine", "--base_lr=7e-4"]
-    ),
+    Row("warm-up, cosine schedule, rate 7e-4", 5, ["--warmup_epochs=1", "--lr_decay_type=cosine", "--base_lr=7e-4"]),
     Row("norms and biases not decayed", 6, ["--decay_norms=false"]),
     Row("padded crops", 7, ["--pad_crop=4"]),
     # From here on each is added to the same row.
