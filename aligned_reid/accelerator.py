@@ -41,6 +41,7 @@ class Accelerator:
     name = "cpu"
     backend = "gloo"  # of the process group
     memory_format = torch.channels_last
+    multiplies_pointwise = True  # 1 x 1 convolutions train faster as products of matrices
     pin_memory = False
     tf32_name = ""  # what the device calls its short float32; empty where it has none
     compile_backend = "inductor"
@@ -188,6 +189,7 @@ class Cuda(Accelerator):
 
     name = "cuda"
     backend = "nccl"
+    multiplies_pointwise = False
     pin_memory = True
     tf32_name = "TF32"
 

@@ -14,6 +14,7 @@ from aligned_reid.config import Config
 from aligned_reid.data.transforms import normalize_images
 from aligned_reid.distributed import World
 from aligned_reid.model import TRUNK_STAGES, AlignedReID, Features
+from aligned_reid.pointwise import multiply_pointwise
 from aligned_reid.training.average import WeightAverage
 from aligned_reid.training.objective import Figures, Objective
 
@@ -29,6 +30,8 @@ class Learner:
         model.grad_checkpoint = config.grad_checkpoint
         if config.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if accelerator.multiplies_pointwise:
+            multiply_pointwise(model)
         self.model = model.to(accelerator.device).to(memory_format=accelerator.memory_format)
         num_classes = model.fc.out_features if model.fc is not None else 0
         self.objective = Objective(config, world, num_classes).to(accelerator.device)
