@@ -1,4 +1,4 @@
-"""script/train.py on the CPU, images and weights in the layout that an NPU gets: sums are taken in the same order."""
+"""script/train.py on the CPU with an NPU's layout and its convolutions: sums are taken in the same order."""
 
 import runpy
 import sys
@@ -12,4 +12,5 @@ import torch  # noqa: E402
 from aligned_reid.accelerator import Accelerator  # noqa: E402
 
 Accelerator.memory_format = torch.contiguous_format
+Accelerator.multiplies_pointwise = False
 runpy.run_path(str(ROOT / "script" / "train.py"), run_name="__main__")
