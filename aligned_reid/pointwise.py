@@ -23,9 +23,14 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def multiply_pointwise(model: nn.Module) -> None:
-    """Let the 1 x 1 convolutions of `model` compute as products of matrices, in place; its tensors stay as they are."""
+    """Let the 1 x 1 convolutions of `model`, which is in its memory format, train as products of matrices, in place.
+
+    Tensors keep their names, shapes and values. A weight's strides become those of the matrix, which its gradient has:
+    data parallel training warns of others, and copies.
+    """
     for module in model.modules():
         if type(module) is not nn.Conv2d:
             continue
         if module.kernel_size == (1, 1) and module.padding == (0, 0) and module.groups == 1:
             module.__class__ = PointwiseConv2d
+            module.weight.data = module.weight.detach().flatten(1)[:, :, None, None]

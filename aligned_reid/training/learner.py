@@ -30,9 +30,9 @@ class Learner:
         model.grad_checkpoint = config.grad_checkpoint
         if config.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if accelerator.multiplies_pointwise:
-            multiply_pointwise(model)
         self.model = model.to(accelerator.device).to(memory_format=accelerator.memory_format)
+        if accelerator.multiplies_pointwise:
+            multiply_pointwise(self.model)
         num_classes = model.fc.out_features if model.fc is not None else 0
         self.objective = Objective(config, world, num_classes).to(accelerator.device)
         self.optimizer, self.scaler = accelerator.prepare(

@@ -16,7 +16,7 @@ from aligned_reid.pointwise import PointwiseConv2d, multiply_pointwise
 def test_results_and_gradients_are_the_convolutions(stride, bias, training):
     torch.manual_seed(0)
     plain = nn.Conv2d(8, 6, 1, stride=stride, bias=bias).double().train(training)
-    product = nn.Sequential(copy.deepcopy(plain))
+    product = nn.Sequential(copy.deepcopy(plain)).to(memory_format=torch.channels_last)
     multiply_pointwise(product)
     assert isinstance(product[0], PointwiseConv2d)
     images = torch.randn(3, 8, 5, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
@@ -29,6 +29,7 @@ def test_results_and_gradients_are_the_convolutions(stride, bias, training):
     for expected, got in zip(*results, strict=True):
         assert torch.allclose(expected, got)
     assert results[1][0].is_contiguous(memory_format=torch.channels_last)
+    assert product[0].weight.grad.stride() == product[0].weight.stride() or not training
 
 
 def test_only_1_x_1_convolutions_are_replaced_and_no_tensor_is_renamed():
