@@ -20,6 +20,7 @@ from aligned_reid.weights import settings_of
 
 SCORE_NAMES = ("global", "global_re_ranked", "local", "local_re_ranked", "global_local", "global_local_re_ranked")
 TEST_SETTINGS = (  # what belongs to a model's weights when it is tested
+    "resize_h_w",
     "last_stride",
     "pooling",
     "bnneck",
@@ -34,15 +35,18 @@ SetScores = dict[str, dict[str, Any]]  # by the data set's name: scores by dista
 def settle_test(config: Config, content: Any, log: Log) -> Config:
     """The config with TEST_SETTINGS as the run had them that wrote a weight file's `content`; given flags stay."""
     settings = settings_of(content)
-    taken = {name: settings[name] for name in TEST_SETTINGS if name in settings and name not in config.given}
-    changed = {name: value for name, value in taken.items() if value != getattr(config, name)}
-    if changed:
-        log(f"as the weights were trained: {', '.join(f'{name} {value}' for name, value in changed.items())}")
-    size = settings.get("resize_h_w", config.resize_h_w)
-    if tuple(size) != tuple(config.resize_h_w):
-        trained, tested = (format_option(tuple(one)) for one in (size, config.resize_h_w))
-        log(f"the weights were trained at --resize_h_w={trained} and are tested at {tested}")
-    return dataclasses.replace(config, **changed)
+    trained = {name: settings[name] for name in TEST_SETTINGS if name in settings}
+    if "resize_h_w" in trained:
+        trained["resize_h_w"] = tuple(trained["resize_h_w"])
+    differing = {name: value for name, value in trained.items() if value != getattr(config, name)}
+    taken = {name: value for name, value in differing.items() if name not in config.given}
+    if taken:
+        log(f"as the weights were trained: {' '.join(f'--{name}={format_option(taken[name])}' for name in taken)}")
+    config = dataclasses.replace(config, **taken)
+    if "resize_h_w" in differing.keys() - taken.keys():
+        sizes = (format_option(size) for size in (trained["resize_h_w"], config.resize_h_w))
+        log("the weights were trained at --resize_h_w={} and are tested at {}".format(*sizes))
+    return config
 
 
 def load_for_test(config: Config, content: Any, log: Log) -> tuple[AlignedReID, bool]:
@@ -88,7 +92,7 @@ def measure(
         {
             name: extract_features(
                 model.to(accelerator.device),
-                images,
+                images.at_size(config.resize_h_w),
                 accelerator,
                 world,
                 local=local,

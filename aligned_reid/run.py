@@ -252,10 +252,10 @@ def run_extraction(config: Config, save_file: Path) -> None:
     check_save_file(save_file)
     accelerator = open_device(config, world.local_rank)
     log = Log(None, is_main=world.is_main)
-    images = given.test
     with process_group(world, accelerator, config):
         log(f"device {accelerator.describe()}")
         config = settle_test(config, given.weights, log)
+        images = given.test.at_size(config.resize_h_w)
         model, local_was_trained = load_for_test(config, given.weights, log)
         local = local_was_trained if config.use_local_distance is None else config.use_local_distance
         made_by = {

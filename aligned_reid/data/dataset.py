@@ -1,5 +1,8 @@
 """A prepared data set: opening it, and its training and test images as uint8 batches."""
 
+from __future__ import annotations
+
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -168,7 +171,7 @@ class TrainImages(_Images):
         self.erase_prob = erase_prob
 
     @property
-    def parts(self) -> list["TrainImages"]:
+    def parts(self) -> list[TrainImages]:
         """The data sets that the images come from, each with its folder and cache."""
         return [self]
 
@@ -297,6 +300,12 @@ class TestImages(_Images):
         chosen = [index for index, mark in enumerate(marks) if mark != MULTI_QUERY or include_multi_query]
         super().__init__(data, part, [names[index] for index in chosen], size)
         self.marks = np.array([marks[index] for index in chosen], dtype=np.int64)
+
+    def at_size(self, size: tuple[int, int]) -> TestImages:
+        """The same images, loaded at another (height, width)."""
+        images = copy.copy(self)
+        images.size, images.cache = size, None
+        return images
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.load([index]).images[0].numpy(), index

@@ -19,7 +19,7 @@ def score_lines(text):
 
 def test_a_strong_run_is_tested_again_as_it_was_trained(command, train, tiny_data, tmp_path):
     folder = tmp_path / "run"
-    strong = ("--recipe=strong", "--last_stride=2", "--pooling=gem", "--ema_decay=0.9")
+    strong = ("--recipe=strong", "--pooling=gem", "--ema_decay=0.9")
     done = train(folder, *strong)
     assert done.status == 0, done.err
     (said,) = [line for line in done.out.splitlines() if line.startswith("recipe strong, where it differs")]
@@ -30,28 +30,27 @@ def test_a_strong_run_is_tested_again_as_it_was_trained(command, train, tiny_dat
         f"--data_path={tiny_data}",
         "--only_test=true",
         f"--model_weight_file={folder}",
-        "--resize_h_w=64,32",
         "--workers=0",
         f"--exp_dir={tmp_path / 'again'}",
     )
     assert again.status == 0, again.err
     (said,) = [line for line in again.out.splitlines() if line.startswith("as the weights were trained: ")]
-    assert "test_distance cosine" in said
-    assert "flip_test True" in said
+    assert "--resize_h_w=64,32" in said
+    assert "--test_distance=cosine" in said
+    assert "--flip_test=true" in said
     assert score_lines(again.out) == score_lines(done.out)
 
 
 @pytest.mark.parametrize("flag", ["--flip_test=false", "--test_distance=euclidean", "--feature_after_bn=false"])
 def test_flags_of_the_test_change_its_features(command, train, tiny_data, tmp_path, flag):
     folder = tmp_path / "run"
-    assert train(folder, "--recipe=strong", "--last_stride=2").status == 0
+    assert train(folder, "--recipe=strong").status == 0
     written = []
     for number, flags in enumerate([(), (flag,)]):
         done = command(
             "extract.py",
             f"--data_path={tiny_data}",
             f"--model_weight_file={folder}",
-            "--resize_h_w=64,32",
             "--workers=0",
             f"--save_file={tmp_path / f'{number}.h5'}",
             *flags,

@@ -11,9 +11,10 @@ def settled(settings, **given):
 
 
 def test_what_belongs_to_the_weights_is_taken_from_their_file():
-    config, lines = settled({"bnneck": True, "flip_test": True, "base_lr": 1.0})
-    assert (config.bnneck, config.flip_test, config.base_lr) == (True, True, Config().base_lr)
-    assert lines == ["as the weights were trained: bnneck True, flip_test True"]
+    config, lines = settled({"resize_h_w": [128, 64], "bnneck": True, "flip_test": True, "base_lr": 1.0})
+    assert (config.resize_h_w, config.bnneck, config.flip_test) == ((128, 64), True, True)
+    assert config.base_lr == Config().base_lr
+    assert lines == ["as the weights were trained: --resize_h_w=128,64 --bnneck=true --flip_test=true"]
 
 
 def test_a_given_flag_stays():
@@ -22,6 +23,7 @@ def test_a_given_flag_stays():
 
 
 def test_another_size_of_the_images_is_said():
-    _, lines = settled({"resize_h_w": [128, 64]})
+    config, lines = settled({"resize_h_w": [128, 64]}, resize_h_w=(256, 128))
+    assert config.resize_h_w == (256, 128)
     assert lines == ["the weights were trained at --resize_h_w=128,64 and are tested at 256,128"]
     assert settled({"resize_h_w": [128, 64]}, resize_h_w=(128, 64))[1] == []
