@@ -137,7 +137,8 @@ class Config:
     staircase_decay_at_epochs: tuple[int, ...] = option((101, 201), "epochs at which the rate drops")
     staircase_decay_multiply_factor: float = option(0.1, "factor of each drop")
     freeze_trunk_epochs: int = option(0, "first epochs in which only the heads are trained")
-    freeze_stages: int = option(0, "stages of the trunk's 4 that stay as they start, from the first, with the stem")
+    freeze_stages: int = option(0, "stages of the trunk's 4 that are not trained, from the first, with the stem")
+    freeze_stages_from: int = option(1, "epoch from which --freeze_stages holds; before it all are trained")
     ema_decay: float = option(0.0, "decay per step of the weights' moving average, which is tested; 0: no average")
     # evaluation
     only_test: bool = option(False, "evaluate --model_weight_file (or the run folder's checkpoint), do not train")
@@ -253,6 +254,7 @@ class Config:
                 "--freeze_trunk_epochs needs -llw or -idlw above 0, or --pooling gem: there is no head to train",
             ),
             (0 <= self.freeze_stages <= 3, "--freeze_stages is a number of stages, 0 to 3: of 4 the last one learns"),
+            (self.freeze_stages_from >= 1, "--freeze_stages_from is an epoch, from 1"),
             (self.staircase_decay_multiply_factor > 0.0, "--staircase_decay_multiply_factor is above 0"),
             (self.repeat >= 1, "--repeat is a number of runs, 1 or more"),
             (self.repeat == 1 or not self.only_test, "--repeat trains several times: leave out --only_test true"),

@@ -59,12 +59,13 @@ SIDES = {
     "cached": Side("ours, --cache true", {"cache": True}),
     "checkpointed": Side("ours, --grad_checkpoint true", {"grad_checkpoint": True}),
     "accumulated": Side("ours, --accumulate 2, half the --ids_per_batch", {"accumulate": 2}, batch_parts=2),
+    "frozen": Side("ours, --freeze_stages 1", {"freeze_stages": 1}),
     "bare": Side("bare step, random images"),
     "ranks": Side("2 processes", SHARED, NUM_RANKS, NUM_RANKS),
     "mined": Side("2 processes, --cross_rank_mining true", {**SHARED, "cross_rank_mining": True}, NUM_RANKS, NUM_RANKS),
 }
 SIDES_OF = {
-    "training": ("published", "live", "cached", "checkpointed", "accumulated", "bare"),
+    "training": ("published", "live", "cached", "checkpointed", "accumulated", "frozen", "bare"),
     "scaling": ("published", "live", "ranks", "mined"),
 }
 

@@ -34,7 +34,7 @@ def make_small_trunk():
     layers = {
         "conv1": nn.Conv2d(3, 16, 32, stride=32, bias=False),
         "bn1": nn.BatchNorm2d(16),
-        "relu": nn.ReLU(),
+        "layer1": nn.ReLU(),
         "conv2": nn.Conv2d(16, 2048, 1),
     }
     return nn.Sequential(OrderedDict(layers))

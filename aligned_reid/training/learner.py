@@ -25,8 +25,9 @@ class Learner:
     def __init__(self, config: Config, model: AlignedReID, accelerator: Accelerator, world: World) -> None:
         self.config, self.accelerator, self.world = config, accelerator, world
         model.train_heads(local=config.l_loss_weight > 0, identity=config.id_loss_weight > 0)
-        model.freeze_stages(config.freeze_stages)
-        self.num_frozen = config.freeze_stages
+        # What is never trained is no parameter of the optimiser; what is trained at some time is one from the start.
+        self.num_frozen = config.freeze_stages if config.freeze_stages_from == 1 else 0
+        model.freeze_stages(self.num_frozen)
         model.grad_checkpoint = config.grad_checkpoint
         if config.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -49,9 +50,11 @@ class Learner:
         return network
 
     def start_epoch(self, epoch: int) -> None:
-        """Training mode, but for what is to stay as it is of the trunk: in the first epochs that may be all of it."""
+        """Training mode, but for the stages of the trunk that are not to be trained in this epoch."""
         self.network.train()
-        num_frozen = TRUNK_STAGES if epoch <= self.config.freeze_trunk_epochs else self.config.freeze_stages
+        num_frozen = self.config.freeze_stages if epoch >= self.config.freeze_stages_from else 0
+        if epoch <= self.config.freeze_trunk_epochs:
+            num_frozen = TRUNK_STAGES
         self.model.freeze_stages(num_frozen)
         if num_frozen != self.num_frozen:
             self.num_frozen = num_frozen

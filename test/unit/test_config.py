@@ -90,6 +90,7 @@ def test_a_tuple_may_have_blanks():
         ("--staircase_decay_multiply_factor -1", "above 0"),
         ("--freeze_trunk_epochs 1", "there is no head to train"),
         ("--freeze_stages 4", "0 to 3: of 4 the last one learns"),
+        ("--freeze_stages 1 --freeze_stages_from 0", "an epoch, from 1"),
         ("--timeout 99999999999", "from 1 to those of a year"),
         ("--seed -1", "whole number from 0"),
         ("--timeout 0", "from 1 to those of a year"),

@@ -387,6 +387,26 @@ def test_frozen_stages_stay_as_they_start(tiny_data, tmp_path):
     assert all(one is not model_of(trainer).base.conv1.weight for one in trained)
 
 
+def test_stages_may_be_frozen_after_they_were_trained(tiny_data, tmp_path):
+    settings = {"id_loss_weight": 1.0, "total_epochs": 3, "exp_decay_at_epoch": 3}
+    frozen_late = {**settings, "freeze_stages": 1, "freeze_stages_from": 2}
+    trainer = make_trainer(tiny_data, tmp_path, **frozen_late)
+    start = weights_of(trainer)
+    trainer.train_epoch(1)
+    trainer.epoch = 1
+    trainer.save()
+    learnt = weights_of(trainer)
+    assert not torch.equal(start["base.conv1.weight"], learnt["base.conv1.weight"])
+    again = make_trainer(tiny_data, tmp_path, **frozen_late)
+    again.resume()
+    for one in (trainer, again):
+        one.train_epoch(2)
+        assert torch.equal(weights_of(one)["base.conv1.weight"], learnt["base.conv1.weight"])
+        assert torch.equal(weights_of(one)["base.bn1.running_mean"], learnt["base.bn1.running_mean"])
+        assert not torch.equal(weights_of(one)["base.conv2.weight"], learnt["base.conv2.weight"])
+    assert all(torch.equal(value, weights_of(trainer)[name]) for name, value in weights_of(again).items())
+
+
 # ---- several models
 
 
