@@ -1,8 +1,8 @@
 """Recipes: what --recipe sets. A flag that is given beside it wins; the log prints the difference from the reference.
 
-`reference` is the defaults. `ascend` is what the wrappers in test/ set. `strong` is what of the bag of tricks (Luo et
-al., arXiv:1903.07071) pays in two and a half hours on two CPU cores; benchmark/ablation.py trains with each trick in
-turn. README.md has the flags that make it the whole bag, for an accelerator.
+`reference` is the defaults. `ascend` is what the wrappers in test/ set. `strong` is the part of the bag of
+tricks (Luo et al., arXiv:1903.07071) that was trained in two and a half hours on two CPU cores; benchmark/ablation.py
+trains with each trick in turn. README.md has the flags that make it the whole bag, for an accelerator.
 """
 
 from typing import Any
