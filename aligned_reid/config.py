@@ -75,6 +75,8 @@ class Config:
     partition_file: str = option("", "partition file; default: partitions.pkl in --data_path", aliases=["--pkl"])
     trainset_part: str = option("trainval", "identities to train on", choices=["trainval", "train"])
     resize_h_w: tuple[int, int] = option((256, 128), "height,width of the images that the model sees, in pixels")
+    shrink_epochs: int = option(0, "first epochs whose images are shrunk, to save time (progressive resizing)")
+    shrink: float = option(0.75, "share of height and of width that the images of --shrink_epochs have")
     crop_prob: float = option(0.0, "probability that a training image is cropped at random")
     crop_ratio: float = option(1.0, "smallest share of height and of width that a random crop keeps")
     pad_crop: int = option(0, "pixels to pad a training image by at each side before it is cropped back at random")
@@ -217,6 +219,12 @@ class Config:
             (self.max_bad_images >= 0, "--max_bad_images is a number of images, 0 or more"),
             (0.0 < self.base_lr < 1e3, "--base_lr is a positive number"),
             (min(self.resize_h_w) >= 32, "--resize_h_w is at least 32,32 pixels"),
+            (self.shrink_epochs >= 0, "--shrink_epochs is a number of epochs, 0 or more"),
+            (0.0 < self.shrink <= 1.0, "--shrink is above 0 and at most 1"),
+            (
+                self.shrink_epochs == 0 or min(self.resize_h_w) * self.shrink >= 32,
+                "--shrink leaves less than 32 pixels of --resize_h_w",
+            ),
             (0.0 <= self.crop_prob <= 1.0, "--crop_prob is a probability, 0 to 1"),
             (0.0 < self.crop_ratio <= 1.0, "--crop_ratio is above 0 and at most 1"),
             (self.checkpoint_every_steps >= 0, "--checkpoint_every_steps is a number of steps, 0 or more"),
