@@ -6,13 +6,14 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from aligned_reid.errors import InputError
 from aligned_reid.flags import PARSERS, OneLineParser, format_option, parse_local_distance, parse_loss_scale
 from aligned_reid.recipes import RECIPES
+from aligned_reid.rules import broken_rule
 
 # How None is written on the command line; options that are not here are just left out.
 NONE_AS = {"global_margin": "none", "local_margin": "none", "loss_scale": "dynamic", "use_local_distance": "auto"}
@@ -205,94 +206,12 @@ class Config:
 
     def checked(self) -> Config:
         """Self, with --set_seed resolved; raises InputError where a value is out of range."""
-        from dataclasses import replace
-
-        names = self.dataset_names
-        rules = [
-            (len(set(names)) == len(names), f"--dataset {self.dataset} names a data set twice"),
-            (len(names) == 1 or all(names), f"--dataset {self.dataset} has an empty name beside a +"),
-            (len(names) == 1 or not self.partition_file, "--partition_file is for one data set, not for several"),
-            (self.ids_per_batch >= 2, "--ids_per_batch is at least 2: an anchor needs a negative"),
-            (self.ims_per_id >= 2, "--ims_per_id is at least 2: an anchor needs a positive"),
-            (self.total_epochs >= 1, "--total_epochs is at least 1"),
-            (self.workers >= 0, "--workers is 0 or more"),
-            (self.max_bad_images >= 0, "--max_bad_images is a number of images, 0 or more"),
-            (0.0 < self.base_lr < 1e3, "--base_lr is a positive number"),
-            (min(self.resize_h_w) >= 32, "--resize_h_w is at least 32,32 pixels"),
-            (self.shrink_epochs >= 0, "--shrink_epochs is a number of epochs, 0 or more"),
-            (0.0 < self.shrink <= 1.0, "--shrink is above 0 and at most 1"),
-            (
-                self.shrink_epochs == 0 or min(self.resize_h_w) * self.shrink >= 32,
-                "--shrink leaves less than 32 pixels of --resize_h_w",
-            ),
-            (0.0 <= self.crop_prob <= 1.0, "--crop_prob is a probability, 0 to 1"),
-            (0.0 < self.crop_ratio <= 1.0, "--crop_ratio is above 0 and at most 1"),
-            (self.checkpoint_every_steps >= 0, "--checkpoint_every_steps is a number of steps, 0 or more"),
-            (self.eval_every >= 0, "--eval_every is a number of epochs, 0 or more"),
-            (1 <= self.timeout <= 365 * 86400, "--timeout is a number of seconds, from 1 to those of a year"),
-            (self.profile >= 0, "--profile is a number of steps, 0 or more"),
-            (self.run >= 1, "--run counts from 1"),
-            (self.seed is None or 0 <= self.seed < 2**31, "--seed is a whole number from 0 to 2147483647"),
-            (self.amp == "O1" or self.amp_backend != "apex", "--amp_backend apex needs --amp O1"),
-            (
-                self.amp_backend != "apex" or self.accumulate == self.num_models == 1,
-                "--amp_backend apex trains one model, a batch a step; use native for --accumulate and --num_models",
-            ),
-            (self.npu is None or self.npu >= 0, "--npu is a device index, 0 or more"),
-            (
-                min(*self.loss_weights, *self.mutual_weights, self.center_loss_weight) >= 0.0,
-                "loss weights (-glw, -llw, -idlw, --center_loss_weight, -pmlw, -gdmlw, -ldmlw) are 0 or more",
-            ),
-            (self.only_test or sum(self.loss_weights) > 0.0, "one of -glw, -llw, -idlw has to be above 0"),
-            (self.exp_decay_at_epoch >= 1, "--exp_decay_at_epoch counts from 1"),
-            (self.last_stride in (1, 2), "--last_stride is 1 or 2"),
-            (
-                0 <= self.pad_crop < min(self.resize_h_w),
-                "--pad_crop is a number of pixels, from 0 to below those of the image",
-            ),
-            (0.0 <= self.erase_prob <= 1.0, "--erase_prob is a probability, 0 to 1"),
-            (self.accumulate >= 1, "--accumulate is a number of batches, 1 or more"),
-            (0.0 <= self.label_smoothing < 1.0, "--label_smoothing is a share, from 0 to below 1"),
-            (0.0 <= self.ema_decay < 1.0, "--ema_decay is from 0 to below 1, such as 0.999"),
-            (self.weight_decay >= 0.0, "--weight_decay is 0 or more"),
-            (self.warmup_epochs >= 0, "--warmup_epochs is a number of epochs, 0 or more"),
-            (self.freeze_trunk_epochs >= 0, "--freeze_trunk_epochs is a number of epochs, 0 or more"),
-            (
-                self.freeze_trunk_epochs == 0 or self.trains_beside_trunk,
-                "--freeze_trunk_epochs needs -llw or -idlw above 0, or --pooling gem: there is no head to train",
-            ),
-            (0 <= self.freeze_stages <= 3, "--freeze_stages is a number of stages, 0 to 3: of 4 the last one learns"),
-            (self.freeze_stages_from >= 1, "--freeze_stages_from is an epoch, from 1"),
-            (self.staircase_decay_multiply_factor > 0.0, "--staircase_decay_multiply_factor is above 0"),
-            (self.repeat >= 1, "--repeat is a number of runs, 1 or more"),
-            (self.repeat == 1 or not self.only_test, "--repeat trains several times: leave out --only_test true"),
-            (self.bnneck or not self.feature_after_bn, "--feature_after_bn needs --bnneck true"),
-            (self.num_models >= 1, "--num_models is 1 or more"),
-            (
-                self.num_models > 1 or sum(self.mutual_weights) == 0,
-                "-pmlw, -gdmlw, -ldmlw need --num_models 2 or more",
-            ),
-            (self.num_models > 1 or not self.models_apart, "--models_apart needs --num_models 2 or more"),
-            (
-                not (self.models_apart and (self.cross_rank_mining or self.sync_bn)),
-                "--models_apart: processes have models of their own, so --cross_rank_mining and --sync_bn are for none",
-            ),
-            (
-                self.pm_loss_weight == 0.0 or self.id_loss_weight > 0.0,
-                "-pmlw needs -idlw above 0: probabilities come from the identity classifier",
-            ),
-            (
-                self.ldm_loss_weight == 0.0 or self.l_loss_weight > 0.0,
-                "-ldmlw needs -llw above 0: local distances come from the local branch",
-            ),
-        ]
         for one in OPTIONS:
             value = getattr(self, one.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"--{one.name} is a finite number, which {value} is not")
-        for holds, rule in rules:
-            if not holds:
-                raise InputError(rule)
+        if line := broken_rule(self):
+            raise InputError(line)
         return replace(self, seed=1) if self.set_seed and self.seed is None else self
 
     @property
