@@ -76,8 +76,6 @@ class Config:
     partition_file: str = option("", "partition file; default: partitions.pkl in --data_path", aliases=["--pkl"])
     trainset_part: str = option("trainval", "identities to train on", choices=["trainval", "train"])
     resize_h_w: tuple[int, int] = option((256, 128), "height,width of the images that the model sees, in pixels")
-    shrink_epochs: int = option(0, "first epochs whose images are shrunk, to save time (progressive resizing)")
-    shrink: float = option(0.75, "share of height and of width that the images of --shrink_epochs have")
     crop_prob: float = option(0.0, "probability that a training image is cropped at random")
     crop_ratio: float = option(1.0, "smallest share of height and of width that a random crop keeps")
     pad_crop: int = option(0, "pixels to pad a training image by at each side before it is cropped back at random")

@@ -24,12 +24,6 @@ def data_rules(config: Config) -> Rules:
         (len(names) == 1 or all(names), f"--dataset {config.dataset} has an empty name beside a +"),
         (len(names) == 1 or not config.partition_file, "--partition_file is for one data set, not for several"),
         (smallest >= 32, "--resize_h_w is at least 32,32 pixels"),
-        (config.shrink_epochs >= 0, "--shrink_epochs is a number of epochs, 0 or more"),
-        (0.0 < config.shrink <= 1.0, "--shrink is above 0 and at most 1"),
-        (
-            config.shrink_epochs == 0 or smallest * config.shrink >= 32,
-            "--shrink leaves less than 32 pixels of --resize_h_w",
-        ),
         (0.0 <= config.crop_prob <= 1.0, "--crop_prob is a probability, 0 to 1"),
         (0.0 < config.crop_ratio <= 1.0, "--crop_ratio is above 0 and at most 1"),
         (0 <= config.pad_crop < smallest, "--pad_crop is a number of pixels, from 0 to below those of the image"),

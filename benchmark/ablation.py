@@ -65,7 +65,6 @@ ROWS = [
     Row("trunk frozen for the first epoch", 8, ["--freeze_trunk_epochs=1"]),
     Row("stem and first stage frozen", 8, ["--freeze_stages=1"]),
     Row("local branch", 8, ["-llw=1"]),
-    Row("15 epochs in the time of 12, 8 of them on shrunk images", 8, ["--total_epochs=15", "--shrink_epochs=8"]),
     Row("two models, mutual learning", 18, ["--num_models=2", "-pmlw=0.1", "-gdmlw=0.1", "-ldmlw=0.1"]),
 ]
 

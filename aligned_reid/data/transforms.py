@@ -10,7 +10,6 @@ import numpy as np
 import simplejpeg  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from aligned_reid.errors import InputError
 
@@ -124,13 +123,6 @@ def normalize_images(images: Tensor, memory_format: torch.memory_format = torch.
     rows = images.reshape(num_images, height, width * 3).to(torch.float32)
     rows.sub_(mean).mul_(inverse_std)
     return rows.view(num_images, height, width, 3).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
-
-
-def shrink_images(images: Tensor, share: float) -> Tensor:
-    """[N, 3, H, W] with `share` of height and width, rounded: bilinear without antialiasing, as resize_image does."""
-    height, width = images.shape[2:]
-    size = (round(height * share), round(width * share))
-    return functional.interpolate(images, size, mode="bilinear", align_corners=False)
 
 
 @lru_cache(maxsize=8)

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
-from aligned_reid.data.transforms import normalize_images, shrink_images
+from aligned_reid.data.transforms import normalize_images
 from aligned_reid.distributed import World
 from aligned_reid.model import TRUNK_STAGES, AlignedReID, Features
 from aligned_reid.pointwise import multiply_pointwise
@@ -26,7 +26,6 @@ class Learner:
         self.config, self.accelerator, self.world = config, accelerator, world
         model.train_heads(local=config.l_loss_weight > 0, identity=config.id_loss_weight > 0)
         # What is never trained is no parameter of the optimiser; what is trained at some time is one from the start.
-        self.shrink = 1.0
         self.num_frozen = config.freeze_stages if config.freeze_stages_from == 1 else 0
         model.freeze_stages(self.num_frozen)
         model.grad_checkpoint = config.grad_checkpoint
@@ -51,9 +50,8 @@ class Learner:
         return network
 
     def start_epoch(self, epoch: int) -> None:
-        """Training mode, but for the stages of the trunk that are not to be trained in this epoch; its images' size."""
+        """Training mode, but for the stages of the trunk that are not to be trained in this epoch."""
         self.network.train()
-        self.shrink = self.config.shrink if epoch <= self.config.shrink_epochs else 1.0
         num_frozen = self.config.freeze_stages if epoch >= self.config.freeze_stages_from else 0
         if epoch <= self.config.freeze_trunk_epochs:
             num_frozen = TRUNK_STAGES
@@ -68,11 +66,8 @@ class Learner:
 
     def forward(self, pixels: Tensor) -> Features:
         """Features of uint8 images [N, H, W, 3]."""
-        images = normalize_images(pixels, self.accelerator.memory_format)
-        if self.shrink < 1:
-            images = shrink_images(images, self.shrink)
         with self.accelerator.autocast():
-            features: Features = self.network(images)
+            features: Features = self.network(normalize_images(pixels, self.accelerator.memory_format))
         return features
 
     def judge(self, features: Features, labels: Tensor) -> tuple[Tensor, Figures]:

@@ -77,16 +77,6 @@ def test_heads_without_a_loss_take_no_gradient():
     }
 
 
-def test_images_of_the_first_epochs_are_shrunk():
-    learner = make_learner(shrink_epochs=2, shrink=0.5)
-    sizes = []
-    learner.model.base.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape)))
-    for epoch in (1, 2, 3):
-        learner.start_epoch(epoch)
-        learner.forward(torch.zeros(2, 128, 64, 3, dtype=torch.uint8))
-    assert sizes == [(2, 3, 64, 32), (2, 3, 64, 32), (2, 3, 128, 64)]
-
-
 def test_sync_bn_converts_all_batch_norms():
     learner = make_learner(sync_bn=True)
     norms = [one for one in learner.model.modules() if isinstance(one, torch.nn.modules.batchnorm._BatchNorm)]

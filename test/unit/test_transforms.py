@@ -23,7 +23,6 @@ from aligned_reid.data.transforms import (
     preprocess,
     random_crop,
     resize_image,
-    shrink_images,
 )
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "preprocess.npz")
@@ -89,15 +88,6 @@ def test_normalize_images_after_inference_mode_still_trains():
     weight = torch.ones(1, requires_grad=True)
     (normalize_images(images) * weight).sum().backward()
     assert weight.grad is not None
-
-
-@pytest.mark.parametrize(("share", "size"), [(0.75, (48, 24)), (0.5, (32, 16)), (0.7, (45, 22))])
-def test_shrink_images_is_what_resizing_them_gives(share, size):
-    image = scene(64, 32).copy()
-    (shrunk,) = shrink_images(normalize_images(torch.from_numpy(image[None])), share)
-    resized = preprocess(image, size)
-    assert shrunk.shape == resized.shape
-    assert torch.allclose(shrunk, resized, atol=1 / 255 / min(IM_STD))  # resize_image rounds to whole numbers
 
 
 def test_preprocess_and_normalize_images_agree_to_the_bit():
