@@ -33,7 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup_epochs": 5,
         "lr_decay_type": "cosine",
         "decay_norms": False,
-        "freeze_stages": 1,  # to save time: forward and backward take a fifth less
+        "freeze_stages": 1,  # to save time
         "freeze_stages_from": 40,
         # test
         "feature_after_bn": True,
