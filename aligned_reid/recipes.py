@@ -1,7 +1,7 @@
 """Recipes: what --recipe sets. A flag that is given beside it wins; the log prints the difference from the reference.
 
 `reference` is the defaults. `ascend` is what the wrappers in test/ set. `strong` is the part of the bag of
-tricks (Luo et al., arXiv:1903.07071) that was trained in two and a half hours on two CPU cores; benchmark/ablation.py
+tricks (Luo et al., arXiv:1903.07071) that was trained in two hours on two CPU cores; benchmark/ablation.py
 trains with each trick in turn. README.md has the flags that make it the whole bag, for an accelerator.
 """
 
@@ -22,9 +22,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ids_per_batch": 8,
         "train_final_batch": True,
         "pad_crop": 4,
+        "erase_prob": 0.5,
         # model
         "bnneck": True,
         # losses
+        "global_margin": None,  # soft
         "id_loss_weight": 1.0,
         "label_smoothing": 0.1,
         # schedule
