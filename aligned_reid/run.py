@@ -202,7 +202,7 @@ def train_and_evaluate(
     """The run itself; returns what results.json holds."""
     start = time.monotonic()
     local_was_trained = config.l_loss_weight > 0
-    speed, profile, best = Speed(), None, None
+    speed, train_seconds, profile, best = Speed(), None, None, None
     if given.train is None:
         config = settle_test(config, given.weights, log)
         model, local_was_trained = load_for_test(config, given.weights, log)
@@ -210,14 +210,13 @@ def train_and_evaluate(
     else:
         trainer = train(config, world, accelerator, given, log)
         models = trainer.tested_models()
-        speed, profile = trainer.speed, trainer.profile.results()
+        speed, train_seconds, profile = trainer.speed, trainer.seconds, trainer.profile.results()
         best = trainer.best.record if trainer.best else None
         if world.is_main:
             try:
                 write_weights(models, config)
             except (InputError, OSError) as error:  # a missing package or a full disk is no reason to lose the test
                 log(f"{SAFETENSORS_NAME} is not written: {error}; the weights are in {CHECKPOINT_NAME}")
-    train_seconds = time.monotonic() - start
     use_local = local_was_trained if config.use_local_distance is None else config.use_local_distance
 
     start = time.monotonic()
@@ -228,7 +227,7 @@ def train_and_evaluate(
         **scores,
         "FPS": speed.fps,
         "ids_per_second": speed.fps / config.ims_per_id if speed.fps else None,
-        "train_seconds": train_seconds if given.train is not None else None,
+        "train_seconds": train_seconds,
         "evaluate_seconds": time.monotonic() - start,
         "best": best,
         "profile": profile,

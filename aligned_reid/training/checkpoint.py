@@ -53,8 +53,10 @@ class Checkpoints:
         """Whether writing now keeps to WRITING_SHARE: an epoch of seconds shall not wait for each of its files."""
         return time.monotonic() - self.last_end >= self.last_duration / WRITING_SHARE
 
-    def save(self, epoch: int, config: Config, step: int = 0, meters: dict[str, Any] | None = None) -> None:
-        """Write the state after `epoch`, and `step` steps of the next with its `meters`.
+    def save(
+        self, epoch: int, config: Config, step: int = 0, meters: dict[str, Any] | None = None, seconds: float = 0.0
+    ) -> None:
+        """Write the state after `epoch`, and `step` steps of the next with its `meters`; it took `seconds`.
 
         The former file stays beside it, as ckpt.previous.pth. Raises OSError where that fails, and then the former file
         is still there.
@@ -68,6 +70,7 @@ class Checkpoints:
             "epoch": epoch,
             "step": step,
             "meters": on_host(meters),
+            "train_seconds": seconds,
             "random": random_states(self.accelerator),
             "config": config.to_dict(),
             "made_on": self.made_on(),

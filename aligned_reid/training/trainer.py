@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ class Trainer:
         self.accelerator, self.world, self.log = accelerators[0], world, log
         self.epoch = 0  # the last one that is done
         self.step = 0  # the last one of the next epoch that is done
+        self.start = time.monotonic()
         self.meters = Meters()
         self.between_steps = True  # and not in the middle of one, where nothing can be saved
         self.stop = StopSignals()
@@ -97,11 +99,17 @@ class Trainer:
         """Go on from the run folder's checkpoint."""
         last = self.checkpoints.load(self.config)
         self.epoch = last.content["epoch"]
+        self.start -= last.content.get("train_seconds", 0.0)
         self.step = first_step(last.content, self.config, self.world.size, self.steps_per_epoch)
         if self.step:
             self.meters.load_state_dict(last.content["meters"], self.accelerator.device)
         for line in describe_resume(self.config, last, self.checkpoints.made_on()):
             self.log(line)
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken, those that led to the checkpoint that it was resumed from included."""
+        return time.monotonic() - self.start
 
     def train(self) -> None:
         """Train the epochs that are left; a checkpoint after the last, and after each before it as far as due.
@@ -288,7 +296,7 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint; a full or read-only folder ends the run with the former checkpoint in place."""
         with self.told_where_to_go_on():
-            self.checkpoints.save(self.epoch, self.config, self.step, self.meters.state_dict())
+            self.checkpoints.save(self.epoch, self.config, self.step, self.meters.state_dict(), self.seconds)
 
     @contextlib.contextmanager
     def told_where_to_go_on(self) -> Iterator[None]:

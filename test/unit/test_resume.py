@@ -1,6 +1,7 @@
 """What a resumed run says, and where in an epoch it starts."""
 
 import pytest
+import torch
 
 from aligned_reid import InputError
 from aligned_reid.accelerator import Accelerator
@@ -10,6 +11,7 @@ from aligned_reid.preflight import check_input
 from aligned_reid.run import go_on_after_restart, run
 from aligned_reid.training.checkpoint import LastGood
 from aligned_reid.training.resume import describe_resume, first_step
+from aligned_reid.weights import read_weight_file
 
 HERE = {"num_processes": 2, "device": "cpu"}
 
@@ -78,6 +80,15 @@ def test_a_damaged_checkpoint_is_gone_on_from_by_the_one_before(tiny_data, tmp_p
     assert f"resumed from {tmp_path}/ckpt.previous.pth after epoch 1" in log
     run(config_of(tiny_data, tmp_path, total_epochs=3, resume=True))
     assert f"resumed from {path} after epoch 2" in (tmp_path / "log.txt").read_text()
+
+
+def test_the_seconds_of_a_resumed_run_are_of_all_its_parts(tiny_data, tmp_path, small_trunk):
+    results = run(config_of(tiny_data, tmp_path, total_epochs=1))
+    content = read_weight_file(tmp_path)
+    assert 0 < content["train_seconds"] <= results["train_seconds"]
+    torch.save({**content, "train_seconds": 1000.0}, tmp_path / "ckpt.pth")
+    results = run(config_of(tiny_data, tmp_path, total_epochs=2, resume=True))
+    assert results["train_seconds"] > 1000
 
 
 @pytest.mark.parametrize(
