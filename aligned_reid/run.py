@@ -200,7 +200,6 @@ def train_and_evaluate(
     config: Config, world: World, accelerator: Accelerator, given: RunInput, log: Log
 ) -> dict[str, Any]:
     """The run itself; returns what results.json holds."""
-    start = time.monotonic()
     local_was_trained = config.l_loss_weight > 0
     speed, train_seconds, profile, best = Speed(), None, None, None
     if given.train is None:

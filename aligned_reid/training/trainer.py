@@ -108,7 +108,7 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """That the run has taken, those that led to the checkpoint that it was resumed from included."""
+        """Seconds that the run has taken, up to the checkpoint that it was resumed from and since."""
         return time.monotonic() - self.start
 
     def train(self) -> None:
