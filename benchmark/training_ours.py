@@ -30,7 +30,7 @@ class TimedTrainer(Trainer):
     def __init__(self, num_steps: int, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.num_steps = num_steps
-        self.seconds: list[float] = []
+        self.step_seconds: list[float] = []
 
     def progress(self, epoch: int) -> Iterator[Any]:  # type: ignore[override]
         start = time.perf_counter()
@@ -38,7 +38,7 @@ class TimedTrainer(Trainer):
             yield batches
             self.accelerator.synchronize()
             now = time.perf_counter()
-            self.seconds.append(now - start)
+            self.step_seconds.append(now - start)
             start = now
 
 
@@ -60,7 +60,7 @@ def our_block(config: Config, steps: int, cache_folder: Path) -> Block:
         trainer = TimedTrainer(steps + 1, *run)
         trainer.train_epoch(1)
     close_group()
-    return Block(trainer.seconds[1:], peak_memory(), accelerator.describe())
+    return Block(trainer.step_seconds[1:], peak_memory(), accelerator.describe())
 
 
 def our_rank(config: Config, steps: int, cache_folder: Path, rank: int, num_ranks: int, port: int) -> Block:
