@@ -1,4 +1,4 @@
-"""1 x 1 convolutions as products of matrices, which is what they are: a CPU trains them faster so."""
+"""1 x 1 convolutions as products of matrices, which is what they are: a CPU without AVX-512 trains them faster so."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class PointwiseConv2d(nn.Conv2d):
     """A 1 x 1 convolution that in training is one product over the pixels of all images.
 
-    Of channels_last images the pixels are the rows of a matrix as they lie. oneDNN's convolution has gradients of
-    weights that run at two thirds of the speed of the same product of matrices. Elsewhere it is torch's.
+    Of channels_last images the pixels are the rows of a matrix as they lie. With AVX2, oneDNN's convolution has
+    gradients of weights that run at two thirds of the speed of the same product of matrices. Elsewhere it is torch's.
     """
 
     def forward(self, feat: Tensor) -> Tensor:

@@ -37,6 +37,12 @@ def test_auto_takes_the_cpu_where_there_is_nothing_else(monkeypatch):
         open_accelerator("auto", 9, 0, mixed_precision=True)
 
 
+@pytest.mark.parametrize(("capability", "expected"), [("AVX2", True), ("DEFAULT", True), ("AVX512", False)])
+def test_a_cpu_with_avx_512_keeps_its_convolutions(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert open_accelerator("cpu", None, 0, mixed_precision=False).multiplies_pointwise is expected
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
