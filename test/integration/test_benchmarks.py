@@ -80,10 +80,10 @@ def test_feature_extraction_gives_the_published_features(run_here, monkeypatch):
     title, *rows = run_here("extraction", "--images=8", "--resize_h_w=32,32").items()
     assert title[0] == "features of 8 images of 32 x 32"
     assert [name for name, _ in rows] == ["published", "ours"]
-    for _, (_, *figures) in rows:
+    for _, (device, *figures) in rows:
         rate, to_published, megabytes, difference = numbers(figures)
         assert min(rate, to_published, megabytes) > 0
-        assert difference < 1e-4
+        assert difference < (0.05 if "bfloat16" in device else 1e-4)
 
 
 def test_sizes_of_the_gallery_are_drawn_from_tables_of_several_runs(tmp_path):
