@@ -5,7 +5,8 @@
 A row adds a trick to the row that it names. Every one that ends appends a line to --results (default
 docs/ablation.jsonl), with its flags and scores. The script may be stopped at any time: started again it goes on with
 the row that it was in, from its checkpoint, and makes no row twice. --table prints the table of what is there, and
-trains nothing. A row takes --epochs epochs at 128 x 64 pixels.
+trains nothing. A row takes --epochs epochs at 128 x 64 pixels, on every machine in float32, so that rows of several can
+be compared.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def run_row(row: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any
         f"--total_epochs={arguments.epochs}",
         f"--exp_decay_at_epoch={arguments.epochs // 2 + 1}",
         f"--seed={seed}",
+        "--amp=O0",
         *flags_of(row),
     ]
     command = [str(ROOT / "script" / "train.py"), *flags, f"--exp_dir={folder}"]
