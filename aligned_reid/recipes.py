@@ -1,8 +1,9 @@
 """Recipes: what --recipe sets. A flag that is given beside it wins; the log prints the difference from the reference.
 
 `reference` is the defaults. `ascend` is what the wrappers in test/ set. `strong` is the part of the bag of
-tricks (Luo et al., arXiv:1903.07071) that was trained in two hours on two CPU cores; benchmark/ablation.py
-trains with each trick in turn. README.md has the flags that make it the whole bag, for an accelerator.
+tricks (Luo et al., arXiv:1903.07071) that was trained in two hours on two CPU cores with bfloat16 units;
+benchmark/ablation.py trains with each trick in turn. README.md has the flags that make it the whole bag, for an
+accelerator, and a shorter training, for CPUs without such units.
 """
 
 from typing import Any
@@ -18,12 +19,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "strong": {
         # batches and images
-        "resize_h_w": (128, 64),
+        "resize_h_w": (192, 96),
         "ids_per_batch": 8,
         "train_final_batch": True,
-        "pad_crop": 4,
+        "pad_crop": 8,
         "erase_prob": 0.5,
         # model
+        "last_stride": 1,
         "bnneck": True,
         # losses
         "global_margin": None,  # soft
@@ -31,12 +33,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         # schedule
         "base_lr": 7e-4,
-        "total_epochs": 68,
+        "total_epochs": 112,
         "warmup_epochs": 5,
         "lr_decay_type": "cosine",
         "decay_norms": False,
         "freeze_stages": 1,  # to save time
-        "freeze_stages_from": 40,
+        "freeze_stages_from": 68,
         # test
         "feature_after_bn": True,
         "test_distance": "cosine",

@@ -182,8 +182,6 @@ def test_models_on_devices_of_their_own(train):
 def test_the_tricks_stay_on_the_device(train):
     tricks = (
         "--recipe=strong",
-        "--last_stride=1",
-        "--erase_prob=0.5",
         "--pooling=gem",
         "--ema_decay=0.9",
         "--center_loss_weight=5e-4",

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+STRONG = ("--recipe=strong", "--last_stride=2")  # the small trunk has no last stage
+
 
 @pytest.fixture
 def train(command, tiny_flags, small_trunk):
@@ -19,8 +21,7 @@ def score_lines(text):
 
 def test_a_strong_run_is_tested_again_as_it_was_trained(command, train, tiny_data, tmp_path):
     folder = tmp_path / "run"
-    strong = ("--recipe=strong", "--pooling=gem", "--ema_decay=0.9")
-    done = train(folder, *strong)
+    done = train(folder, *STRONG, "--pooling=gem", "--ema_decay=0.9")
     assert done.status == 0, done.err
     (said,) = [line for line in done.out.splitlines() if line.startswith("recipe strong, where it differs")]
     assert "bnneck: False -> True" in said
@@ -44,7 +45,7 @@ def test_a_strong_run_is_tested_again_as_it_was_trained(command, train, tiny_dat
 @pytest.mark.parametrize("flag", ["--flip_test=false", "--test_distance=euclidean", "--feature_after_bn=false"])
 def test_flags_of_the_test_change_its_features(command, train, tiny_data, tmp_path, flag):
     folder = tmp_path / "run"
-    assert train(folder, "--recipe=strong").status == 0
+    assert train(folder, *STRONG).status == 0
     written = []
     for number, flags in enumerate([(), (flag,)]):
         done = command(
