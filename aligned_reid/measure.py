@@ -11,6 +11,7 @@ from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TestImages
 from aligned_reid.distributed import World
+from aligned_reid.errors import InputError
 from aligned_reid.evaluation.extract import FeatureSet, extract_features
 from aligned_reid.evaluation.protocol import Measures, evaluate_features
 from aligned_reid.flags import format_option
@@ -33,7 +34,10 @@ SetScores = dict[str, dict[str, Any]]  # by the data set's name: scores by dista
 
 
 def settle_test(config: Config, content: Any, log: Log) -> Config:
-    """The config with TEST_SETTINGS as the run had them that wrote a weight file's `content`; given flags stay."""
+    """The config with TEST_SETTINGS as the run had them that wrote a weight file's `content`; given flags stay.
+
+    Raises InputError where the feature after a neck is asked for, and neither the file nor a flag speaks of one.
+    """
     settings = settings_of(content)
     trained = {name: settings[name] for name in TEST_SETTINGS if name in settings}
     if "resize_h_w" in trained:
@@ -46,6 +50,10 @@ def settle_test(config: Config, content: Any, log: Log) -> Config:
     if "resize_h_w" in differing.keys() - taken.keys():
         sizes = (format_option(size) for size in (trained["resize_h_w"], config.resize_h_w))
         log("the weights were trained at --resize_h_w={} and are tested at {}".format(*sizes))
+    if config.feature_after_bn and not config.bnneck:
+        raise InputError(
+            "--feature_after_bn needs weights with a neck; where their file does not say so, give --bnneck true"
+        )
     return config
 
 

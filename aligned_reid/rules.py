@@ -95,7 +95,10 @@ def schedule_rules(config: Config) -> Rules:
 def run_rules(config: Config) -> Rules:
     """Those of the test, of the device and of the run."""
     return [
-        (config.bnneck or not config.feature_after_bn, "--feature_after_bn needs --bnneck true"),
+        (  # in a test the weights' file says whether they have the neck
+            config.bnneck or config.only_test or not config.feature_after_bn,
+            "--feature_after_bn needs --bnneck true",
+        ),
         (config.eval_every >= 0, "--eval_every is a number of epochs, 0 or more"),
         (config.npu is None or config.npu >= 0, "--npu is a device index, 0 or more"),
         (config.amp == "O1" or config.amp_backend != "apex", "--amp_backend apex needs --amp O1"),

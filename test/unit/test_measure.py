@@ -1,6 +1,9 @@
 """The test of a run: with the settings that its weights were trained with."""
 
+import pytest
+
 from aligned_reid.config import Config
+from aligned_reid.errors import InputError
 from aligned_reid.measure import settle_test
 
 
@@ -27,3 +30,10 @@ def test_another_size_of_the_images_is_said():
     assert config.resize_h_w == (256, 128)
     assert lines == ["the weights were trained at --resize_h_w=128,64 and are tested at 256,128"]
     assert settled({"resize_h_w": [128, 64]}, resize_h_w=(128, 64))[1] == []
+
+
+def test_a_feature_after_the_neck_needs_a_neck():
+    config, _ = settled({"bnneck": True, "feature_after_bn": False}, feature_after_bn=True, only_test=True)
+    assert (config.bnneck, config.feature_after_bn) == (True, True)
+    with pytest.raises(InputError, match="--feature_after_bn needs weights with a neck"):
+        settled({"bnneck": False}, feature_after_bn=True, only_test=True)
