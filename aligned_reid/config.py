@@ -76,10 +76,6 @@ class Config:
     partition_file: str = option("", "partition file; default: partitions.pkl in --data_path", aliases=["--pkl"])
     trainset_part: str = option("trainval", "identities to train on", choices=["trainval", "train"])
     resize_h_w: tuple[int, int] = option((256, 128), "height,width of the images that the model sees, in pixels")
-    small_share: float = option(
-        0.0, "share of the epochs, the first ones, that see smaller images, to save time (progressive resizing)"
-    )
-    small_scale: float = option(0.667, "height and width of these smaller images, as a share of --resize_h_w")
     crop_prob: float = option(0.0, "probability that a training image is cropped at random")
     crop_ratio: float = option(1.0, "smallest share of height and of width that a random crop keeps")
     pad_crop: int = option(0, "pixels to pad a training image by at each side before it is cropped back at random")
@@ -220,17 +216,6 @@ class Config:
     def dataset_names(self) -> list[str]:
         """The data sets of the run, in order: those that --dataset joins with +, or the only one."""
         return self.dataset.split("+")
-
-    @property
-    def num_small_epochs(self) -> int:
-        """How many epochs, the first ones, see smaller images."""
-        return int(self.small_share * self.total_epochs)
-
-    @property
-    def small_size(self) -> tuple[int, int]:
-        """(height, width) of the smaller images, in pixels: rounded, at least 32."""
-        height, width = (max(32, round(pixels * self.small_scale)) for pixels in self.resize_h_w)
-        return height, width
 
     @property
     def loss_weights(self) -> tuple[float, float, float]:

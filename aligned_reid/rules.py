@@ -24,8 +24,6 @@ def data_rules(config: Config) -> Rules:
         (len(names) == 1 or all(names), f"--dataset {config.dataset} has an empty name beside a +"),
         (len(names) == 1 or not config.partition_file, "--partition_file is for one data set, not for several"),
         (smallest >= 32, "--resize_h_w is at least 32,32 pixels"),
-        (0.0 <= config.small_share < 1.0, "--small_share is from 0 to below 1: the last epochs see the full size"),
-        (0.0 < config.small_scale <= 1.0, "--small_scale is above 0 and at most 1"),
         (0.0 <= config.crop_prob <= 1.0, "--crop_prob is a probability, 0 to 1"),
         (0.0 < config.crop_ratio <= 1.0, "--crop_ratio is above 0 and at most 1"),
         (0 <= config.pad_crop < smallest, "--pad_crop is a number of pixels, from 0 to below those of the image"),

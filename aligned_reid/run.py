@@ -318,11 +318,9 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
         accelerators += [
             open_device(config, world.local_rank, accelerator.index + more) for more in range(1, config.num_models)
         ]
-    small_images = images.at_size(config.small_size) if config.num_small_epochs else None
     if config.cache:
-        for some in filter(None, (small_images, images)):
-            open_image_cache(config, world, accelerator, some, log)
-    trainer = Trainer(config, models, images, sampler, accelerators, world, log, config.run_dir, small_images)
+        open_image_cache(config, world, accelerator, images, log)
+    trainer = Trainer(config, models, images, sampler, accelerators, world, log, config.run_dir)
     if not config.resume and start_alike(models):
         log("the models start alike in all that is trained, and stay so: -idlw or -llw gives each a head of its own")
     if config.eval_every:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -105,12 +105,6 @@ class _Images(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.image_names)
 
-    def at_size(self, size: tuple[int, int]) -> Self:
-        """The same images, loaded at another (height, width), without a cache until one is opened."""
-        images = copy.copy(self)
-        images.size, images.cache = size, None
-        return images
-
     def open_cache(self, folders: Sequence[Path], say: Callable[[str], None], show_progress: bool = True) -> None:
         """Load from a cache in one of `folders` from now on; see `cache.open_cache`."""
         content = CacheContent(self.images_dir, self.image_names, None if self.is_cropped() else self.size)
@@ -175,12 +169,6 @@ class TrainImages(_Images):
         self.mirror = mirror
         self.pad_crop = pad_crop
         self.erase_prob = erase_prob
-
-    def at_size(self, size: tuple[int, int]) -> Self:
-        """The same images at another (height, width); `pad_crop` grows or shrinks with the height."""
-        images = super().at_size(size)
-        images.pad_crop = round(self.pad_crop * size[0] / self.size[0])
-        return images
 
     @property
     def parts(self) -> list[TrainImages]:
@@ -260,11 +248,6 @@ class JoinedTrainImages(TrainImages):
         )
         self.num_classes = int(first_labels[-1])
 
-    def at_size(self, size: tuple[int, int]) -> Self:
-        images = copy.copy(self)
-        images.size, images._parts = size, [part.at_size(size) for part in self.parts]
-        return images
-
     @property
     def parts(self) -> list[TrainImages]:
         return self._parts
@@ -317,6 +300,12 @@ class TestImages(_Images):
         chosen = [index for index, mark in enumerate(marks) if mark != MULTI_QUERY or include_multi_query]
         super().__init__(data, part, [names[index] for index in chosen], size)
         self.marks = np.array([marks[index] for index in chosen], dtype=np.int64)
+
+    def at_size(self, size: tuple[int, int]) -> TestImages:
+        """The same images, loaded at another (height, width)."""
+        images = copy.copy(self)
+        images.size, images.cache = size, None
+        return images
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.load([index]).images[0].numpy(), index

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TrainBatch, TrainImages
-from aligned_reid.data.loader import ImageLoader, make_loader
+from aligned_reid.data.loader import make_loader
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.distributed import World, sum_over_ranks, take_from_main
 from aligned_reid.errors import InputError, RunStopped
@@ -65,9 +65,7 @@ class Trainer:
         world: World,
         log: Log,
         folder: Path,
-        small_images: TrainImages | None = None,  # of the epochs of --small_share
     ) -> None:
-        self.small_images = small_images
         self.config, self.images, self.sampler = config, images, sampler
         self.accelerator, self.world, self.log = accelerators[0], world, log
         self.epoch = 0  # the last one that is done
@@ -94,7 +92,7 @@ class Trainer:
         )
         self.checkpoints.job = dict(world.job)
         self.bad_images = BadImages(images, config.max_bad_images, world, log)
-        self.loader: ImageLoader | None = None
+        self.loader = make_loader(images, sampler, workers=config.workers, pin_memory=self.accelerator.pin_memory)
         self.steps_per_epoch = -(-len(sampler) // config.accumulate)
 
     def resume(self) -> None:
@@ -289,22 +287,10 @@ class Trainer:
                 f"from the first one's; {self.last_checkpoint()}"
             )
 
-    def loader_of(self, epoch: int) -> ImageLoader:
-        """The loader of an epoch's batches: the one before's, and a new one where the images change their size."""
-        images = self.images
-        if self.small_images is not None and epoch <= self.config.num_small_epochs:
-            images = self.small_images
-        if self.loader is None or self.loader.dataset is not images:
-            self.loader = None  # the former's workers end before the next ones start
-            pin_memory = self.accelerator.pin_memory
-            self.loader = make_loader(images, self.sampler, workers=self.config.workers, pin_memory=pin_memory)
-        return self.loader
-
     def progress(self, epoch: int) -> tqdm:
         """The epoch's steps, each the batches that it averages, with a bar on a terminal."""
         hidden = None if self.world.is_main else True
-        batches = self.loader_of(epoch)
-        steps, total, done = grouped(batches, self.config.accumulate), self.steps_per_epoch, self.step
+        steps, total, done = grouped(self.loader, self.config.accumulate), self.steps_per_epoch, self.step
         return tqdm(steps, f"epoch {epoch}", total, initial=done, unit="step", leave=False, disable=hidden)
 
     def save(self) -> None:

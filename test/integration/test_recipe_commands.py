@@ -42,7 +42,7 @@ def test_a_strong_run_is_tested_again_as_it_was_trained(command, train, tiny_dat
     assert score_lines(again.out) == score_lines(done.out)
 
 
-@pytest.mark.parametrize("flag", ["--flip_test=false", "--test_distance=euclidean", "--feature_after_bn=false"])
+@pytest.mark.parametrize("flag", ["--flip_test=false", "--test_distance=euclidean", "--feature_after_bn=true"])
 def test_flags_of_the_test_change_its_features(command, train, tiny_data, tmp_path, flag):
     folder = tmp_path / "run"
     assert train(folder, *STRONG).status == 0

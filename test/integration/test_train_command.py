@@ -104,19 +104,6 @@ def test_a_run_from_the_image_cache_is_the_same_run(command, own_data, tiny_flag
         assert str(own_data / "cache") in line and said in line
 
 
-def test_smaller_images_of_the_first_epochs_have_a_cache_of_their_own(
-    command, own_data, tiny_flags, tmp_path, small_trunk
-):
-    flags = (f"--data_path={own_data}", *tiny_flags[1:], "--total_epochs=2", "--seed=1", "--workers=0")
-    flags = (*flags, "--small_share=0.5", "--small_scale=0.75")
-    plain, small, cached = (
-        command("train.py", *some, f"--exp_dir={tmp_path / str(number)}")
-        for number, some in enumerate([flags[:-2], flags, (*flags, "--cache=true")])
-    )
-    assert learnt(cached) == learnt(small) != learnt(plain)
-    assert sorted(path.name.split("-")[0] for path in (own_data / "cache").glob("*.images")) == ["48x32", "64x32"]
-
-
 def test_a_cache_beside_read_only_data_is_in_the_run_folder(command, own_data, tiny_flags, tmp_path, small_trunk):
     (own_data / "cache").touch()  # a folder cannot be made there
     flags = (f"--data_path={own_data}", *tiny_flags[1:], "--total_epochs=1", f"--exp_dir={tmp_path / 'run'}")

@@ -83,8 +83,6 @@ def test_a_tuple_may_have_blanks():
         ("-llw -1", "0 or more"),
         ("--crop_prob 1.5", "a probability"),
         ("--crop_ratio 0", "above 0"),
-        ("--small_share 1", "the last epochs see the full size"),
-        ("--small_scale 0", "above 0"),
         ("--base_lr nan", "--base_lr is a finite number"),
         ("--center_loss_weight nan", "--center_loss_weight is a finite number"),
         ("-gm inf", "--global_margin is a finite number"),

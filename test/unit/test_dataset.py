@@ -446,13 +446,3 @@ def test_moved_and_erased_images_are_drawn_by_the_seed(tiny_data):
     half = TrainImages(data, size=(64, 32), erase_prob=0.5).load(requests * 8).images
     share = (half != plain.repeat(8, 1, 1, 1)).flatten(1).any(1).float().mean().item()
     assert 0.1 < share < 0.9
-
-
-def test_the_same_images_come_at_another_size(shared):
-    requests = [SampleRequest(index, seed) for index, seed in zip(range(8), range(100, 108), strict=True)]
-    full = TrainImages(shared, size=(96, 48), pad_crop=6, erase_prob=0.5)
-    small = full.at_size(SIZE)
-    assert torch.equal(
-        small.load(requests).images, TrainImages(shared, size=SIZE, pad_crop=4, erase_prob=0.5).load(requests).images
-    )
-    assert (full.size, full.pad_crop) == ((96, 48), 6)

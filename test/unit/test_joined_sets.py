@@ -59,15 +59,6 @@ def test_images_are_those_of_their_set(parts):
         assert (label, returned) == (joined.labels[index], index)
 
 
-def test_images_of_all_sets_come_at_another_size(parts):
-    small = JoinedTrainImages(parts).at_size((48, 32))
-    for index, part, inside in ((0, parts["a"], 0), (len(small) - 1, parts["b"], -1)):
-        image = small.load([SampleRequest(index, 5)]).images[0]
-        own = part.at_size((48, 32))
-        assert torch.equal(image, own.load([SampleRequest(range(len(own))[inside], 5)]).images[0])
-    assert small.size == (48, 32)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_hold_persons_of_both(parts, workers):
     joined = JoinedTrainImages(parts)

@@ -12,8 +12,6 @@ BREAKS = {
         {"dataset": "a+"},
         {"dataset": "a+b", "partition_file": "x.pkl"},
         {"resize_h_w": (31, 64)},
-        {"small_share": 1.0},
-        {"small_scale": 0.0},
         {"crop_prob": 1.5},
         {"crop_ratio": 0.0},
         {"pad_crop": 128},

@@ -44,9 +44,7 @@ def make_trainer(tiny_data, folder, **settings):
     images = TrainImages(open_data(tiny_data), size=config.resize_h_w)
     sampler = IdentityBatchSampler(images.person_ids, config.ids_per_batch, config.ims_per_id, False, config.seed)
     models = [AlignedReID(images.num_classes, pretrained="none") for _ in range(config.num_models)]
-    accelerators = [Accelerator(mixed_precision=False)]
-    small_images = images.at_size(config.small_size)
-    return Trainer(config, models, images, sampler, accelerators, World(), Lines(), folder, small_images)
+    return Trainer(config, models, images, sampler, [Accelerator(mixed_precision=False)], World(), Lines(), folder)
 
 
 def model_of(trainer):
@@ -307,7 +305,7 @@ def test_accumulated_batches_are_one_step_of_their_mean_gradient(tiny_data, tmp_
     trainer = make_trainer(tiny_data, tmp_path, accumulate=2, id_loss_weight=1.0, l_loss_weight=1.0)
     assert trainer.steps_per_epoch == 2  # of 3 batches
     learner = trainer.learners[0]
-    batches = list(trainer.loader_of(1))[:2]
+    batches = list(trainer.loader)[:2]
     gradients = []
     for batch in batches:
         learner.optimizer.zero_grad()
@@ -409,21 +407,6 @@ def test_stages_may_be_frozen_after_they_were_trained(tiny_data, tmp_path):
     assert all(torch.equal(value, weights_of(trainer)[name]) for name, value in weights_of(again).items())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_first_epochs_see_smaller_images(tiny_data, tmp_path, workers):
-    settings = {"small_share": 0.7, "total_epochs": 3, "exp_decay_at_epoch": 3, "workers": workers}
-    trainer = make_trainer(tiny_data, tmp_path, **settings, small_scale=0.75, id_loss_weight=1.0)
-    sizes = []
-    model_of(trainer).register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
-    trainer.train()
-    assert sizes == [(48, 32)] * 6 + [(64, 32)] * 3  # the width would be 24; three steps an epoch
-    sizes.clear()
-    again = make_trainer(tiny_data, tmp_path, **settings, small_scale=0.75, id_loss_weight=1.0)
-    again.resume()
-    assert again.loader_of(2).dataset.size == (48, 32)
-    assert again.loader_of(3).dataset.size == (64, 32)
-
-
 # ---- several models
 
 
@@ -446,7 +429,7 @@ def test_models_learn_from_each_other(tiny_data, tmp_path):
 def test_the_mutual_loss_is_the_golden_terms_sum(tiny_data, tmp_path):
     settings = {"pm_loss_weight": 0.3, "gdm_loss_weight": 0.5, "ldm_loss_weight": 0.7, "l_loss_weight": 1.0}
     trainer = make_trainer(tiny_data, tmp_path, num_models=3, id_loss_weight=1.0, **settings)
-    batch = next(iter(trainer.loader_of(1)))
+    batch = next(iter(trainer.loader))
     with torch.no_grad():
         features = [learner.forward(batch.images) for learner in trainer.learners]
         own = [learner.judge(one, batch.labels)[0] for learner, one in zip(trainer.learners, features, strict=True)]
