@@ -67,6 +67,7 @@ ROWS = [
     Row("stem and first stage frozen", 8, ["--freeze_stages=1"]),
     Row("local branch", 8, ["-llw=1"]),
     Row("two models, mutual learning", 18, ["--num_models=2", "-pmlw=0.1", "-gdmlw=0.1", "-ldmlw=0.1"]),
+    Row("the feature before BNNeck at test", 7, ["--feature_after_bn=false"], trains=False),
 ]
 
 
