@@ -41,7 +41,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "freeze_stages": 1,  # to save time
         "freeze_stages_from": 72,
         # test
-        "test_distance": "cosine",
         "flip_test": True,
     },
 }

@@ -21,7 +21,7 @@ def score_lines(text):
 
 def test_a_strong_run_is_tested_again_as_it_was_trained(command, train, tiny_data, tmp_path):
     folder = tmp_path / "run"
-    done = train(folder, *STRONG, "--pooling=gem", "--ema_decay=0.9")
+    done = train(folder, *STRONG, "--pooling=gem", "--ema_decay=0.9", "--test_distance=cosine")
     assert done.status == 0, done.err
     (said,) = [line for line in done.out.splitlines() if line.startswith("recipe strong, where it differs")]
     assert "bnneck: False -> True" in said
@@ -42,7 +42,7 @@ def test_a_strong_run_is_tested_again_as_it_was_trained(command, train, tiny_dat
     assert score_lines(again.out) == score_lines(done.out)
 
 
-@pytest.mark.parametrize("flag", ["--flip_test=false", "--test_distance=euclidean", "--feature_after_bn=true"])
+@pytest.mark.parametrize("flag", ["--flip_test=false", "--test_distance=cosine", "--feature_after_bn=true"])
 def test_flags_of_the_test_change_its_features(command, train, tiny_data, tmp_path, flag):
     folder = tmp_path / "run"
     assert train(folder, *STRONG).status == 0
