@@ -19,14 +19,13 @@ def trained(command, tiny_flags, tmp_path, small_trunk):
 
 
 def scores_in(output):
+    return [line for line in output.splitlines() if "cmc1" in line or line.endswith(("distance", "re-ranked"))]
+
+
+def mean_aps_in(output):
     """mAP in percent by title."""
     found = re.findall(r"^(.*(?:distance|re-ranked))\n\[mAP: *([0-9.]+)%\]", output, flags=re.MULTILINE)
     return {title: float(score) for title, score in found}
-
-
-def nearly(scores):
-    """Within a point: rounding may swap neighbours that are nearly as far."""
-    return pytest.approx(scores, abs=1)
 
 
 @pytest.mark.parametrize("features", ["global", "global_local"])
@@ -38,9 +37,7 @@ def test_the_graph_has_the_models_scores(command, tiny_data, trained, tmp_path, 
     assert f"{graph} (" in done.out
     assert "opset 17, images uint8 [N, 64, 32, 3] -> global_feat float32 [N, 2048]" in done.out
     trained_scores = scores_in((trained / "log.txt").read_text())
-    if features == "global":
-        trained_scores = {title: trained_scores[title] for title in ("Global distance", "Global distance, re-ranked")}
-    assert scores_in(done.out) == nearly(trained_scores)
+    assert scores_in(done.out) == (trained_scores if features == "global_local" else trained_scores[-4:])
 
 
 def test_safetensors_hold_what_export_needs(command, tiny_flags, tmp_path, small_trunk):
@@ -83,8 +80,9 @@ def test_a_whole_resnet50(tiny_data, tmp_path, opset):
     graph = (f"--save_file={tmp_path}/model.onnx", f"--opset={opset}", "--features=global_local")
     done = run_script("export.py", f"--model_weight_file={tmp_path}", *graph, f"--data_path={tiny_data}")
     assert (done.status, done.err) == (0, "")
-    assert len(scores_in(run.out)) == 6
-    assert scores_in(done.out) == nearly(scores_in(run.out))
+    assert len(mean_aps_in(run.out)) == 6
+    # Random weights of this depth leave images nearly as far from each other: rounding may swap them.
+    assert mean_aps_in(done.out) == pytest.approx(mean_aps_in(run.out), abs=1)
 
 
 def test_mistakes_are_one_line(command, tmp_path, small_trunk):
