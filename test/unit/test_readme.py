@@ -1,12 +1,15 @@
 """What the README and the examples of docs/ say is what the code does."""
 
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 
-from aligned_reid.config import Config, make_parser, markdown_table
+from aligned_reid.config import Config, markdown_table
 from aligned_reid.data import TestImages, check_protocol, make_synthetic, open_data
 from aligned_reid.export import InferenceGraph, export_onnx
 from aligned_reid.model import AlignedReID
@@ -14,6 +17,7 @@ from aligned_reid.model import AlignedReID
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DATASETS = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 def examples_in(text):
@@ -24,11 +28,20 @@ def test_the_table_of_flags_is_the_parsers():
     assert markdown_table() in README
 
 
-def test_flags_and_files_that_it_names_exist():
-    known = {flag for action in make_parser()._actions for flag in action.option_strings}
-    for line in README.splitlines():
-        if "script/train.py --" in line:
-            assert set(re.findall(r"(?<!-)--?[a-z_]+(?=[ =])", line.split("script/train.py")[1])) <= known
+def test_commands_that_train_take_their_flags():
+    text = re.sub(r"\\\n\s*", "", README + DATASETS + RESULTS)
+    commands = [shlex.split(flags) for flags in re.findall(r"script/train\.py (-[^\n`#|]*)", text)]
+    assert len(commands) >= 30
+    for flags in commands:
+        Config.from_arguments(flags)  # a mistake would exit
+
+
+def test_results_have_the_table_of_the_ablation():
+    command = [sys.executable, str(ROOT / "benchmark" / "ablation.py"), "--table"]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout in RESULTS
+
+
+def test_files_that_it_names_exist():
     for path in re.findall(r"(?:script|test|docs|benchmark)/[\w/]+\.(?:py|sh|md|png)", README):
         assert (ROOT / path).is_file(), path
     assert Config().ids_per_batch == 32
