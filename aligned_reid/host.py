@@ -45,3 +45,12 @@ def cpu_has_bfloat16() -> bool:
     except OSError:
         return False
     return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def mkl_leaves_avx512() -> bool:
+    """Whether the CPU has AVX-512 and MKL, which uses it on Intel's only, does not use it."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "avx512f" in words and "GenuineIntel" not in words

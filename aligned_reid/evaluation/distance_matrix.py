@@ -11,6 +11,7 @@ from torch import Tensor
 from aligned_reid.distance import MIN_SQUARED_DISTANCE, aligned_distance, euclidean_distance
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.compiled import compiled, in_threads, to_tensor
+from aligned_reid.evaluation.product import product
 
 # Tiles, each in one thread, rather than rows in all threads: none waits for another, and the distances are finished
 # while the products are in cache.
@@ -50,7 +51,7 @@ def global_distance_matrix(x: Any, y: Any) -> Float32s:
     def tile(first: int, begin: int) -> None:
         rows, columns = slice(first, first + GLOBAL_TILE), slice(begin, begin + GLOBAL_TILE)
         block = dist[rows, columns]
-        torch.addmm(y_norms[columns], x[rows], y[columns].t(), alpha=-2, out=block)
+        torch.add(y_norms[columns], product(x[rows], y[columns]), alpha=-2, out=block)
         block.add_(x_norms[rows]).clamp_(min=MIN_SQUARED_DISTANCE).sqrt_()
         if same and begin > first:
             dist[columns, rows] = block.t()
@@ -99,15 +100,13 @@ def _local_by_tiles(x: Tensor, y: Tensor, same: bool, kernel: Callable[..., None
         width = columns.stop - first
         stripes = y[columns].transpose(0, 1).reshape(num_y * width, -1)  # [G * T, d]: image after image of one stripe
         y_norms = (stripes.square().sum(1) / 4).numpy().reshape(num_y, width)
-        dots = torch.empty(QUERIES_PER_BLOCK * num_x, num_y * width)
         totals = np.empty((num_y + 1, width), np.float32)
         num_rows = columns.stop if same else len(x)
         for begin in range(0, num_rows, QUERIES_PER_BLOCK):
             rows = slice(begin, min(begin + QUERIES_PER_BLOCK, num_rows))
             of_rows = slice(begin * num_x, rows.stop * num_x)
-            used = dots[: (rows.stop - begin) * num_x]
-            torch.mm(x_rows[of_rows], stripes.t(), out=used)
-            kernel(used.numpy(), x_norms[of_rows], y_norms, totals, dist[rows, columns])
+            dots = product(x_rows[of_rows], stripes)
+            kernel(dots.numpy(), x_norms[of_rows], y_norms, totals, dist[rows, columns])
         if same:
             dist[columns, :first] = dist[:first, columns].T
             square = dist[columns, columns]

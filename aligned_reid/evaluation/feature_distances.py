@@ -21,6 +21,7 @@ from aligned_reid.distance import MIN_SQUARED_DISTANCE, at_least_float32, normal
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.compiled import compiled, in_threads, num_threads, to_tensor
 from aligned_reid.evaluation.nearest import NearestLists
+from aligned_reid.evaluation.product import product
 
 # Images of a tile's side: 4 MB of features each way, 1 MB of distances. Its lists are in units, so that several threads
 # can fill them.
@@ -106,7 +107,7 @@ class FeatureDistances:
 
     def squared(self, rows: slice, columns: slice) -> Float32s:
         """Distances [rows, columns] between two of `blocks`."""
-        dist = torch.addmm(self.norms[columns], self.get(rows), self.get(columns).t(), alpha=-2)
+        dist = product(self.get(rows), self.get(columns)).mul_(-2).add_(self.norms[columns])
         return dist.add_(self.norms[rows].unsqueeze(1)).clamp_(min=MIN_SQUARED_DISTANCE).float().cpu().numpy()
 
     def to_gallery(self, first: int, last: int) -> Float32s:

@@ -1,13 +1,35 @@
-"""What the library asks of the machine's memory."""
+"""What the library asks of the machine's memory and knows of its processor."""
 
 import mmap
 import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aligned_reid.host import populate_memory
+from aligned_reid.host import mkl_leaves_avx512, populate_memory
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "left"),
+    [
+        ("AuthenticAMD", "avx2 avx512f", True),
+        ("AuthenticAMD", "avx2", False),
+        ("GenuineIntel", "avx2 avx512f", False),
+    ],
+)
+def test_mkl_has_avx512_on_intels_processors_only(monkeypatch, vendor, flags, left):
+    monkeypatch.setattr(Path, "read_text", lambda path: f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n")
+    assert mkl_leaves_avx512() is left
+
+
+def test_a_system_that_does_not_tell_its_processor_is_taken_as_it_is(monkeypatch):
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert not mkl_leaves_avx512()
 
 
 def page_faults() -> int:
