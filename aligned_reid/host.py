@@ -40,17 +40,18 @@ def populate_memory(address: int, num_bytes: int) -> None:
 
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AMX or AVX-512 BF16)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    return not _cpu_words().isdisjoint({"amx_bf16", "avx512_bf16"})
 
 
 def mkl_leaves_avx512() -> bool:
     """Whether the CPU has AVX-512 and MKL, which uses it on Intel's only, does not use it."""
-    try:
-        words = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
+    words = _cpu_words()
     return "avx512f" in words and "GenuineIntel" not in words
+
+
+def _cpu_words() -> set[str]:
+    """What Linux says of the processor: its vendor, its flags; empty on other systems."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return set()

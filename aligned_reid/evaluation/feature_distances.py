@@ -107,7 +107,7 @@ class FeatureDistances:
 
     def squared(self, rows: slice, columns: slice) -> Float32s:
         """Distances [rows, columns] between two of `blocks`."""
-        dist = product(self.get(rows), self.get(columns)).mul_(-2).add_(self.norms[columns])
+        dist = torch.add(self.norms[columns], product(self.get(rows), self.get(columns)), alpha=-2)
         return dist.add_(self.norms[rows].unsqueeze(1)).clamp_(min=MIN_SQUARED_DISTANCE).float().cpu().numpy()
 
     def to_gallery(self, first: int, last: int) -> Float32s:
