@@ -31,7 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "global_margin": None,  # soft
         "l_loss_weight": 1.0,
         "id_loss_weight": 1.0,
-        "label_smoothing": 0.1,
+        "label_smoothing": 0.1,  # with decay_norms: for a long training
         # schedule
         "base_lr": 7e-4,
         "total_epochs": 120,
