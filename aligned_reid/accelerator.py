@@ -44,7 +44,9 @@ class Accelerator:
     pin_memory = False
     tf32_name = ""  # what the device calls its short float32; empty where it has none
     compile_backend = "inductor"
+    repeats_bits = True  # the same input gives the same bits, without deterministic operators too
     passed_over = ""  # what auto would rather have taken, and why it could not
+    wrong_half = ""  # the 16-bit type that it computes wrongly in, and where; it computes in float32 then
 
     def __init__(self, index: int = 0, **modes: bool) -> None:
         """modes: the fields of Modes."""
@@ -84,6 +86,11 @@ class Accelerator:
     def find_half(self) -> torch.dtype | None:
         """The 16-bit type of mixed precision; a CPU without bfloat16 units would emulate it, slower than float32."""
         return torch.bfloat16 if cpu_has_bfloat16() else None
+
+    def distrust_half(self, where: str) -> None:
+        """Compute in float32: `where`, a layer, is wrong in 16 bit."""
+        self.wrong_half = f"{name_of(self.half)} is wrong here ({where})"
+        self.half = None
 
     def select(self) -> None:
         """Make this the process's current device, and set up what is to be set up once."""
@@ -174,8 +181,8 @@ class Accelerator:
 
     def describe(self) -> str:
         """For the log: the device, its precision and how it computes."""
-        precision = str(self.half or torch.float32).removeprefix("torch.")
-        engine = " by apex" if self.modes.apex else ""
+        precision = name_of(self.half or torch.float32) + (f": {self.wrong_half}" if self.wrong_half else "")
+        engine = " by apex" if self.modes.apex and self.half else ""
         modes = {
             f"{self.tf32_name} convolutions": self.modes.tf32,
             "deterministic": self.modes.deterministic,
@@ -188,12 +195,17 @@ class Accelerator:
         return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def name_of(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 class Cuda(Accelerator):
     """NVIDIA GPUs."""
 
     name = "cuda"
     backend = "nccl"
     multiplies_pointwise = False
+    repeats_bits = False
     pin_memory = True
     tf32_name = "TF32"
 

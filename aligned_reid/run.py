@@ -22,6 +22,7 @@ from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.distributed import (
     World,
     close_group,
+    from_rank,
     job_of_world,
     open_group,
     read_world,
@@ -29,10 +30,11 @@ from aligned_reid.distributed import (
     wait_for_all,
 )
 from aligned_reid.errors import InputError, RunStopped
-from aligned_reid.evaluation.extract import feature_blocks
+from aligned_reid.evaluation.extract import feature_blocks, inference_copy
 from aligned_reid.evaluation.feature_file import FeatureWriter
 from aligned_reid.measure import load_for_test, measure, settle_test
 from aligned_reid.model import AlignedReID, architecture_of, load_weights
+from aligned_reid.precision import find_wrong_layer
 from aligned_reid.preflight import RunInput, check_input, check_save_file
 from aligned_reid.rendezvous import is_same_job
 from aligned_reid.training.best import Best
@@ -67,6 +69,9 @@ def run(config: Config) -> dict[str, Any]:
         config = go_on_after_restart(config, world, accelerator)
         config = settle_seed(config, world, accelerator)
         with run_folder(config, world) as log:
+            if config.only_test:
+                config = settle_test(config, given.weights, log)
+            settle_precision(config, accelerator, given)
             log_settings(config, world, accelerator, given, log)
             return train_and_evaluate(config, world, accelerator, given, log)
 
@@ -179,6 +184,27 @@ def settle_seed(config: Config, world: World, accelerator: Accelerator) -> Confi
     return dataclasses.replace(config, seed=seed)
 
 
+def settle_precision(config: Config, accelerator: Accelerator, given: RunInput) -> None:
+    """Let the device compute in float32 if its 16-bit type is wrong for the run's network; rank 0 checks for all."""
+
+    def check() -> str:
+        if accelerator.half is None:
+            return ""
+        training = given.train is not None
+        with torch.random.fork_rng(devices=[]):
+            model = AlignedReID(
+                given.train.num_classes if given.train else None,
+                pretrained="none",
+                **architecture_of(config.to_dict()),
+            )
+        network = model if training else inference_copy(model)
+        network = network.to(accelerator.device).to(memory_format=accelerator.memory_format)
+        return find_wrong_layer(network, config.resize_h_w, accelerator, backward=training)
+
+    if where := from_rank(0, check, accelerator.device):
+        accelerator.distrust_half(where)
+
+
 def log_settings(config: Config, world: World, accelerator: Accelerator, given: RunInput, log: Log) -> None:
     """What runs where, on what, with which settings."""
     log(f"device {accelerator.describe()}, {world.size} process{'es' if world.size > 1 else ''}, seed {config.seed}")
@@ -203,7 +229,6 @@ def train_and_evaluate(
     local_was_trained = config.l_loss_weight > 0
     speed, train_seconds, profile, best = Speed(), None, None, None
     if given.train is None:
-        config = settle_test(config, given.weights, log)
         model, local_was_trained = load_for_test(config, given.weights, log)
         models = [model]
     else:
@@ -251,8 +276,9 @@ def run_extraction(config: Config, save_file: Path) -> None:
     accelerator = open_device(config, world.local_rank)
     log = Log(None, is_main=world.is_main)
     with process_group(world, accelerator, config):
-        log(f"device {accelerator.describe()}")
         config = settle_test(config, given.weights, log)
+        settle_precision(config, accelerator, given)
+        log(f"device {accelerator.describe()}")
         images = given.test.at_size(config.resize_h_w)
         model, local_was_trained = load_for_test(config, given.weights, log)
         local = local_was_trained if config.use_local_distance is None else config.use_local_distance
@@ -318,6 +344,8 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
         accelerators += [
             open_device(config, world.local_rank, accelerator.index + more) for more in range(1, config.num_models)
         ]
+        for other in accelerators[1:]:
+            other.half, other.wrong_half = accelerator.half, accelerator.wrong_half
     if config.cache:
         open_image_cache(config, world, accelerator, images, log)
     trainer = Trainer(config, models, images, sampler, accelerators, world, log, config.run_dir)

@@ -1,0 +1,125 @@
+import json
+
+import pytest
+import torch
+from conftest import make_small_trunk
+from torch import nn
+
+from aligned_reid.accelerator import Accelerator
+from aligned_reid.config import Config
+from aligned_reid.model import AlignedReID
+from aligned_reid.precision import find_wrong_layer
+from aligned_reid.run import run, run_extraction
+
+SIZE = (64, 32)
+
+
+class WrongConv(nn.Conv2d):
+    """A convolution that is wrong, in one of several ways, in 16 bit only."""
+
+    def __init__(self, fault):
+        super().__init__(16, 2048, 1)
+        self.fault = fault
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if y.dtype == torch.float32 else FAULTS[self.fault](y)
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.linspace(0, 2, grad.shape[1]).view(-1, 1, 1)
+
+
+def with_last_column(y, value):
+    return torch.cat([y[..., :-1], value.to(y).expand_as(y[..., -1:])], dim=3)
+
+
+FAULTS = {
+    "nan": lambda y: with_last_column(y, torch.tensor(torch.nan)),
+    "garbage": lambda y: with_last_column(y, 3 * y.std()),
+    "not repeatable": lambda y: y * (1 + 0.01 * torch.rand(())),
+    "gradient": WrongGradient.apply,
+}
+
+
+def make_wrong_trunk(fault):
+    trunk = make_small_trunk()
+    trunk.conv2 = WrongConv(fault)
+    return trunk
+
+
+@pytest.fixture
+def cpu():
+    """A CPU that computes in bfloat16, whether it has units for that or not."""
+    accelerator = Accelerator()
+    accelerator.half = torch.bfloat16
+    return accelerator
+
+
+def make_model(trunk):
+    model = AlignedReID(4, pretrained="none", bnneck=True)
+    model.base = trunk
+    return model
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_right_network_passes_and_leaves_the_random_state(cpu, backward):
+    model = make_model(make_small_trunk())
+    before = torch.get_rng_state()
+    assert find_wrong_layer(model, SIZE, cpu, backward=backward) == ""
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_wrong_layer_is_found(cpu, fault):
+    model = make_model(make_wrong_trunk(fault))
+    assert find_wrong_layer(model, SIZE, cpu, backward=True) == "base.conv2, 1 x 1 stride 1 on 2 x 1"
+
+
+def test_a_wrong_gradient_does_not_matter_to_features(cpu):
+    assert find_wrong_layer(make_model(make_wrong_trunk("gradient")), SIZE, cpu, backward=False) == ""
+
+
+def test_wrong_features_of_right_layers_are_found(cpu):
+    class WrongPooling(nn.Module):
+        def forward(self, feat):
+            return feat.mean(dim=(2, 3)) if feat.dtype == torch.float32 else feat.amax(dim=(2, 3)) + 1
+
+    model = make_model(make_small_trunk())
+    model.pooling = WrongPooling()
+    assert find_wrong_layer(model, SIZE, cpu, backward=False) == "features"
+
+
+def test_resnet50_passes_in_float16(cpu):
+    cpu.half = torch.float16
+    assert find_wrong_layer(AlignedReID(4, pretrained="none"), (32, 32), cpu, backward=True) == ""
+
+
+def test_a_run_falls_back_to_float32(tiny_flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("aligned_reid.accelerator.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("aligned_reid.preflight.make_trunk", make_small_trunk)
+    monkeypatch.setattr("aligned_reid.model.make_trunk", lambda: make_wrong_trunk("garbage"))
+    found = {}
+    for amp in ("O1", "O0"):
+        flags = [*tiny_flags, f"--amp={amp}", f"--exp_dir={tmp_path / amp}", "--total_epochs=1", "--seed=1"]
+        found[amp] = run(Config.from_arguments(flags))
+        assert json.loads((tmp_path / amp / "results.json").read_text())["device"] == found[amp]["device"]
+    line = next(line for line in (tmp_path / "O1" / "log.txt").read_text().splitlines() if "device cpu" in line)
+    assert "float32: bfloat16 is wrong here (base.conv2, 1 x 1 stride 1 on 2 x 1)" in line
+    assert found["O1"]["global"] == found["O0"]["global"]
+
+
+def test_an_extraction_falls_back_to_float32(tiny_flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("aligned_reid.accelerator.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("aligned_reid.preflight.make_trunk", make_small_trunk)
+    monkeypatch.setattr("aligned_reid.model.make_trunk", lambda: make_wrong_trunk("nan"))
+    torch.save(AlignedReID(None, pretrained="none").state_dict(), tmp_path / "weights.pth")
+    flags = [*tiny_flags, f"--model_weight_file={tmp_path / 'weights.pth'}", "--only_test=true"]
+    run_extraction(Config.from_arguments(flags), tmp_path / "features.h5")
+    assert "float32: bfloat16 is wrong here (base.conv2" in capsys.readouterr().out
