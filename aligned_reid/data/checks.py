@@ -45,7 +45,7 @@ def _defects(images_dir: Path, names: Sequence[str]) -> list[str]:
     defects = []
     for name in names:
         try:
-            decode_image(images_dir / name)
+            decode_image(images_dir / name, check_size=True)
         except InputError as error:
             defects.append(str(error))
     return defects

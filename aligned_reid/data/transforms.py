@@ -1,5 +1,6 @@
 """From a JPEG file to the network's input: decode, crop, resize (uint8, in workers), normalise (on the device)."""
 
+import io
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +10,7 @@ import cv2
 import numpy as np
 import simplejpeg  # type: ignore[import-untyped]
 import torch
+from PIL import Image
 from torch import Tensor
 
 from aligned_reid.errors import InputError
@@ -16,12 +18,15 @@ from aligned_reid.errors import InputError
 IM_MEAN = (0.486, 0.459, 0.408)  # R, G, B of images in [0, 1]; ImageNet's as the reference rounds it
 IM_STD = (0.229, 0.224, 0.225)
 MEAN_COLOUR = tuple(round(255 * value) for value in IM_MEAN)
+JPEG_START = b"\xff\xd8"
+MAX_PIXELS = 100_000_000  # of an image: 300 MB of memory
 
 
-def decode_image(path: str | Path) -> np.ndarray:
+def decode_image(path: str | Path, check_size: bool = False) -> np.ndarray:
     """Decode a JPEG file to uint8 [h, w, 3], RGB: the same bytes as PIL gives. Gray images become RGB.
 
-    Raises InputError with the path when the file is missing, empty, cut off or no JPEG.
+    Raises InputError with the path when the file is missing, empty, cut off or no JPEG; with `check_size`, which costs
+    4 % of a small image, also when it has more than MAX_PIXELS.
     """
     try:
         # Path.open costs as much as decoding a small image does, and a buffer is no use where all is read at once.
@@ -33,22 +38,43 @@ def decode_image(path: str | Path) -> np.ndarray:
         raise InputError(f"image {path} cannot be read: {error.strerror}") from error
     if not content:
         raise InputError(f"image {path} is empty")
-    if content[:2] != b"\xff\xd8":
+    if content[:2] != JPEG_START:
         raise InputError(f"image {path} is no JPEG file")
-    return _decode(path, content)
+    return decode_jpeg(path, content, check_size)
 
 
-def _decode(path: str | Path, content: bytes) -> np.ndarray:
+def decode_jpeg(path: str | Path, content: bytes, check_size: bool = False) -> np.ndarray:
+    """`decode_image` of a file that was read already; `path` is for the message."""
+    if check_size:
+        _check_size(path, content)
     # simplejpeg decodes 1.5 times as fast as OpenCV and, like PIL and unlike OpenCV, does not turn by EXIF orientation.
     try:
         return simplejpeg.decode_jpeg(content, colorspace="RGB")
     except ValueError as error:
         reason = str(error)
-    if "extraneous bytes" in reason:  # padding before a marker: libjpeg warns, the image is whole
-        return simplejpeg.decode_jpeg(content, colorspace="RGB", strict=False)
+    pixels_lost = "premature end" in reason.lower() or ("Corrupt" in reason and "extraneous bytes" not in reason)
+    if not pixels_lost:  # simplejpeg refuses what other decoders accept, such as stray bytes between the header's parts
+        try:
+            with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+                return np.array(image.convert("RGB"))
+        except Exception as error:  # Pillow raises errors of many types for broken files
+            reason = "premature end" if "truncated" in str(error) else reason
     if "premature end" in reason.lower():
         raise InputError(f"image {path} is cut off")
     raise InputError(f"image {path} cannot be decoded: {' '.join(reason.split())[:100]}")
+
+
+def _check_size(path: str | Path, content: bytes) -> None:
+    try:
+        height, width = simplejpeg.decode_jpeg_header(content)[:2]
+    except ValueError:
+        return  # decoding says what is wrong
+    if height * width > MAX_PIXELS:
+        raise InputError(too_large(path))
+
+
+def too_large(path: str | Path) -> str:
+    return f"image {path} has more than {MAX_PIXELS // 10**6} million pixels"
 
 
 def random_crop(image: np.ndarray, crop_ratio: float, random: Random) -> np.ndarray:

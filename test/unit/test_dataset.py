@@ -324,9 +324,9 @@ def checked_files(monkeypatch) -> list[str]:
     names: list[str] = []
     decode = decode_image
 
-    def count(path: Path) -> np.ndarray:
+    def count(path: Path, check_size: bool) -> np.ndarray:
         names.append(path.name)
-        return decode(path)
+        return decode(path, check_size)
 
     monkeypatch.setattr(checks, "decode_image", count)
     return names

@@ -168,6 +168,40 @@ def test_padding_before_a_marker_does_no_harm(write):
     assert np.array_equal(decode_image(path), np.asarray(Image.open(path)))
 
 
+def with_stray_bytes(content: bytes, marker: bytes) -> bytes:
+    place = content.index(marker)
+    return content[:place] + b"\0stray" + content[place:]
+
+
+@pytest.mark.parametrize("marker", [b"\xff\xdb", b"\xff\xc0", b"\xff\xc4", b"\xff\xda"])
+def test_stray_bytes_in_the_header_do_no_harm(write, marker):
+    content = jpeg(scene())
+    expected = decode_image(write(content))
+    decoded = decode_image(write(with_stray_bytes(content, marker)))
+    assert np.array_equal(decoded, expected) and decoded.flags.writeable
+
+
+def test_an_unknown_revision_of_the_format_does_no_harm(write):
+    content = jpeg(scene())
+    expected = decode_image(write(content))
+    assert np.array_equal(decode_image(write(content.replace(b"JFIF\0\1", b"JFIF\0\7"))), expected)
+
+
+def test_stray_bytes_do_not_hide_other_damage(write):
+    content = with_stray_bytes(jpeg(scene()), b"\xff\xda")
+    assert "is cut off" in refusal(write(content[: len(content) - 40]))
+    place = content.index(b"\xff\xdb")  # without its quantization table nothing decodes it
+    assert "cannot be decoded" in refusal(write(content[:place] + b"\0" + content[place + 1 :]))
+
+
+def test_huge_dimensions_are_refused_before_decoding(write):
+    content = bytearray(jpeg(scene()))
+    place = content.index(b"\xff\xc0") + 5
+    content[place : place + 4] = (60_000).to_bytes(2, "big") * 2
+    with pytest.raises(InputError, match="more than 100 million pixels"):
+        decode_image(write(bytes(content)), check_size=True)
+
+
 def refusal(path: Path) -> str:
     with pytest.raises(InputError) as caught:
         decode_image(path)
