@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.E
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and exit: 0 done, 1 the run stopped itself, 2 a user's mistake, 128 + n signal n."""
     name = os.path.basename(sys.argv[0])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths that are not UTF-8 are printed as they are
     try:
         main()
         sys.stdout.flush()

@@ -29,7 +29,7 @@ class Log:
         self.file: TextIO | None = None
         self.writer: Any = None
         if is_main and folder is not None:
-            self.file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+            self.file = open(folder / "log.txt", "a", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
             self.folder = folder
 
     def __call__(self, line: str = "") -> None:

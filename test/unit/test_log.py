@@ -1,5 +1,9 @@
 """What a run says, in the form that tools read."""
 
+import io
+import os
+from contextlib import redirect_stdout
+
 import pytest
 import torch
 
@@ -66,6 +70,14 @@ def test_log_writes_console_file_and_tensorboard(tmp_path, capsys):
     again("another")
     again.close()
     assert (tmp_path / "log.txt").read_text() == "one line\nanother\n"
+
+
+def test_log_writes_paths_that_are_not_utf_8(tmp_path):
+    log = Log(tmp_path)
+    with redirect_stdout(io.StringIO()):
+        log(os.fsdecode(b"data_\xe9"))
+    log.close()
+    assert (tmp_path / "log.txt").read_bytes() == b"data_\xe9\n"
 
 
 def test_other_ranks_are_silent(tmp_path, capsys):
