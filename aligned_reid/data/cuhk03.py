@@ -14,12 +14,14 @@ import numpy as np
 
 from aligned_reid.data import layout
 from aligned_reid.data.layout import (
+    MAX_BYTES,
     NUM_VAL_IDS,
     Namer,
     NewImage,
     Parts,
     check_paths,
     encode_jpeg,
+    find_image,
     read_as_jpeg,
     write_data_set,
 )
@@ -139,7 +141,7 @@ def _open_images(source: Path, kind: str, stack: ExitStack) -> Callable[[NewImag
     """What reads an image by its name in filelist, from extracted files where they are there, else cuhk-03.mat."""
     folder, file = _find(source, f"images_{kind}"), _find(source, IMAGES_FILE)
     if folder is not None:
-        return lambda image: read_as_jpeg(folder / image.original)
+        return lambda image: read_as_jpeg(find_image(folder / image.original) or folder / image.original)
     if file is None:
         raise InputError(f"--source {source} has neither {IMAGES_FILE} nor images_{kind}/")
     import h5py
@@ -148,7 +150,7 @@ def _open_images(source: Path, kind: str, stack: ExitStack) -> Callable[[NewImag
         opened = stack.enter_context(h5py.File(file))
         pairs = [opened[cell] for cell in opened[kind][()].ravel()]
         cells = [pair[()] for pair in pairs]  # each [10, number of persons], references to images
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{file} is damaged or not CUHK03's, with images under {kind}; {_AGAIN}") from error
 
     def read(image: NewImage) -> bytes:
@@ -166,8 +168,11 @@ def _pixels(file: Path, opened: Any, cells: list[np.ndarray], name: str) -> np.n
     try:
         if min(pair, person, number) < 0:
             raise IndexError
-        pixels = opened[cells[pair][number, person]][()].T
-    except (OSError, IndexError, KeyError, TypeError, ValueError) as error:
+        cell = opened[cells[pair][number, person]]
+        if cell.nbytes > MAX_BYTES:
+            raise ValueError
+        pixels = cell[()].T
+    except (OSError, IndexError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{file} is damaged at {name}, or not complete; {_AGAIN}") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise InputError(f"{file} has no image {name}: the protocol is of another version, or the file is damaged")

@@ -6,18 +6,21 @@ source's images each of them is, and partitions.pkl, written last, which image i
 
 import errno
 import io
+import math
 import os
 import pickle
 import shlex
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg  # type: ignore[import-untyped]
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from aligned_reid.data.partitions import (
@@ -30,12 +33,17 @@ from aligned_reid.data.partitions import (
     write_atomically,
     write_partitions,
 )
-from aligned_reid.data.transforms import decode_image
+from aligned_reid.data.transforms import JPEG_START, MAX_PIXELS, decode_jpeg, too_large
 from aligned_reid.errors import InputError
 
 NUM_VAL_IDS = 100  # of Market-1501's 751 identities; the reference takes as many of every set
 IMAGES_NAME, NAME_MAP, PARTITIONS_NAME = "images", "ori_to_new_im_name.pkl", "partitions.pkl"
-JPEG_QUALITY = 95  # of images that are no JPEG in their source
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")  # and in capitals
+JPEG_QUALITY = 95  # of images that are no upright JPEG in their source
+MAX_BYTES = 100 * 10**6  # of an image file
+
+_ORIENTATION = 0x0112  # EXIF's tag
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow would run Ghostscript for others, such as EPS
 
 
 class NewImage(NamedTuple):
@@ -108,9 +116,22 @@ def write_data_set(
     return save_dir
 
 
-def is_jpeg_name(name: str) -> bool:
-    """Every *.jpg, `.jpg.jpg` too, but no hidden file; Thumbs.db and the like are none."""
-    return name.endswith(".jpg") and not name.startswith(".")
+def ending_of(name: str) -> str:
+    """The kind of a file by its name: its ending in small letters, "hidden", or "no ending"."""
+    return "hidden" if name.startswith(".") else os.path.splitext(name)[1].lower() or "no ending"
+
+
+def find_image(path: Path) -> Path | None:
+    """The file, or else the one beside it that differs in an image's ending only; None without either."""
+    endings = (ending for small in IMAGE_ENDINGS for ending in (small, small.upper()))
+    candidates = (path, *(path.with_suffix(ending) for ending in endings))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def describe_passed_over(kinds: Mapping[str, int]) -> str:
+    """`passed over as not images: 1 dangling links, 2 .db`, from how many there are of each kind."""
+    counts = ", ".join(f"{number:,} {ascii(kind)[1:-1]}" for kind, number in sorted(kinds.items()))
+    return f"passed over as not images: {counts}"
 
 
 def _make_images_dir(images_dir: Path, images: Sequence[NewImage]) -> None:
@@ -123,7 +144,7 @@ def _make_images_dir(images_dir: Path, images: Sequence[NewImage]) -> None:
                 (images_dir / name).unlink(missing_ok=True)
     except OSError as error:
         raise _cannot_write(images_dir, error) from error
-    foreign = {name for name in present if is_jpeg_name(name)} - {image.new_name for image in images}
+    foreign = {name for name in present if ending_of(name) == ".jpg"} - {image.new_name for image in images}
     if foreign:
         raise InputError(f"{images_dir} holds images of another data set ({min(foreign)}); take another --save_dir")
 
@@ -172,26 +193,82 @@ def _progress(images: Sequence[NewImage]) -> Iterator[NewImage]:
 
 
 def read_as_jpeg(path: Path) -> bytes:
-    """An image file as a JPEG file: byte for byte where it is one, else (PNG, BMP, WebP, ...) at JPEG_QUALITY.
-
-    The image is decoded in either case. Raises InputError with its path when it is missing, damaged or no image.
-    """
+    """`as_jpeg` of a file. Raises InputError also when it is missing, cannot be read or has more than MAX_BYTES."""
     try:
-        content = path.read_bytes()
+        check_num_bytes(path, path.stat().st_size)
+        return as_jpeg(path, path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"image {path} is missing") from None
     except OSError as error:
         raise InputError(f"image {path} cannot be read: {error.strerror}") from error
-    if content[:2] == b"\xff\xd8":
-        decode_image(path)
-        return content
+
+
+def check_num_bytes(name: str | Path, num_bytes: int) -> None:
+    if num_bytes > MAX_BYTES:
+        raise InputError(f"image {name} has {num_bytes / 1e6:,.0f} MB; {MAX_BYTES // 10**6} are the most")
+
+
+def as_jpeg(name: str | Path, content: bytes) -> bytes:
+    """An image file as a JPEG file: byte for byte if it is an upright one, else turned upright, at JPEG_QUALITY.
+
+    Its content says what it is, not its `name`. It is decoded in any case. Raises InputError with the name when it is
+    empty, damaged, too large or not an image.
+    """
+    if not content:
+        raise InputError(f"image {name} is empty")
+    if content[:2] == JPEG_START:
+        decode_jpeg(name, content, check_size=True)
+        if not _is_turned(content):
+            return content
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return encode_jpeg(np.asarray(image.convert("RGB")))
-    # Pillow has no common error: a broken file can raise any of these, SyntaxError for a PNG among them.
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "empty" if not content else "damaged, or no image file"
-        raise InputError(f"image {path} is {reason}") from error
+        with _open(content) as image:
+            if math.prod(image.size) > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            return encode_jpeg(to_rgb(name, ImageOps.exif_transpose(image)))
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(too_large(name)) from error
+    except Exception as error:  # Pillow raises errors of many types for broken files
+        raise InputError(
+            f"image {name} is damaged, or of a kind that cannot be read: JPEG, PNG, BMP, WebP and most TIFF files can"
+        ) from error
+
+
+@contextmanager
+def _open(content: bytes) -> Iterator[Image.Image]:
+    """Open an image with Pillow, without its warnings about what it reads all the same."""
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        yield image
+
+
+def _is_turned(jpeg: bytes) -> bool:
+    """Whether the camera noted that the image has to be turned or mirrored. A note that cannot be read is none."""
+    try:
+        with _open(jpeg) as image:
+            return image.getexif().get(_ORIENTATION) in range(2, 9)
+    except Exception:  # Pillow raises errors of many types for broken files
+        return False
+
+
+def to_rgb(name: str | Path, image: Image.Image) -> np.ndarray:
+    """An image of any of Pillow's modes as uint8 [h, w, 3]. Transparency is dropped: colours are as they are stored.
+
+    16-bit values are divided by 257. 32-bit and floating-point modes do not say which value is white: it is the first
+    of 1 (floating point only), 255 and 65535 that no value exceeds by more than 5 %. Raises InputError for larger
+    values, negative ones and NaN.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        image.info.pop("transparency", None)
+        return np.asarray(image.convert("RGB"))
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+    white = next((white for white in whites if high <= 1.05 * white), 0)
+    if not low >= -0.05 * white or not white:  # NaN too
+        raise InputError(f"image {name} has values from {low:g} to {high:g}; save it with 8 bits per channel")
+    gray = np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8)
+    return np.repeat(gray[..., None], 3, axis=2)
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:
@@ -199,11 +276,27 @@ def encode_jpeg(image: np.ndarray) -> bytes:
     return simplejpeg.encode_jpeg(np.ascontiguousarray(image), JPEG_QUALITY, "RGB", "444")
 
 
-def folders_to_look_in(path: Path) -> list[Path]:
-    """A folder and those directly in it, for a set may be unpacked into one more folder; [] for a file."""
+def folders_to_look_in(path: Path) -> Iterator[Path]:
+    """A folder, those in it, and those in these, for a set may be unpacked into more folders; nothing for a file."""
     if not path.is_dir():
+        return
+    yield path
+    children = _folders_in(path)
+    yield from children
+    for child in children:
+        yield from _folders_in(child)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Sorted; without hidden ones and what macOS adds to archives, and none if the folder cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(
+                entry.name for entry in entries if (os.path.isdir(entry) if entry.is_symlink() else entry.is_dir())
+            )
+    except OSError:
         return []
-    return [path, *sorted(child for child in path.iterdir() if child.is_dir())]
+    return [folder / name for name in names if not name.startswith((".", "__MACOSX"))]
 
 
 def prepare_command(script: str, source: Path, name: str, flags: str = "") -> str:

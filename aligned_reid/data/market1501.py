@@ -1,19 +1,35 @@
 """From the original Market-1501 (Zheng et al., ICCV 2015), a zip or a folder, to the layout that --data_path takes."""
 
+import lzma
 import os
 import re
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from aligned_reid.data import layout
-from aligned_reid.data.layout import NUM_VAL_IDS, Namer, NewImage, Parts, check_paths, is_jpeg_name, write_data_set
+from aligned_reid.data.layout import (
+    IMAGE_ENDINGS,
+    NUM_VAL_IDS,
+    Namer,
+    NewImage,
+    Parts,
+    as_jpeg,
+    check_num_bytes,
+    check_paths,
+    describe_passed_over,
+    ending_of,
+    read_as_jpeg,
+    write_data_set,
+)
 from aligned_reid.data.partitions import write_atomically
 from aligned_reid.errors import InputError
 
 TRAIN, TEST, QUERY_FOLDER, MULTI_QUERY_FOLDER = "bounding_box_train", "bounding_box_test", "query", "gt_bbox"
 
-_ORIGINAL_NAME = re.compile(r"(-1|[0-9]+)_c([0-9]+)s[0-9]+_.*\.jpg")
+_ORIGINAL_NAME = re.compile(r"(-1|[0-9]+)_c([0-9]+)s[0-9]+_.*")
 _JUNK_ID = -1  # detections that fit no person well; the protocol ignores them. Id 0 are distractors, which stay
 
 
@@ -23,16 +39,23 @@ class _FolderSource:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def image_names(self, folder: str) -> list[str]:
-        """The names in one folder of the data set, sorted; [] when there is no such folder."""
+    def entries(self, folder: str) -> list[tuple[str, str]]:
+        """What is in one folder of the data set, sorted: names and kinds; [] when there is no such folder."""
         if not (self.root / folder).is_dir():
             return []
         with os.scandir(self.root / folder) as entries:
-            return sorted(entry.name for entry in entries if is_jpeg_name(entry.name) and entry.is_file())
+            return sorted((entry.name, self._kind(entry)) for entry in entries)
+
+    def _kind(self, entry: os.DirEntry[str]) -> str:
+        if entry.is_symlink() and not os.path.exists(entry):
+            return "dangling links"
+        if entry.is_file():
+            return ending_of(entry.name)
+        return "folders" if entry.is_dir() else "special files"
 
     def read(self, original: str) -> bytes:
-        """The bytes of the image `folder/name`."""
-        return (self.root / original).read_bytes()
+        """The image `folder/name` as a JPEG file."""
+        return read_as_jpeg(self.root / original)
 
 
 class _ZipSource:
@@ -41,16 +64,21 @@ class _ZipSource:
     def __init__(self, archive: zipfile.ZipFile, prefix: str) -> None:
         self.archive = archive
         self.prefix = prefix
+        self.infos = {_slashed(info.filename): info for info in archive.infolist()}
 
-    def image_names(self, folder: str) -> list[str]:
-        """The names in one folder of the data set, sorted; [] when there is no such folder."""
+    def entries(self, folder: str) -> list[tuple[str, str]]:
+        """What is in one folder of the data set, sorted: names and kinds; [] when there is no such folder."""
         start = f"{self.prefix}{folder}/"
-        names = {entry[len(start) :] for entry in self.archive.namelist() if entry.startswith(start)}
-        return sorted(name for name in names if "/" not in name and is_jpeg_name(name))
+        names = [name[len(start) :] for name in self.infos if name.startswith(start)]
+        return sorted({(name.split("/")[0], "folders" if "/" in name else ending_of(name)) for name in names if name})
 
     def read(self, original: str) -> bytes:
-        """The bytes of the image `folder/name`, their checksum checked."""
-        return self.archive.read(self.prefix + original)
+        """The image `folder/name` as a JPEG file; its checksum is checked, and no more is unpacked than it declares."""
+        info = self.infos[self.prefix + original]
+        name = f"{original} in {self.archive.filename}"
+        check_num_bytes(name, info.file_size)
+        with self.archive.open(info) as file:
+            return as_jpeg(name, file.read(info.file_size + 1))
 
 
 _Source = _FolderSource | _ZipSource
@@ -82,17 +110,23 @@ def _folder_root(path: Path) -> Path | None:
     return next((root for root in layout.folders_to_look_in(path) if (root / TRAIN).is_dir()), None)
 
 
+def _slashed(name: str) -> str:
+    """The name of a zip's entry with the separators that the format asks for; some Windows programs write others."""
+    return name.replace("\\", "/")
+
+
 def _zip_prefix(archive: zipfile.ZipFile) -> str | None:
-    matches = (re.match(rf"((?:[^/]+/)*?){TRAIN}/", name) for name in archive.namelist())
+    matches = (re.match(rf"((?:[^/]+/)*?){TRAIN}/", _slashed(name)) for name in archive.namelist())
     prefixes = {match[1] for match in matches if match and not match[1].startswith("__MACOSX/")}
     return min(prefixes, key=len, default=None)
 
 
-def prepare_market1501(source: str | Path, save_dir: str | Path) -> Path:
+def prepare_market1501(source: str | Path, save_dir: str | Path, log: Callable[[str], None] = print) -> Path:
     """Copy the images under their new names and write partitions.pkl and ori_to_new_im_name.pkl into `save_dir`.
 
-    `source`: the zip, the folder, or the folder around it; it is only read. When interrupted, the same call goes on:
-    images are written whole or not at all, and partitions.pkl last. Returns `save_dir`, which --data_path takes.
+    `source`: the zip, the folder, or a folder around it; it is only read. `log` gets a line about what is not an image
+    by its name. When interrupted, the same call goes on: images are written whole or not at all, and partitions.pkl
+    last. Returns `save_dir`, which --data_path takes.
     Raises InputError when the source is not there, damaged or no Market-1501, or `save_dir` cannot be written.
     """
     source, save_dir = Path(source).expanduser(), Path(save_dir).expanduser()
@@ -101,13 +135,13 @@ def prepare_market1501(source: str | Path, save_dir: str | Path) -> Path:
         root = _folder_root(source)
         if root is None:
             raise InputError(_no_market1501(source))
-        return _prepare(_FolderSource(root), source, save_dir)
+        return _prepare(_FolderSource(root), source, save_dir, log)
     try:
         with zipfile.ZipFile(source) as archive:
             prefix = _zip_prefix(archive)
             if prefix is None:
                 raise InputError(_no_market1501(source))
-            return _prepare(_ZipSource(archive, prefix), source, save_dir)
+            return _prepare(_ZipSource(archive, prefix), source, save_dir, log)
     except zipfile.BadZipFile as error:
         raise InputError(f"--source {source} is no zip file, or is cut off; download it again") from error
     except OSError as error:
@@ -118,8 +152,8 @@ def _no_market1501(source: Path) -> str:
     return f"--source {source} holds no {TRAIN}/; give the original Market-1501 zip, or the folder it unpacks to"
 
 
-def _prepare(source: _Source, source_path: Path, save_dir: Path) -> Path:
-    parts = _plan(source, source_path)
+def _prepare(source: _Source, source_path: Path, save_dir: Path, log: Callable[[str], None]) -> Path:
+    parts = _plan(source, source_path, log)
     return write_data_set(
         save_dir,
         Parts(parts[TRAIN], parts[TEST], parts[QUERY_FOLDER], parts[MULTI_QUERY_FOLDER]),
@@ -129,14 +163,18 @@ def _prepare(source: _Source, source_path: Path, save_dir: Path) -> Path:
     )
 
 
-def _plan(source: _Source, source_path: Path) -> dict[str, list[NewImage]]:
+def _plan(source: _Source, source_path: Path, log: Callable[[str], None]) -> dict[str, list[NewImage]]:
     """What to copy to which name, per folder. The folders' order and the sorted names give each image its index."""
     new_image = Namer()
     query_pairs: set[tuple[int, int]] = set()
+    passed_over: Counter[str] = Counter()
     parts: dict[str, list[NewImage]] = {}
     for folder in (TRAIN, TEST, QUERY_FOLDER, MULTI_QUERY_FOLDER):
         parts[folder] = []
-        for name in source.image_names(folder):
+        for name, kind in source.entries(folder):
+            if kind not in IMAGE_ENDINGS:
+                passed_over[kind] += 1
+                continue
             match = _ORIGINAL_NAME.fullmatch(name)
             if match is None:
                 raise InputError(f"{source_path}: {folder}/{ascii(name)[1:-1]} is no image name of Market-1501")
@@ -147,7 +185,12 @@ def _plan(source: _Source, source_path: Path) -> dict[str, list[NewImage]]:
                 query_pairs.add(pair)
             parts[folder].append(new_image(f"{folder}/{name}", person_id, camera))
         if not parts[folder] and folder != MULTI_QUERY_FOLDER:  # gt_bbox may be left out
-            raise InputError(f"{source_path} has no images in {folder}/; it is incomplete, unpack or download it again")
+            found = f" ({describe_passed_over(passed_over)})" if passed_over else ""
+            raise InputError(
+                f"{source_path} has no images in {folder}/{found}; it is incomplete, unpack or download it again"
+            )
+    if passed_over:
+        log(describe_passed_over(passed_over))
     return parts
 
 
@@ -155,7 +198,7 @@ def _read(source: _Source, source_path: Path, image: NewImage) -> bytes:
     try:
         return source.read(image.original)
     except OSError as error:
-        raise InputError(f"cannot read {image.original} in {source_path}: {error.strerror}") from error
+        raise InputError(f"cannot read {image.original} in {source_path}: {error.strerror or error}") from error
     # zipfile raises RuntimeError for an encrypted entry, NotImplementedError for an unknown compression.
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
         raise InputError(f"{source_path} is damaged at {image.original}; download it again") from error

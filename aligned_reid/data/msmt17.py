@@ -10,14 +10,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aligned_reid.data import layout
-from aligned_reid.data.layout import NUM_VAL_IDS, Namer, NewImage, Parts, check_paths, write_data_set
+from aligned_reid.data.layout import (
+    NUM_VAL_IDS,
+    Namer,
+    NewImage,
+    Parts,
+    check_paths,
+    find_image,
+    read_as_jpeg,
+    write_data_set,
+)
 from aligned_reid.errors import InputError
 
 TRAIN_LISTS = ("list_train.txt", "list_val.txt")
 GALLERY_LIST, QUERY_LIST = "list_gallery.txt", "list_query.txt"
 IMAGE_FOLDERS = (("train", "test"), ("mask_train_v2", "mask_test_v2"))  # of versions 1 and 2
 
-_LINE = re.compile(r"(?P<path>(?:[^/\s]+/)*[0-9]+_[0-9]+_(?P<camera>[0-9]+)_[^/\s]*\.jpg)\s+(?P<person>[0-9]+)")
+_LINE = re.compile(r"(?P<path>(?:[^/\s]+/)*[0-9]+_[0-9]+_(?P<camera>[0-9]+)_[^/\s]*)\s+(?P<person>[0-9]+)")
 
 
 class _Listed(NamedTuple):
@@ -57,7 +66,7 @@ def prepare_msmt17(source: str | Path, save_dir: str | Path) -> Path:
         return [new_image(image.path, first_id + image.person, image.camera) for image in images]
 
     parts = Parts(named(train, 0), named(gallery, first_test_id), named(query, first_test_id))
-    return write_data_set(save_dir, parts, lambda image: _read(root / image.original), NUM_VAL_IDS)
+    return write_data_set(save_dir, parts, lambda image: read_as_jpeg(root / image.original), NUM_VAL_IDS)
 
 
 def find_raw_msmt17(path: str | Path) -> Path | None:
@@ -100,17 +109,12 @@ def _read_list(root: Path, name: str, folder: str) -> list[_Listed]:
         match = _LINE.fullmatch(line.strip())
         if match is None:
             raise InputError(f"{root / name}, line {number}: {ascii(line)[:100]} is no image of MSMT17 and its person")
-        path = f"{folder}/{match['path']}"
-        if not (root / path).is_file():
+        path = Path(folder, match["path"])
+        file = find_image(root / path)
+        if file is None:
             raise InputError(f"{root / name}, line {number}: there is no {path}; unpack or download the set again")
-        images.append(_Listed(path, int(match["person"]), int(match["camera"])))
+        original = path.with_name(file.name).as_posix()
+        images.append(_Listed(original, int(match["person"]), int(match["camera"])))
     if not images:
         raise InputError(f"{root / name} is empty; unpack or download the set again")
     return images
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error

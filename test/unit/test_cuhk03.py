@@ -109,6 +109,9 @@ def test_images_come_from_extracted_files(raw, tmp_path):
     for name in IMAGES:
         Image.fromarray(picture("detected", name)).save(raw / "images_detected" / name)
     assert_prepared(prepare_cuhk03(raw, tmp_path / "prepared", "detected"), "detected")
+    file = raw / "images_detected" / "1_001_1_01.png"
+    file.rename(file.with_suffix(".bmp"))  # its content is a PNG
+    assert_prepared(prepare_cuhk03(raw, tmp_path / "renamed", "detected"), "detected")
     with pytest.raises(InputError, match="neither cuhk-03.mat nor images_labeled/"):
         prepare_cuhk03(raw, tmp_path / "other", "labeled")
     (raw / "images_detected" / "1_001_1_02.png").unlink()

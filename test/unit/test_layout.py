@@ -5,10 +5,11 @@ import pickle
 import shlex
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 
 from aligned_reid import InputError
 from aligned_reid.data.layout import (
@@ -18,6 +19,7 @@ from aligned_reid.data.layout import (
     check_paths,
     describe,
     encode_jpeg,
+    find_image,
     folders_to_look_in,
     prepare_command,
     read_as_jpeg,
@@ -161,11 +163,129 @@ def test_other_images_become_jpegs(picture, tmp_path, kind):
         assert image.quantization[0][0] == 2  # of quality 95: the standard's 16 times a tenth
 
 
-def test_gray_and_transparent_images_become_rgb(picture, tmp_path):
-    Image.fromarray(picture).convert("L").save(tmp_path / "gray.png")
-    Image.fromarray(picture).convert("RGBA").save(tmp_path / "transparent.png")
-    for name in ("gray.png", "transparent.png"):
-        assert simplejpeg.decode_jpeg(read_as_jpeg(tmp_path / name)).shape == (60, 30, 3)
+ORIENTATION = 0x0112  # EXIF's tag
+RAMP = np.linspace(0, 1, 64, dtype=np.float32)[None].repeat(32, axis=0)
+GRAY = np.rint(255 * RAMP).astype(np.uint8)
+COLOUR = np.stack([GRAY, 255 - GRAY, GRAY // 2], axis=-1)
+ALPHA = GRAY[:, ::-1]
+PALETTE = Image.fromarray(COLOUR).quantize(200)
+
+
+def wide(values: np.ndarray, dtype: str) -> Image.Image:
+    return Image.fromarray(np.rint(values).astype(dtype))
+
+
+# The file's ending, its image, how that is saved, and what it shows in 8 bits.
+MODES = {
+    "1 bit": ("png", Image.fromarray(GRAY > 127), {}, (GRAY > 127) * 255),
+    "8 bits, gray": ("png", Image.fromarray(GRAY), {}, GRAY),
+    "16 bits": ("png", wide(RAMP * 65535, "<u2"), {}, GRAY),
+    "16 bits, low byte first": ("tif", wide(RAMP * 65535, "<u2"), {}, GRAY),
+    "16 bits, high byte first": ("tif", wide(RAMP * 65535, ">u2"), {}, GRAY),
+    "16 bits, dark": ("png", wide(RAMP * 2000, "<u2"), {}, RAMP * 2000 / 257),
+    "32 bits, up to 255": ("tif", wide(RAMP * 255, "<i4"), {}, GRAY),
+    "32 bits, up to 65535": ("tif", wide(RAMP * 65535, "<i4"), {}, GRAY),
+    "float, up to 1": ("tif", Image.fromarray(RAMP), {}, GRAY),
+    "float, a little over 1": ("tif", Image.fromarray(RAMP * 1.04 - 0.02), {}, (RAMP * 1.04 - 0.02).clip(0, 1) * 255),
+    "float, up to 255": ("tif", Image.fromarray(RAMP * 255), {}, GRAY),
+    "float, up to 65535": ("tif", Image.fromarray(RAMP * 65535), {}, GRAY),
+    "palette": ("png", PALETTE, {}, COLOUR),
+    "palette, a colour transparent": ("png", PALETTE, {"transparency": 3}, COLOUR),
+    "palette, half transparent": ("png", PALETTE, {"transparency": bytes(range(200))}, COLOUR),
+    "palette, bmp": ("bmp", PALETTE, {}, COLOUR),
+    "gray, transparent": ("png", Image.fromarray(np.stack([GRAY, ALPHA], axis=-1)), {}, GRAY),
+    "transparent": ("png", Image.fromarray(np.dstack([COLOUR, ALPHA])), {}, COLOUR),
+    "transparent, webp": (
+        "webp",
+        Image.fromarray(np.dstack([COLOUR, ALPHA])),
+        {"lossless": True, "exact": True},
+        COLOUR,
+    ),
+    "transparent, tiff": ("tif", Image.fromarray(np.dstack([COLOUR, ALPHA])), {}, COLOUR),
+    "CMYK": ("tif", Image.fromarray(COLOUR).convert("CMYK"), {}, COLOUR),
+    "CMYK, jpeg": ("jpg", Image.fromarray(COLOUR).convert("CMYK"), {"quality": 95}, COLOUR),
+    "gray, jpeg": ("jpg", Image.fromarray(GRAY), {"quality": 95}, GRAY),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_has_its_right_values(tmp_path, mode):
+    ending, image, options, expected = MODES[mode]
+    image.save(tmp_path / f"image.{ending}", **options)
+    expected = np.asarray(expected, dtype=np.float64)
+    expected = expected if expected.ndim == 3 else expected[..., None]
+    shown = simplejpeg.decode_jpeg(read_as_jpeg(tmp_path / f"image.{ending}"))
+    assert shown.shape == (32, 64, 3)
+    assert np.abs(shown - expected).max() <= 8  # of the encoding; colours of a palette are near
+    assert np.abs((shown - expected).mean()) < 1
+
+
+def test_sixteen_bit_colours_have_their_right_values(tmp_path):
+    colours = COLOUR.astype(np.uint16) * 257
+    for ending in ("png", "tif"):
+        cv2.imwrite(str(tmp_path / f"image.{ending}"), colours[..., ::-1])
+        shown = simplejpeg.decode_jpeg(read_as_jpeg(tmp_path / f"image.{ending}"))
+        assert np.abs(shown.astype(int) - COLOUR).max() <= 6
+
+
+@pytest.mark.parametrize("values", [RAMP * 2 - 1, RAMP * 1e6, np.full_like(RAMP, np.nan)])
+def test_values_without_a_known_range_are_refused(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "image.tif")
+    with pytest.raises(InputError, match="8 bits per channel"):
+        read_as_jpeg(tmp_path / "image.tif")
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("kind", "orientation"), [*(("jpeg", number) for number in range(2, 9)), ("png", 6), ("webp", 3)]
+)
+def test_turned_images_become_upright(picture, tmp_path, kind, orientation):
+    path = tmp_path / f"image.{kind}"
+    Image.fromarray(picture).save(path, exif=turned(orientation), quality=95)
+    upright = ImageOps.exif_transpose(Image.open(path))
+    shown = Image.open(io.BytesIO(read_as_jpeg(path)))
+    assert shown.size == upright.size == ((60, 30) if orientation > 4 else (30, 60))
+    assert ORIENTATION not in shown.getexif()
+    assert np.abs(np.asarray(shown).astype(int) - np.asarray(upright)).max() < 20
+
+
+def test_jpegs_that_need_no_turn_are_taken_byte_for_byte(picture, tmp_path):
+    path = tmp_path / "image.jpg"
+    for exif in (turned(1), turned(9), b"Exif\0\0broken"):
+        Image.fromarray(picture).save(path, exif=exif)
+        assert read_as_jpeg(path) == path.read_bytes()
+
+
+def test_images_too_large_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # to write it
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "image.png")
+    monkeypatch.undo()
+    with open(tmp_path / "image.jpg", "wb") as file:
+        file.truncate(101 * 10**6)
+    for name, reason in (("image.png", "100 million pixels"), ("image.jpg", "101 MB")):
+        with pytest.raises(InputError, match=reason) as caught:
+            read_as_jpeg(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_programs_are_not_started_for_what_claims_to_be_a_photo(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_as_jpeg(tmp_path / "image.png")
+
+
+def test_an_image_is_found_under_another_ending(tmp_path):
+    for name in ("a.PNG", "b.jpg", "b.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "c.jpg").symlink_to("nowhere")
+    assert find_image(tmp_path / "a.jpg") == tmp_path / "a.PNG"
+    assert find_image(tmp_path / "b.png") == tmp_path / "b.png"
+    assert find_image(tmp_path / "c.png") is None
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "bmp", "webp"])
@@ -196,5 +316,10 @@ def test_commands_and_places(tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     (tmp_path / "a").mkdir()
     (tmp_path / "file").touch()
-    assert folders_to_look_in(tmp_path) == [tmp_path, tmp_path / "a", tmp_path / "b", tmp_path / "raw"]
-    assert folders_to_look_in(tmp_path / "file") == []
+    (tmp_path / "a" / "deep" / "deeper").mkdir(parents=True)
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    folders = [tmp_path, tmp_path / "a", tmp_path / "b", tmp_path / "raw", tmp_path / "a" / "deep"]
+    (tmp_path / "a" / "loop").symlink_to("loop")
+    assert list(folders_to_look_in(tmp_path)) == folders
+    assert not list(folders_to_look_in(tmp_path / "file"))

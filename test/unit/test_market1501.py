@@ -1,21 +1,26 @@
 """Preparing Market-1501, on a made-up one: names, order, parts, interruption, and sources that cannot be used."""
 
 import errno
-import importlib.util
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from aligned_reid import InputError
 from aligned_reid.data import market1501
+from aligned_reid.data.layout import encode_jpeg
 from aligned_reid.data.market1501 import find_raw_market1501, is_raw_market1501, prepare_command, prepare_market1501
 from aligned_reid.data.partitions import read_partitions, split_train_val, write_atomically
+from aligned_reid.data.transforms import decode_image
 
 SCRIPT = Path(__file__).parents[2] / "script" / "prepare_market1501.py"
 
@@ -63,7 +68,11 @@ NEW_NAMES = {
 
 
 def content_of(folder: str, name: str) -> bytes:
-    return f"\xff\xd8 {folder}/{name} ".encode("latin-1") * 9
+    """A JPEG of one colour, another for each image; no image for the names that are none."""
+    if not name.endswith(".jpg") or name.startswith("."):
+        return b"not an image"
+    colour = np.frombuffer(sha256(f"{folder}/{name}".encode()).digest(), np.uint8, 3)
+    return encode_jpeg(np.full((8, 4, 3), colour))
 
 
 @pytest.fixture
@@ -120,11 +129,11 @@ def test_folder_is_prepared_and_not_changed(raw, tmp_path):
     assert tree(raw) == before
 
 
-def test_folder_around_the_root_is_prepared(raw, tmp_path):
+def test_a_folder_two_levels_above_the_root_is_prepared(raw, tmp_path):
     around = tmp_path / "download"
-    around.mkdir()
+    (around / "datasets").mkdir(parents=True)
     (around / "another folder").mkdir()
-    raw.rename(around / raw.name)
+    raw.rename(around / "datasets" / raw.name)
     assert_prepared(prepare_market1501(str(around), str(tmp_path / "market1501")))
 
 
@@ -142,6 +151,76 @@ def test_zip_with_any_root_is_prepared(raw, tmp_path, prefix):
     before = source.read_bytes()
     assert_prepared(prepare_market1501(source, tmp_path / "market1501"))
     assert source.read_bytes() == before
+
+
+def test_zip_with_backslashes_is_prepared(raw, tmp_path):
+    source = zip_of(raw, "Market/")
+    content = source.read_bytes()
+    for name in zipfile.ZipFile(source).namelist():
+        content = content.replace(name.encode(), name.replace("/", "\\").encode())
+    source.write_bytes(content)
+    assert find_raw_market1501(source) == source
+    assert_prepared(prepare_market1501(source, tmp_path / "market1501"))
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_images_are_known_by_their_content_and_the_others_counted(raw, tmp_path, zipped):
+    for number, original in enumerate(NEW_NAMES):
+        file, kind = raw / original, ("PNG", "JPEG", "BMP")[number % 3]
+        ending = (".jpg", ".JPG", ".jpeg", ".png", ".jfif")[number % 5]
+        Image.open(file).save(file.with_suffix(ending), kind)
+        if ending != ".jpg":
+            file.unlink()
+    for unused in ("0001_c2s1_000301_00.jpg", "0007_c1s1_000001_01.jpg"):
+        (raw / "gt_bbox" / unused).rename((raw / "gt_bbox" / unused).with_suffix(".JPG"))
+    (raw / "query" / "notes.TXT").write_text("")
+    (raw / "query" / "more").mkdir()
+    (raw / "query" / "more" / "0001_c1s1_001051_00.jpg").write_text("")
+    expected = {".db": 2, "hidden": 1, ".txt": 1, "folders": 1}
+    if not zipped:
+        (raw / "query" / "0009_c1s1_001051_00.jpg").symlink_to("nowhere")
+        (raw / "query" / "loop.jpg").symlink_to("loop.jpg")
+        expected["dangling links"] = 2
+    lines: list[str] = []
+    save_dir = prepare_market1501(zip_of(raw, "") if zipped else raw, tmp_path / "market1501", lines.append)
+    new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
+    assert Counter(new_names.values()) == Counter(NEW_NAMES.values())
+    for new in new_names.values():
+        assert decode_image(save_dir / "images" / new).shape == (8, 4, 3)
+    assert len(lines) == 1
+    assert all(f"{number} {kind}" in lines[0] for kind, number in expected.items())
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_what_is_not_an_image_is_not_copied(raw, tmp_path, zipped):
+    (raw / "query" / "0001_c1s1_001051_00.jpg").write_bytes(bytes(1000))
+    message = refusal(zip_of(raw, "") if zipped else raw, tmp_path / "market1501")
+    assert "query/0001_c1s1_001051_00.jpg" in message
+
+
+@pytest.mark.parametrize("declared", [3 * 10**9, 1000])
+def test_an_entry_unpacks_to_no_more_than_it_declares(raw, tmp_path, declared):
+    (raw / "query" / "0001_c1s1_001051_00.jpg").write_bytes(bytes(10**7))
+    source = zip_of(raw, "")
+    content = source.read_bytes()
+    assert content.count(struct.pack("<L", 10**7)) == 2
+    source.write_bytes(content.replace(struct.pack("<L", 10**7), struct.pack("<L", declared)))
+    message = refusal(source, tmp_path / "market1501")
+    assert "query/0001_c1s1_001051_00.jpg" in message
+    assert ("3,000 MB" in message) == (declared > 1000)
+
+
+def test_names_that_are_not_utf_8(raw, tmp_path):
+    name = os.fsdecode(b"0009_c1s1_000151_\xe9.jpg")
+    (raw / "bounding_box_test" / name).write_bytes(content_of("", "x.jpg"))
+    (raw / "bounding_box_test" / os.fsdecode(b"note.\xe9")).write_text("")
+    save_dir = tmp_path / os.fsdecode(b"market_\xe9")
+    command = [sys.executable, str(SCRIPT), "--source", str(raw), "--save_dir", str(save_dir)]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert os.fsencode(save_dir) in done.stdout.splitlines()[-1]
+    new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
+    assert (save_dir / "images" / new_names[f"bounding_box_test/{name}"]).is_file()
 
 
 def test_without_gt_bbox_there_is_no_multi_query(raw, tmp_path):
@@ -246,6 +325,8 @@ def test_empty_folder_is_named(raw, tmp_path, folder):
     for file in (raw / folder).iterdir():
         file.unlink()
     assert f"no images in {folder}/" in refusal(raw, tmp_path / "market1501")
+    (raw / folder / "0001_c1s1_000151_01.gif").write_bytes(b"GIF89a")
+    assert "1 .gif" in refusal(raw, tmp_path / "market1501")
 
 
 def test_strange_image_name_is_named(raw, tmp_path):
@@ -293,41 +374,21 @@ def test_script_prints_counts_and_the_next_command(raw, tmp_path):
     assert_prepared(save_dir)
     assert done.stderr.splitlines()[-1] == "copied 12 of 12 images"
     assert len(done.stderr.splitlines()) <= 10
-    lines = done.stdout.splitlines()
+    passed_over, *lines = done.stdout.splitlines()
+    assert "2 .db" in passed_over and "1 hidden" in passed_over
     assert lines[0].split() == ["trainval", "4", "images,", "2", "identities"]
     assert [line.split()[:2] for line in lines[3:6]] == [["query", "2"], ["gallery", "3"], ["multi-query", "3"]]
     assert lines[-1] == f"next: python script/train.py --data_path={save_dir}"
 
 
-@pytest.fixture
-def script():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("prepare_market1501_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_script_answers_a_mistake_with_one_line_and_status_2(script, tmp_path, monkeypatch, capsys):
+def test_script_answers_a_mistake_with_one_line_and_status_2(command, tmp_path):
     source = tmp_path / "none"
-    monkeypatch.setattr(sys, "argv", ["prepare_market1501.py", "--source", str(source), "--save_dir", str(tmp_path)])
-    assert script.main() == 2
-    assert capsys.readouterr() == ("", f"error: --source {source} does not exist\n")
+    for flags in (("--source", source, "--save_dir", tmp_path / "x"), ("--source", source), ("--sauce", source)):
+        done = command(SCRIPT.name, *flags)
+        assert done.status == 2 and done.out == "" and done.err.count("\n") == 1
 
 
-def test_script_answers_wrong_flags_with_one_line(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["prepare_market1501.py", "--source", "x"])
-    assert script.main() == 2
-    error = capsys.readouterr().err
-    assert "--save_dir" in error and error.count("\n") == 1
-
-
-def test_script_answers_ctrl_c_with_one_line_and_status_130(script, monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(script, "prepare_market1501", interrupt)
-    monkeypatch.setattr(sys, "argv", ["prepare_market1501.py", "--source", "x", "--save_dir", "y"])
-    assert script.main() == 130
-    captured = capsys.readouterr()
-    assert "run the same command again" in captured.err and captured.err.count("\n") == 1
+def test_script_answers_ctrl_c_with_one_line_and_status_130(command, raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(market1501, "write_atomically", Interruption(3, KeyboardInterrupt()))
+    done = command(SCRIPT.name, "--source", raw, "--save_dir", tmp_path / "market1501")
+    assert done.status == 130 and "interrupted" in done.err.splitlines()[-1]

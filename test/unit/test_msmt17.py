@@ -3,11 +3,15 @@
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from aligned_reid import InputError
+from aligned_reid.data.layout import encode_jpeg
 from aligned_reid.data.msmt17 import find_raw_msmt17, prepare_command, prepare_msmt17
 from aligned_reid.data.partitions import read_partitions
+from aligned_reid.data.transforms import decode_image
 
 LISTS = {
     "list_train.txt": [
@@ -41,7 +45,7 @@ def write_raw(root: Path, train: str = "train", test: str = "test") -> Path:
         for line in lines:
             file = folder / line.split()[0]
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(b"\xff\xd8" + line.encode())
+            file.write_bytes(encode_jpeg(np.full((8, 4, 3), len(list(root.rglob("*.jpg"))), np.uint8)))
         (root / name).write_text("\n".join(lines) + "\n")
     return root
 
@@ -75,6 +79,26 @@ def test_version_2_and_the_folder_around_it(tmp_path, folders):
     new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
     assert list(new_names.values()) == list(NEW_NAMES.values())
     assert {name.split("/")[0] for name in new_names} == set(folders)
+
+
+def test_images_of_other_kinds_become_jpegs(raw, tmp_path):
+    query = raw / "test" / LISTS["list_query.txt"][0].split()[0]
+    Image.open(query).save(query.with_suffix(".PNG"))
+    query.unlink()
+    gallery = raw / "test" / LISTS["list_gallery.txt"][0].split()[0]
+    Image.open(gallery).save(gallery, "PNG")
+    save_dir = prepare_msmt17(raw, tmp_path / "msmt17")
+    new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
+    assert query.with_suffix(".PNG").relative_to(raw).as_posix() in new_names
+    assert all(decode_image(path).shape == (8, 4, 3) for path in (save_dir / "images").iterdir())
+
+
+def test_an_image_that_is_not_one_is_named(raw, tmp_path):
+    image = raw / "test" / LISTS["list_gallery.txt"][1].split()[0]
+    image.write_bytes(b"<html>")
+    with pytest.raises(InputError, match=image.name):
+        prepare_msmt17(raw, tmp_path / "msmt17")
+    assert not (tmp_path / "msmt17" / "partitions.pkl").exists()
 
 
 def refusal(source: Path, save_dir: Path) -> str:
