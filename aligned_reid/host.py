@@ -38,6 +38,24 @@ def populate_memory(address: int, num_bytes: int) -> None:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_POPULATE_WRITE)
 
 
+def available_memory() -> int:
+    """Bytes that this process can take without swapping, within its container's limit; a huge number if unknown."""
+    try:
+        available = 1024 * _number_after("MemAvailable:", Path("/proc/meminfo"))
+    except (OSError, ValueError):
+        return sys.maxsize
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no version 2 of cgroups, or "max": no limit
+        limit = int((group / "memory.max").read_text())
+        available = min(available, limit - _number_after("anon", group / "memory.stat"))
+    return available
+
+
+def _number_after(word: str, path: Path) -> int:
+    words = path.read_text().split()
+    return int(words[words.index(word) + 1])
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AMX or AVX-512 BF16)."""
     return not _cpu_words().isdisjoint({"amx_bf16", "avx512_bf16"})

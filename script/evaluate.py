@@ -1,7 +1,9 @@
 """Evaluate saved features, without a model or images: python script/evaluate.py --features features.h5
 
 Features are those of script/extract.py, or anybody's .h5, .npz or .mat file with the fields global [N, D], person_id,
-camera, mark (0 query, 1 gallery, 2 multi-query; each [N]) and, as far as they are there, local [N, H, d], image_name.
+camera, mark (0 query, 1 gallery, 2 multi-query; each [N]) and, optionally, local [N, H, d] and image_name; or with
+those of pytorch_result.mat: query_f, query_label, query_cam, and the same of gallery and mquery. Images of person -1
+are junk and left out.
 """
 
 import argparse

@@ -30,7 +30,7 @@ from aligned_reid.errors import InputError
 TRAIN, TEST, QUERY_FOLDER, MULTI_QUERY_FOLDER = "bounding_box_train", "bounding_box_test", "query", "gt_bbox"
 
 _ORIGINAL_NAME = re.compile(r"(-1|[0-9]+)_c([0-9]+)s[0-9]+_.*")
-_JUNK_ID = -1  # detections that fit no person well; the protocol ignores them. Id 0 are distractors, which stay
+JUNK_ID = -1  # detections that fit no person well; the protocol ignores them. Id 0 are distractors, which stay
 
 
 class _FolderSource:
@@ -179,7 +179,7 @@ def _plan(source: _Source, source_path: Path, log: Callable[[str], None]) -> dic
             if match is None:
                 raise InputError(f"{source_path}: {folder}/{ascii(name)[1:-1]} is no image name of Market-1501")
             pair = person_id, camera = int(match[1]), int(match[2])
-            if person_id == _JUNK_ID or (folder == MULTI_QUERY_FOLDER and pair not in query_pairs):
+            if person_id == JUNK_ID or (folder == MULTI_QUERY_FOLDER and pair not in query_pairs):
                 continue
             if folder == QUERY_FOLDER:
                 query_pairs.add(pair)

@@ -5,6 +5,7 @@ Features are not copied; they may lie in mapped files.
 
 from __future__ import annotations
 
+import functools
 import time
 import zipfile
 from collections.abc import Sequence
@@ -62,6 +63,7 @@ class FeatureDistances:
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = pieces
+        self.dtype = functools.reduce(torch.promote_types, (piece.feat.dtype for piece in pieces), torch.float32)
         self.starts = np.cumsum([0, *(piece.num_images for piece in pieces)])
         self.num_query, self.num_images = int(self.starts[1]), int(self.starts[-1])
         self.norms = torch.cat([self.get(rows).square().sum(1) for rows in self.blocks(ROWS_PER_CHECK)])
@@ -90,13 +92,11 @@ class FeatureDistances:
         """Features of one of `blocks`."""
         piece = int(np.searchsorted(self.starts, rows.start, side="right")) - 1
         start = int(self.starts[piece])
-        return self.pieces[piece].get(slice(rows.start - start, rows.stop - start))
+        return self.pieces[piece].get(slice(rows.start - start, rows.stop - start)).to(self.dtype)
 
     def pick(self, images: Indices) -> Tensor:
         """Features [n, D] of any images."""
-        picked = torch.empty(
-            (len(images), self.get(slice(0, 1)).shape[1]), dtype=self.norms.dtype, device=self.norms.device
-        )
+        picked = torch.empty((len(images), self.get(slice(0, 1)).shape[1]), dtype=self.dtype, device=self.norms.device)
         which = np.searchsorted(self.starts, images, side="right") - 1
         for number, piece in enumerate(self.pieces):
             places = np.flatnonzero(which == number)

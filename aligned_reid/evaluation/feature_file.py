@@ -2,37 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import math
 import shutil
+import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY
+from aligned_reid.data.plain_pickle import load_plain
 from aligned_reid.errors import InputError
+from aligned_reid.host import available_memory
 
 Array = NDArray[Any]
 FORMATS = (".h5", ".hdf5", ".npz", ".mat")
+FIELDS = ("global", "local", "person_id", "camera", "mark", "image_name")
+# pytorch_result.mat, the other common layout, has the parts apart: query_f, query_label, query_cam, gallery_f, ...
+PARTS = {"query": QUERY, "gallery": GALLERY, "mquery": MULTI_QUERY}
+PART_FIELDS = {"f": "global", "label": "person_id", "cam": "camera"}
+WANTED = {*FIELDS, *(f"{part}_{ending}" for part in PARTS for ending in PART_FIELDS)}
+NAMES_SHOWN = 12  # of a file's fields, if one is missing
 ROWS_PER_CHECK = 4096
 MADE_BY = "made_by"  # attribute: what model and settings made the features, as JSON
 DONE = "num_done"  # attribute of a file that is being written: its first rows, which are whole
 
 
+class Field(NamedTuple):
+    """An array in a file that has not been read yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]  # object if it is not an array of numbers or text
+    num_bytes: int  # in memory; 0 if it is mapped
+    read: Callable[[], Any]
+
+
+class Opened(NamedTuple):
+    """All names in a file, and the fields among them that are wanted."""
+
+    names: Sequence[str | bytes]
+    fields: Mapping[str, Field]
+    made_by: Mapping[str, Any]
+
+
+Feat = TypeVar("Feat", Array, Field)
+
+
 @dataclass(frozen=True)
-class FeatureTable:
-    """Features of N images and what is known of each; arrays may lie in a mapped file."""
+class FeatureTable(Generic[Feat]):
+    """Labels of N images and their features: fields of a file, or arrays, which may be mapped."""
 
     source: str
-    global_feat: Array  # [N, D]
-    local_feat: Array | None  # [N, H, d]
+    global_feat: Feat  # [N, D]
+    local_feat: Feat | None  # [N, H, d]
     person_ids: NDArray[np.int64]  # [N]
     cameras: NDArray[np.int64]  # [N]
-    marks: NDArray[np.int64]  # [N]: 0 query, 1 gallery, 2 multi-query
+    marks: NDArray[np.int64]  # [N]: 0 query, 1 gallery, 2 multi-query; images with other marks are left out
     image_names: list[str] | None  # N
     made_by: Mapping[str, Any] = field(default_factory=dict)
 
@@ -43,107 +76,240 @@ class FeatureTable:
         return self.image_names[row] if self.image_names else f"row {row} (counted from 0)"
 
 
-def read_features(path: str | Path, *, default_mark: int | None = None) -> FeatureTable:
-    """The features in a .h5, .npz or .mat file: fields global [N, D], local [N, H, d] (may be missing), person_id [N],
-    camera [N], mark [N] and image_name [N] (may be missing).
+def open_features(path: str | Path, *, default_mark: int | None = None) -> FeatureTable[Field]:
+    """Read and check the labels of a .h5, .npz or .mat file; `load_features` reads the features.
 
-    An h5 file's features stay in the file and are mapped. default_mark: of a file without marks; None refuses it.
-    Raises InputError, with the file, where there is none, it is cut off, a field is missing or of another length, or a
-    feature is NaN or infinite.
+    Fields: global [N, D], local [N, H, d] (optional), person_id [N], camera [N], mark [N], image_name [N] (optional);
+    or query_f [Q, D], query_label [Q], query_cam [Q], and the same of gallery and mquery. Labels may be rows or
+    columns. default_mark: of a file without marks; None refuses it.
+
+    Raises InputError if there is no such file, it is damaged, or a field is missing or has the wrong type or shape.
     """
     path = Path(path)
-    if path.suffix not in FORMATS:
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
         raise InputError(f"{path}: features are read from {', '.join(FORMATS)} files")
     if not path.is_file():
         raise InputError(f"no feature file at {path}")
-    made_by: Mapping[str, Any] = {}
+    with damage_as_input_error(path):
+        opened = {".npz": open_npz, ".mat": open_mat}.get(suffix, open_h5)(path)
+    parts = [part for part in PARTS if f"{part}_f" in opened.fields]
+    if parts and "global" not in opened.fields:
+        return join_parts(path, opened, parts)
+    return make_table(str(path), opened, default_mark)
+
+
+def load_features(table: FeatureTable[Field], *, local: bool = True) -> FeatureTable[Array]:
+    """The table with its features read, or mapped if they lie in an h5 file in one piece. local: local features too.
+
+    Raises InputError if a feature is NaN or infinite, the file is damaged, or the features do not fit into memory.
+    """
+    global_feat = read_field(table.source, "global", table.global_feat)
+    check_finite(table, "global", global_feat)
+    local_feat = None
+    if local and table.local_feat is not None:
+        local_feat = read_field(table.source, "local", table.local_feat)
+        check_finite(table, "local", local_feat)
+    return dataclasses.replace(table, global_feat=global_feat, local_feat=local_feat)  # type: ignore[arg-type, return-value]
+
+
+@contextlib.contextmanager
+def damage_as_input_error(path: str | Path) -> Iterator[None]:
+    """InputError for whatever the libraries raise: a damaged file makes them fail in any way."""
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as content:
-                fields: dict[str, Any] = dict(content)
-        elif path.suffix == ".mat":
-            fields = read_mat(path)
-        else:
-            fields, made_by = read_h5(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, KeyError) as error:
-        raise InputError(f"{path} is no {path.suffix} file, or it is cut off ({first_line(error)})") from error
-    return make_table(str(path), fields, made_by, default_mark)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path} is damaged, cut off or of another format ({first_line(error)})") from error
 
 
-def read_h5(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
+def read_field(source: str, name: str, stored: Field) -> Array:
+    """The field's values, labels as [N]; features that torch cannot take as they are become float32."""
+    needed, free = 2 * stored.num_bytes, available_memory()  # the libraries copy, and so does another order of axes
+    if needed > free:
+        raise InputError(
+            f"{source}: reading {name} takes {needed / 1e9:,.2f} GB of memory and {free / 1e9:,.2f} GB are free: save "
+            "it in an .h5 file, neither chunked nor compressed, which is mapped and not read"
+        )
+    with damage_as_input_error(source):
+        values = np.asanyarray(stored.read())
+        if values.size != math.prod(stored.shape):
+            raise ValueError(f"{name} is not whole")
+        if name not in ("global", "local"):
+            return values.reshape(-1)
+        if not is_plain_float(values.dtype):
+            values = values.astype(np.float32, casting="same_kind")
+        return np.require(values, requirements="C")
+
+
+def is_plain_float(dtype: np.dtype[Any]) -> bool:
+    return dtype.isnative and dtype.name in ("float16", "float32", "float64")
+
+
+def open_h5(path: Path, turned: bool = False) -> Opened:
+    """turned: version 7.3 of MATLAB's format, which is HDF5 with all axes the other way round."""
     with h5py.File(path, "r") as file:
         if DONE in file.attrs:
-            raise ValueError(f"its extraction was interrupted after {file.attrs[DONE]} images: run it again to go on")
-        fields = {name: read_dataset(path, file[name]) for name in file}
-        return fields, json.loads(file.attrs.get(MADE_BY, "{}"))
+            raise InputError(f"{path}: its extraction was interrupted after {file.attrs[DONE]} images: run it again")
+        names = list(file)
+        fields = {name: h5_field(path, file[name], turned) for name in WANTED.intersection(names)}
+        return Opened(names, fields, dict(json.loads(file.attrs.get(MADE_BY, "{}"))))
 
 
-def read_dataset(path: Path, dataset: h5py.Dataset) -> Array:
-    """Mapped where its bytes lie in one piece, as those of `FeatureWriter` do; else read."""
-    offset = dataset.id.get_offset()
-    if offset is None or dataset.size == 0 or dataset.dtype.kind not in "fiu":
-        return dataset[()]
-    return np.memmap(path, dataset.dtype, "r", offset, dataset.shape)
+def h5_field(path: Path, item: Any, turned: bool) -> Field:
+    """Mapped if its bytes lie in one piece, as those of `FeatureWriter` do."""
+    if not isinstance(item, h5py.Dataset):
+        return Field((), np.dtype(object), 0, lambda: None)
+    name, shape, dtype, offset = item.name, item.shape or (), item.dtype, item.id.get_offset()
+    if offset is not None and not turned and item.size and is_plain_float(dtype):
+        return Field(shape, dtype, 0, lambda: np.memmap(path, dtype, "r", offset, shape))
+
+    def read() -> Any:
+        with h5py.File(path, "r") as file:
+            return file[name][()].T if turned else file[name][()]
+
+    return Field(shape[::-1] if turned else shape, dtype, math.prod(shape) * dtype.itemsize, read)
 
 
-def read_mat(path: Path) -> dict[str, Any]:
-    """Vectors are rows or columns in MATLAB; version 7.3 of the format is HDF5, with all axes the other way round."""
-    from scipy.io import loadmat
+def open_npz(path: Path) -> Opened:
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        fields = {name: npz_field(path, archive, members[name]) for name in WANTED.intersection(members)}
+    return Opened(list(members), fields, {})
+
+
+def npz_field(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Field:
+    with archive.open(member) as file:
+        shape, dtype = read_npy_header(file)
+        num_bytes = member.file_size - file.tell()
+    if not dtype.hasobject and num_bytes != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{member.filename} does not hold as many numbers as it declares")
+
+    def read() -> Any:
+        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            if not dtype.hasobject:
+                return np.lib.format.read_array(file, allow_pickle=False)
+            read_npy_header(file)
+            return load_objects(path, file.read())
+
+    return Field(shape, dtype, num_bytes, read)
+
+
+def read_npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+    return shape, dtype
+
+
+def load_objects(path: Path, content: bytes) -> Array:
+    """The text and numbers in a pickled array of objects; nothing in the pickle is run."""
+    try:
+        return np.array(load_plain(content), dtype=object)
+    except ValueError as error:
+        raise InputError(
+            f"{path}: image_name holds objects that are not text, and is not read ({error}): save it as "
+            "np.array(names, dtype=str)"
+        ) from error
+
+
+def open_mat(path: Path) -> Opened:
+    """Cells, sparse arrays and other MATLAB types that are not full arrays become fields of type object."""
+    from scipy.io import loadmat, whosmat
 
     if h5py.is_hdf5(path):
-        with h5py.File(path, "r") as file:
-            fields = {name: np.asarray(file[name]).T for name in file if isinstance(file[name], h5py.Dataset)}
-    else:
-        try:
-            content = loadmat(path)
-        except Exception as error:  # what is cut off makes the reader fail in any way
-            raise ValueError(first_line(error)) from error
-        fields = {name: value for name, value in content.items() if not name.startswith("__")}
-    vectors = ("person_id", "camera", "mark", "image_name")
-    return {name: np.ravel(value) if name in vectors else value for name, value in fields.items()}
+        return open_h5(path, turned=True)
+
+    def mat_field(name: str, shape: tuple[int, ...], kind: str) -> Field:
+        type_name = {"logical": "bool", "char": "str"}.get(kind, kind)
+        dtype = np.dtype(type_name if type_name in np.sctypeDict else "object")
+        num_bytes = math.prod(shape) * dtype.itemsize
+        return Field(shape, dtype, num_bytes, lambda: loadmat(path, variable_names=[name])[name])
+
+    content = whosmat(path)
+    return Opened([entry[0] for entry in content], {entry[0]: mat_field(*entry) for entry in content}, {})
 
 
-def make_table(
-    source: str, fields: Mapping[str, Any], made_by: Mapping[str, Any], default_mark: int | None
-) -> FeatureTable:
-    """Check the fields of a file and put them together."""
+def join_parts(path: Path, opened: Opened, parts: Sequence[str]) -> FeatureTable[Field]:
+    """One table of query_f, query_label and query_cam, and of the other parts."""
+    tables = []
+    for part in parts:
+        names = {name: f"{part}_{ending}" for ending, name in PART_FIELDS.items()}
+        fields = {name: opened.fields[stored] for name, stored in names.items() if stored in opened.fields}
+        source = f"{path} (global: {part}_f, person_id: {part}_label, camera: {part}_cam)"
+        tables.append(make_table(source, opened._replace(fields=fields), PARTS[part]))
+        check_partner(tables[0], tables[-1])
+    ids, cameras, marks = (
+        np.concatenate([getattr(table, name) for table in tables]) for name in ("person_ids", "cameras", "marks")
+    )
+    feats = [table.global_feat for table in tables]
+    joined = Field(
+        (sum(map(len, tables)), feats[0].shape[1]),
+        np.result_type(*(feat.dtype for feat in feats)),
+        sum(math.prod(feat.shape) * feat.dtype.itemsize for feat in feats),
+        lambda: np.concatenate([feat.read() for feat in feats]),
+    )
+    return FeatureTable(str(path), joined, None, ids, cameras, marks, None)
+
+
+def make_table(source: str, opened: Opened, default_mark: int | None) -> FeatureTable[Field]:
+    """Check the fields of a file, read its labels and put all together."""
+    fields = opened.fields
     for name in ("global", "person_id", "camera"):
         if name not in fields:
-            raise InputError(f"{source} has no field {name}; it has {', '.join(sorted(fields)) or 'none'}")
-    global_feat, local_feat = fields["global"], fields.get("local")
-    if global_feat.ndim != 2 or 0 in global_feat.shape:
-        raise InputError(f"{source}: global has to be [N, D], and is {list(global_feat.shape)}")
-    num = len(global_feat)
-    if local_feat is not None and (local_feat.ndim != 3 or len(local_feat) != num):
-        raise InputError(f"{source}: local has to be [{num}, H, d], as global is, and is {list(local_feat.shape)}")
+            known = sorted(ascii(other).removeprefix("b")[1:-1] for other in opened.names) or ["none"]
+            more = [f"{len(known) - NAMES_SHOWN} more"] if len(known) > NAMES_SHOWN else []
+            fields_there = ", ".join(known[:NAMES_SHOWN] + more)
+            raise InputError(f"{source} has no field {name}, or is cut off before it; it has {fields_there}")
     if "mark" not in fields and default_mark is None:
         raise InputError(f"{source} has no field mark (0 query, 1 gallery, 2 multi-query)")
-    columns = {"mark": np.full(num, default_mark), **fields}
-    for name in ("person_id", "camera", "mark", "image_name"):
-        if name in columns and np.shape(columns[name]) != (num,):
+    for name in ("global", "local"):
+        if name in fields and fields[name].dtype.kind not in "fiub":
             raise InputError(
-                f"{source}: {name} has to be [{num}], as global is, and is {list(np.shape(columns[name]))}"
+                f"{source}: {name} has to be a full array of real numbers (not text, cells, sparse, a group)"
             )
-    names = [as_text(name) for name in fields["image_name"]] if "image_name" in fields else None
-    person_ids, cameras, marks = (as_integers(source, name, columns[name]) for name in ("person_id", "camera", "mark"))
-    table = FeatureTable(source, global_feat, local_feat, person_ids, cameras, marks, names, made_by)
-    check_finite(table, "global", global_feat)
-    if local_feat is not None:
-        check_finite(table, "local", local_feat)
-    return table
+    global_feat, local_feat = fields["global"], fields.get("local")
+    if len(global_feat.shape) != 2 or 0 in global_feat.shape:
+        raise InputError(f"{source}: global has to be [N, D], and is {list(global_feat.shape)}")
+    num = global_feat.shape[0]
+    if local_feat is not None and (len(local_feat.shape) != 3 or local_feat.shape[0] != num or 0 in local_feat.shape):
+        raise InputError(f"{source}: local has to be [{num}, H, d], as global is, and is {list(local_feat.shape)}")
+    for name in ("person_id", "camera", "mark", "image_name"):
+        if name in fields and math.prod(fields[name].shape) != num:
+            raise InputError(f"{source}: {name} has to be [{num}], as global is, and is {list(fields[name].shape)}")
+    person_ids, cameras, marks = (
+        read_integers(source, name, fields[name]) if name in fields else np.full(num, default_mark)
+        for name in ("person_id", "camera", "mark")
+    )
+    names = read_names(source, fields["image_name"]) if "image_name" in fields else None
+    return FeatureTable(source, global_feat, local_feat, person_ids, cameras, marks, names, opened.made_by)
 
 
-def as_integers(source: str, name: str, values: Array) -> NDArray[np.int64]:
-    values = np.asarray(values)
-    if values.dtype.kind not in "iuf" or not np.array_equal(values, np.round(values)):
-        raise InputError(f"{source}: {name} has to hold whole numbers")
-    return values.astype(np.int64)
+def read_integers(source: str, name: str, stored: Field) -> NDArray[np.int64]:
+    if stored.dtype.kind in "iufb":
+        values = read_field(source, name, stored)
+        with np.errstate(invalid="ignore"):
+            integers = values.astype(np.int64)
+        if np.array_equal(integers, values):
+            return integers
+    raise InputError(f"{source}: {name} has to hold whole numbers")
 
 
-def as_text(name: Any) -> str:
-    """h5py gives bytes, MATLAB's cells arrays of one string."""
+def read_names(source: str, stored: Field) -> list[str] | None:
+    """None if they are not text: they are for messages only."""
+    if stored.dtype.kind not in "SUO":
+        return None
+    names = [as_text(name) for name in read_field(source, "image_name", stored).tolist()]
+    return [name for name in names if name is not None] if None not in names else None
+
+
+def as_text(name: Any) -> str | None:
+    """h5py gives bytes, MATLAB's cells arrays of one string; None if it is neither."""
     name = name.item() if isinstance(name, np.ndarray) and name.size == 1 else name
-    return name.decode() if isinstance(name, bytes) else str(name)
+    name = name.decode(errors="backslashreplace") if isinstance(name, bytes) else name
+    return name if isinstance(name, str) else None
 
 
 def check_finite(table: FeatureTable, name: str, feat: Array) -> None:
@@ -202,12 +368,12 @@ class FeatureWriter:
         """How many rows an interrupted run of the same model, settings and images has left; 0 where none fits."""
         try:
             with h5py.File(self.part, "r") as file:
-                same = file.attrs[MADE_BY] == made and [as_text(name) for name in file["image_name"]] == list(
+                same = as_text(file.attrs[MADE_BY]) == made and [as_text(name) for name in file["image_name"]] == list(
                     image_names
                 )
                 same = same and all(file[name].shape[1:] == shape for name, shape in self.shapes.items())
                 return int(file.attrs[DONE]) if same and set(self.shapes) <= set(file) else 0
-        except (OSError, KeyError, RuntimeError):
+        except Exception:  # damaged in any way
             return 0
 
     def check_disk(self) -> None:
@@ -225,7 +391,7 @@ class FeatureWriter:
             for name, values in labels.items():
                 file[name] = np.asarray(values, np.int64)
             file["image_name"] = np.array([name.encode() for name in image_names])
-            file.attrs[MADE_BY] = made
+            file.attrs[MADE_BY] = np.bytes_(made.encode())  # a str would lie in a heap, whose damage hangs HDF5
             file.attrs[DONE] = 0
 
     def write(self, first: int, blocks: Mapping[str, Array]) -> None:

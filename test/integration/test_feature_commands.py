@@ -109,6 +109,58 @@ def test_more_galleries_and_multi_query(command, extract, multi_query_data, tmp_
     assert done.out.splitlines()[-2] == "Global distance"
 
 
+def write_with_junk(path, num_junk):
+    """Six people, two images each; junk images in the gallery, person -1, are nearer to each query than its match."""
+    ids, cameras = np.tile(np.arange(6), 2), np.repeat([0, 1], 6)
+    feat = np.eye(6, 8)[ids] + np.repeat([[0.0], [0.1]], 6, 0)
+    fields = {"global": np.vstack([feat, *[feat[:6]] * num_junk]), "mark": np.append(cameras, [1] * 6 * num_junk)}
+    fields["person_id"] = np.append(ids, [-1] * 6 * num_junk)
+    fields["camera"] = np.append(cameras, [1] * 6 * num_junk)
+    np.savez(path, **fields)
+    return path
+
+
+@pytest.mark.parametrize("matrix_bytes", [saved.MATRIX_BYTES, 0])
+def test_junk_is_left_out_and_counted(command, tmp_path, monkeypatch, matrix_bytes):
+    monkeypatch.setattr(saved, "MATRIX_BYTES", matrix_bytes)
+    features, more = write_with_junk(tmp_path / "a.npz", 2), write_with_junk(tmp_path / "b.npz", 3)
+    done = command("evaluate.py", f"--features={features}", "--gallery", more)
+    assert (done.status, done.err) == (0, "")
+    assert "junk (person id -1): 0 query, 30 gallery images" in done.out
+    assert ("streamed" in done.out) == (matrix_bytes == 0)
+    results = json.loads((tmp_path / "a.results.json").read_text())
+    assert results["num_gallery"] == 12
+    assert results["global"]["cmc1"] == results["global"]["mAP"] == results["global_re_ranked"]["mAP"] == 1
+
+
+def test_junk_queries_are_left_out_and_distractors_count(command, tmp_path):
+    features = write_with_junk(tmp_path / "a.npz", 1)
+    fields = dict(np.load(features))
+    fields["person_id"][fields["person_id"] == -1] = 0  # the first person's images are distractors too
+    fields["person_id"][0] = -1
+    np.savez(features, **fields)
+    done = command("evaluate.py", f"--features={features}", "--re_ranked=false")
+    assert done.status == 0, done.err
+    assert "junk (person id -1): 1 query, 0 gallery images" in done.out
+    results = json.loads((tmp_path / "a.results.json").read_text())
+    assert (results["num_query"], results["num_gallery"], results["global"]["cmc1"]) == (5, 12, 0)
+
+
+def test_labels_are_checked_before_features_are_read(command, tmp_path):
+    with h5py.File(tmp_path / "huge.h5", "w") as file:
+        file.create_dataset("global", (4, 2**40), np.float32)
+        for name in ("person_id", "camera", "mark"):
+            file[name] = np.ones(4, int)
+    done = command("evaluate.py", f"--features={tmp_path / 'huge.h5'}")
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "has no query" in done.err
+    with h5py.File(tmp_path / "huge.h5", "r+") as file:
+        file["mark"][:2] = 0
+    done = command("evaluate.py", f"--features={tmp_path / 'huge.h5'}")
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "GB of memory" in done.err
+
+
 def test_multi_query_in_a_run(command, tiny_flags, trained, multi_query_data, tmp_path):
     flags = ("--only_test=true", f"--model_weight_file={trained[0]}", f"--exp_dir={tmp_path / 'test'}")
     flags += (f"--data_path={multi_query_data}",)

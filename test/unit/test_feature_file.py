@@ -2,15 +2,17 @@
 
 import json
 import shutil
+import zipfile
 
 import h5py
 import numpy as np
 import pytest
+import scipy.sparse
 from scipy.io import savemat
 
 from aligned_reid import InputError
 from aligned_reid.evaluation import feature_file
-from aligned_reid.evaluation.feature_file import FeatureWriter, check_partner, read_features
+from aligned_reid.evaluation.feature_file import FeatureWriter, check_partner, load_features, open_features
 
 NUM = 7
 MADE_BY = {"weights": "abc", "resize_h_w": [64, 32]}
@@ -25,10 +27,16 @@ def make_fields(seed=0, local=True):
     return fields | {"image_name": np.array([f"image_{row}.jpg" for row in range(NUM)])}
 
 
+def read_features(path, **options):
+    return load_features(open_features(path, **options))
+
+
 def write(path, fields):
-    if path.suffix == ".npz":
-        np.savez(path, **fields)
-    elif path.suffix == ".mat":
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        with open(path, "wb") as file:
+            np.savez(file, **fields)
+    elif suffix == ".mat":
         savemat(path, fields)
     else:
         with h5py.File(path, "w") as file:
@@ -38,7 +46,7 @@ def write(path, fields):
     return path
 
 
-@pytest.mark.parametrize("suffix", [".h5", ".npz", ".mat"])
+@pytest.mark.parametrize("suffix", [".h5", ".npz", ".mat", ".H5", ".NPZ", ".MAT"])
 def test_every_format_holds_the_same(tmp_path, suffix):
     fields = make_fields()
     table = read_features(write(tmp_path / f"features{suffix}", fields))
@@ -49,8 +57,8 @@ def test_every_format_holds_the_same(tmp_path, suffix):
         np.testing.assert_array_equal(values, fields[name])
         assert values.dtype == np.int64
     assert [name.strip() for name in table.image_names] == list(fields["image_name"])
-    assert isinstance(table.global_feat, np.memmap) == (suffix == ".h5")
-    assert table.made_by == (MADE_BY if suffix == ".h5" else {})
+    assert isinstance(table.global_feat, np.memmap) == (suffix.lower() == ".h5")
+    assert table.made_by == (MADE_BY if suffix.lower() == ".h5" else {})
 
 
 def test_matlabs_newer_format_has_its_axes_turned(tmp_path):
@@ -62,6 +70,77 @@ def test_matlabs_newer_format_has_its_axes_turned(tmp_path):
     np.testing.assert_array_equal(table.global_feat, fields["global"])
     np.testing.assert_array_equal(table.local_feat, fields["local"])
     np.testing.assert_array_equal(table.person_ids, fields["person_id"])
+
+
+def make_pytorch_result(parts=("query", "gallery", "mquery")):
+    fields = make_fields(local=False)
+    result = {}
+    for mark, part in enumerate(("query", "gallery", "mquery")):
+        if part in parts:
+            rows = slice(2 * mark, 2 * mark + 2 + mark % 2)  # 2, 3, 2
+            for ending, name in (("f", "global"), ("label", "person_id"), ("cam", "camera")):
+                result[f"{part}_{ending}"] = fields[name][rows]
+    return result
+
+
+@pytest.mark.parametrize("suffix", [".mat", ".npz", ".h5"])
+def test_pytorch_result_holds_queries_and_gallery_apart(tmp_path, suffix):
+    fields = make_pytorch_result()
+    table = read_features(write(tmp_path / f"pytorch_result{suffix}", fields))
+    assert table.marks.tolist() == [0, 0, 1, 1, 1, 2, 2]
+    for ending, values in (("f", table.global_feat), ("label", table.person_ids), ("cam", table.cameras)):
+        expected = np.concatenate([fields[f"{part}_{ending}"] for part in ("query", "gallery", "mquery")])
+        np.testing.assert_array_equal(values, expected)
+    gallery = read_features(write(tmp_path / f"more{suffix}", make_pytorch_result(["gallery"])), default_mark=1)
+    assert gallery.marks.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"gallery_cam": None}, "gallery_cam.* no field camera"),
+        ({"gallery_label": np.arange(2)}, r"gallery_label.* person_id has to be \[3\]"),
+        ({"gallery_f": np.zeros((3, 4))}, "query_f.*gallery_f.* widths: 5 and 4"),
+    ],
+)
+def test_parts_of_pytorch_result_that_do_not_fit(tmp_path, changes, reason):
+    fields = {name: value for name, value in {**make_pytorch_result(), **changes}.items() if value is not None}
+    with pytest.raises(InputError, match=reason):
+        open_features(write(tmp_path / "pytorch_result.mat", fields))
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".npz", ".mat"])
+def test_marks_may_be_booleans(tmp_path, suffix):
+    marks = np.arange(NUM) % 2 == 1
+    assert read_features(write(tmp_path / f"features{suffix}", changed(mark=marks))).marks.tolist() == [0, 1] * 3 + [0]
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".npz", ".mat"])
+def test_names_may_be_objects(tmp_path, suffix):
+    names = make_fields()["image_name"].tolist()
+    path = write(tmp_path / f"features{suffix}", changed(image_name=np.array(names, dtype=object)))
+    assert read_features(path).image_names == names
+
+
+class Anything:
+    def __reduce__(self):
+        raise_if_run = "raise SystemExit('the pickle was run')"
+        return exec, (raise_if_run,)
+
+
+def test_objects_that_are_not_names_are_refused_and_not_run(tmp_path):
+    path = write(tmp_path / "features.npz", changed(image_name=np.array([Anything()] * NUM, dtype=object)))
+    with pytest.raises(InputError, match="dtype=str"):
+        read_features(path)
+
+
+@pytest.mark.parametrize("dtype", [">f8", "f2", "u1", "i8"])
+def test_features_of_any_type_of_number_are_read(tmp_path, dtype):
+    feat = np.arange(NUM * 5).reshape(NUM, 5)
+    for suffix in (".h5", ".npz"):
+        table = read_features(write(tmp_path / f"features{suffix}", changed(**{"global": feat.astype(dtype)})))
+        np.testing.assert_array_equal(table.global_feat, feat)
+        assert table.global_feat.dtype.kind == "f"
 
 
 def test_a_gallery_of_distractors_needs_no_marks(tmp_path):
@@ -89,12 +168,16 @@ def with_bad(name, rows, value):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"person_id": None}, "has no field person_id; it has camera, global, image_name, local, mark"),
-        ({"camera": np.arange(3)}, r"camera has to be \[7\], as global is, and is \[3\]"),
+        ({"person_id": None}, "no field person_id.* it has camera, global, image_name, local, mark"),
+        ({"camera": np.arange(3)}, r"camera has to be \[7\], as global is, and is \[(1, )?3\]"),
         ({"person_id": np.arange(9)}, r"person_id has to be \[7\]"),
         ({"camera": np.full(NUM, 0.5)}, "camera has to hold whole numbers"),
         ({"global": np.zeros((NUM, 2, 2), np.float32)}, r"global has to be \[N, D\]"),
         ({"local": np.zeros((4, 2, 3), np.float32)}, r"local has to be \[7, H, d\]"),
+        ({"camera": np.full(NUM, np.inf)}, "camera has to hold whole numbers"),
+        ({"person_id": np.array(["0002"] * NUM)}, "person_id has to hold whole numbers"),
+        ({"global": np.array([["a", "b"]] * NUM, dtype="S")}, "global has to be a full array of real numbers"),
+        ({"global": np.full((NUM, 5), 1j)}, "real numbers|complex"),
         (with_bad("global", [2], np.nan), "global features of image_2.jpg hold NaN or infinity"),
         (with_bad("local", [3, 5], np.inf), "local features of image_3.jpg and 1 more hold NaN or infinity"),
     ],
@@ -103,6 +186,64 @@ def test_what_is_wrong_with_a_file(tmp_path, suffix, changes, reason):
     with pytest.raises(InputError, match=reason) as error:
         read_features(write(tmp_path / f"features{suffix}", changed(**changes)))
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [scipy.sparse.eye(NUM).tocsc(), np.array(["a"] * NUM, dtype=object), {"a": 1}])
+@pytest.mark.parametrize("name", ["global", "local", "person_id"])
+def test_sparse_arrays_cells_and_structs_are_refused(tmp_path, name, value):
+    with pytest.raises(InputError, match=f"{name} has to "):
+        open_features(write(tmp_path / "features.mat", changed(**{name: value})))
+
+
+@pytest.mark.parametrize("name", ["global", "local", "person_id", "image_name"])
+def test_groups_are_refused(tmp_path, name):
+    path = write(tmp_path / "features.h5", changed(**{name: None}))
+    with h5py.File(path, "r+") as file:
+        file.create_group(name)
+    with pytest.raises(InputError, match=f"{name} has to be"):
+        open_features(path)
+
+
+@pytest.mark.parametrize(
+    ("sound", "damaged", "reason"),
+    [
+        (b"TREE", b"TR\0\0", "damaged"),
+        (b"person_id\0", b"pe\xf2son_id\0", r"no field person_id.* pe\\xf2son_id"),
+    ],
+)
+def test_a_damaged_tree_of_an_h5_file(tmp_path, sound, damaged, reason):
+    path = write(tmp_path / "features.h5", make_fields())
+    content = path.read_bytes()
+    assert sound in content
+    path.write_bytes(content.replace(sound, damaged))
+    with pytest.raises(InputError, match=reason):
+        open_features(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": (1, 1024)}])
+def test_features_that_do_not_fit_into_memory_are_refused(tmp_path, options):
+    """The labels are read before: a file of a few kB may declare any number of features."""
+    path = write(tmp_path / "features.h5", changed(**{"global": None}))
+    with h5py.File(path, "r+") as file:
+        file.create_dataset("global", (NUM, 2**40), np.float32, **options)
+    table = open_features(path)
+    assert (len(table), table.global_feat.shape) == (NUM, (NUM, 2**40))
+    with pytest.raises(InputError, match="GB of memory"):
+        load_features(table)
+
+
+def test_an_array_shorter_than_declared_is_refused(tmp_path):
+    path = write(tmp_path / "features.npz", changed(**{"global": None}))
+    with zipfile.ZipFile(path, "a") as archive, archive.open("global.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (NUM, 2**40)})
+        file.write(b"some")
+    with pytest.raises(InputError, match="declares"):
+        open_features(path)
+
+
+def test_local_features_are_not_read_if_not_wanted(tmp_path):
+    path = write(tmp_path / "features.npz", changed(**with_bad("local", [3], np.nan)))
+    assert load_features(open_features(path), local=False).local_feat is None
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".npz", ".mat"])

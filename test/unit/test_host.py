@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aligned_reid.host import mkl_leaves_avx512, populate_memory
+from aligned_reid.host import available_memory, mkl_leaves_avx512, populate_memory
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,26 @@ def test_a_system_that_does_not_tell_its_processor_is_taken_as_it_is(monkeypatch
 
     monkeypatch.setattr(Path, "read_text", missing)
     assert not mkl_leaves_avx512()
+
+
+@pytest.mark.parametrize(
+    ("limit", "available"),
+    [(None, 2000 * 1024), ("max\n", 2000 * 1024), ("1000000\n", 400000), ("9000000\n", 2000 * 1024)],
+)
+def test_available_memory_is_within_the_containers_limit(monkeypatch, limit, available):
+    files = {
+        "meminfo": "MemTotal: 9000 kB\nMemFree: 5 kB\nMemAvailable: 2000 kB\n",
+        "memory.stat": "anon 600000\nfile 7\n",
+    }
+    files |= {"memory.max": limit} if limit else {}
+
+    def read_text(path):
+        if path.name not in files:
+            raise FileNotFoundError(path)
+        return files[path.name]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert available_memory() == available
 
 
 def page_faults() -> int:
