@@ -6,9 +6,12 @@ import contextlib
 import dataclasses
 import json
 import math
+import mmap
 import shutil
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +33,9 @@ FIELDS = ("global", "local", "person_id", "camera", "mark", "image_name")
 PARTS = {"query": QUERY, "gallery": GALLERY, "mquery": MULTI_QUERY}
 PART_FIELDS = {"f": "global", "label": "person_id", "cam": "camera"}
 WANTED = {*FIELDS, *(f"{part}_{ending}" for part in PARTS for ending in PART_FIELDS)}
+MAT_ARRAY, MAT_COMPRESSED = 14, 15  # types of data in MATLAB's format 5
+MAT_TYPES = {*range(1, 8), 9, *range(12, 19)}
+MAT_FLAGS = (6, 8)  # type and size of an array's first element
 NAMES_SHOWN = 12  # of a file's fields, if one is missing
 ROWS_PER_CHECK = 4096
 MADE_BY = "made_by"  # attribute: what model and settings made the features, as JSON
@@ -228,8 +234,45 @@ def open_mat(path: Path) -> Opened:
         num_bytes = math.prod(shape) * dtype.itemsize
         return Field(shape, dtype, num_bytes, lambda: loadmat(path, variable_names=[name])[name])
 
+    check_mat(path)
     content = whosmat(path)
     return Opened([entry[0] for entry in content], {entry[0]: mat_field(*entry) for entry in content}, {})
+
+
+def check_mat(path: Path) -> None:
+    """Raise ValueError for damage that would crash scipy's reader of MATLAB's format 5."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        tag = {b"IM": "<II", b"MI": ">II"}.get(content[126:128])
+        if tag:  # format 4 has none
+            check_elements(memoryview(content), 128, len(content), tag)
+
+
+def check_elements(content: memoryview, place: int, end: int, tag: str) -> None:
+    """Elements fill `content` from `place` to `end`, and are of known types; tag: how type and size are stored."""
+    while place < end:
+        kind, size = struct.unpack_from(tag, content, place)
+        place += 8
+        if kind >> 16:  # a small element: its size in the upper half, its data in place of the size
+            kind, size = kind & 0xFFFF, 0
+        if place + size > end or kind not in MAT_TYPES:
+            raise ValueError(f"an element of type {kind} and {size} bytes")
+        if kind == MAT_COMPRESSED:
+            inflate(content[place : place + size])
+        elif kind == MAT_ARRAY and size:
+            if struct.unpack_from(tag, content, place) != MAT_FLAGS:
+                raise ValueError("an array does not begin with its flags")
+            check_elements(content, place, place + size, tag)
+        place += size + (-size % 8 if kind != MAT_COMPRESSED else 0)
+
+
+def inflate(content: bytes | memoryview) -> None:
+    """Raise zlib.error or ValueError unless `content` is whole; it is not kept, however large it is inflated."""
+    stream = zlib.decompressobj()
+    while content:
+        stream.decompress(content, 2**20)
+        content = stream.unconsumed_tail
+    if not stream.eof:
+        raise ValueError("a compressed variable is cut off")
 
 
 def join_parts(path: Path, opened: Opened, parts: Sequence[str]) -> FeatureTable[Field]:

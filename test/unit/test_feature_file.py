@@ -220,6 +220,22 @@ def test_a_damaged_tree_of_an_h5_file(tmp_path, sound, damaged, reason):
         open_features(path)
 
 
+@pytest.mark.parametrize(
+    ("sound", "damaged"),
+    [
+        (b"local\0\0\0\7", b"local\0\0\0\x87"),  # the type of its numbers
+        (b"\6\0\0\0\x08\0\0\0\7\0", b"\6\0\0\0\x08\2\0\0\7\0"),  # the length of its flags
+    ],
+)
+def test_damage_that_crashes_the_reader_of_mat_files_is_refused(tmp_path, sound, damaged):
+    path = write(tmp_path / "features.mat", make_fields())
+    content = path.read_bytes()
+    assert sound in content
+    path.write_bytes(content.replace(sound, damaged))
+    with pytest.raises(InputError, match="damaged"):
+        read_features(path)
+
+
 @pytest.mark.parametrize("options", [{}, {"chunks": (1, 1024)}])
 def test_features_that_do_not_fit_into_memory_are_refused(tmp_path, options):
     """The labels are read before: a file of a few kB may declare any number of features."""

@@ -194,6 +194,13 @@ def test_stray_bytes_do_not_hide_other_damage(write):
     assert "cannot be decoded" in refusal(write(content[:place] + b"\0" + content[place + 1 :]))
 
 
+def test_a_lost_huffman_table_is_not_filled_in(write):
+    content = bytearray(jpeg(scene()))
+    content[content.rindex(b"\xff\xc4")] = 0
+    with pytest.raises(InputError, match="cannot be decoded"):
+        decode_image(write(bytes(content)))
+
+
 def test_huge_dimensions_are_refused_before_decoding(write):
     content = bytearray(jpeg(scene()))
     place = content.index(b"\xff\xc0") + 5
