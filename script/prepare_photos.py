@@ -1,10 +1,13 @@
 """Prepare your own photos for training: python script/prepare_photos.py --source photos --save_dir prepared
 
 --source is one of
-  a folder with a sub-folder for each person, whose photos tell their camera by name (c1_001.jpg, 001_cam2.png,
-    0001_c3s1_000151_01.jpg), or lie in a sub-folder for each camera: <person>/<camera>/001.jpg
-  a CSV file whose first row is path,person,camera; paths are relative to the file, persons and cameras any names
-JPEGs are copied as they are; png, bmp and webp become JPEGs of quality 95. The source is only read.
+  a folder with a sub-folder for each person, whose photos have the camera in their names (c1_001.jpg, 001_cam2.png,
+    0001_c3s1_000151_01.jpg), or are in a sub-folder for each camera: <person>/<camera>/001.jpg
+  a folder with train/, query/ and gallery/, each like the one above, or with photos that have person and camera in
+    their names (0001_c3s1_000151_01.jpg); this division is kept
+  a CSV file whose first row is path,person,camera; paths are relative to the file, persons and cameras any names;
+    with a fourth column part (train, query, gallery), this division is kept
+JPEGs are copied as they are; other images become JPEGs of quality 95. The source is only read.
 """
 
 import argparse
@@ -28,10 +31,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--source", required=True, help="a folder with a sub-folder for each person, or a CSV file")
     parser.add_argument("--save_dir", required=True, help="a new folder; when interrupted, run again to go on")
     parser.add_argument(
-        "--test_share", type=float, default=0.5, help="share of the persons that is for the test (default: 0.5)"
+        "--test_share",
+        type=float,
+        default=0.5,
+        help="share of the persons to test, above 0 and at most 1 (default: 0.5)",
     )
     parser.add_argument(
         "--seed", type=int, default=1, help="draws the test persons and their query photos (default: 1)"
+    )
+    parser.add_argument(
+        "--cameras",
+        choices=("known", "none"),
+        default="known",
+        help="none: each photo of a person counts as taken by a different camera (default: known)",
     )
     return parser.parse_args()
 

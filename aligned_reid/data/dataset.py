@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from aligned_reid.data import cuhk03, market1501, msmt17, photos
+from aligned_reid.data import cuhk03, market1501, msmt17, photo_source
 from aligned_reid.data.cache import CacheContent, ImageCache, open_cache
 from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_name, read_partitions
 from aligned_reid.data.sampler import SampleRequest
@@ -74,7 +74,7 @@ def _not_prepared(root: Path, partitions_path: Path) -> str:
         ("is the original Market-1501", market1501.find_raw_market1501, market1501.prepare_command),
         ("is the original MSMT17", msmt17.find_raw_msmt17, msmt17.prepare_command),
         ("is the original CUHK03", cuhk03.find_raw_cuhk03, cuhk03.prepare_command),
-        ("looks like photos of persons", photos.find_photos, photos.prepare_command),
+        ("looks like photos of persons", photo_source.find_photos, photo_source.prepare_command),
     ):
         raw = find(root)
         if raw is not None:

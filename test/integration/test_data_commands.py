@@ -65,7 +65,7 @@ def test_mistakes_in_preparing_photos_are_one_line(command, photos, tmp_path):
         (("--source", tmp_path / "none", *new), ("does not exist",)),
         (("--source", tmp_path / "empty", *new), ("has no photos",)),
         (("--source", table, *new), ("table.csv, row 3: there is no file", "none.jpg")),
-        (("--source", photos, *new, "--test_share=2"), ("--test_share 2 is no share",)),
+        (("--source", photos, *new, "--test_share=2"), ("--test_share 2 is not above 0 and at most 1",)),
         (("--source", photos, *new, "--test_share=half"), ("--test_share",)),
         (("--source", photos, "--save_dir", photos / "new"), ("which stays as it is",)),
         (("--source", photos, *new, "--seeds=2"), ("did you mean --seed?",)),

@@ -1,7 +1,10 @@
 """Preparing one's own photos: folders, CSV files, the division into parts, and sources that cannot be used."""
 
 import json
+import os
 import pickle
+import shutil
+import unicodedata
 from collections import Counter, defaultdict
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +18,8 @@ from aligned_reid.data import photos
 from aligned_reid.data.checks import check_images, check_protocol
 from aligned_reid.data.dataset import TestImages, TrainImages, open_data
 from aligned_reid.data.partitions import parse_image_name, read_partitions
-from aligned_reid.data.photos import camera_of, choose_queries, find_photos, numbered, prepare_photos
+from aligned_reid.data.photo_source import camera_of, find_photos, prepare_command, read_photos
+from aligned_reid.data.photos import choose_queries, numbered, prepare_photos
 
 
 def draw(path: Path, seed: int = 0) -> Path:
@@ -76,7 +80,7 @@ def test_a_folder_is_prepared_and_not_changed(folder, tmp_path, capsys):
     before = digests(folder)
     save_dir = prepare_photos(folder, tmp_path / "prepared")
     assert digests(folder) == before
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "passed over as not images: 1 .db\n"
     assert_usable(save_dir, num_test=3)
     names = json.loads((save_dir / "names.json").read_text(encoding="utf-8"))
     assert names["persons"] == {"1": "anna", "2": "bert", "3": "d 4", "4": "eve", "5": "fay", "6": "Åsa"}
@@ -143,9 +147,9 @@ def test_persons_of_one_camera_are_for_training(folder, tmp_path, capsys):
         for file in (folder / person).glob("c2_*"):
             file.unlink()
     save_dir = prepare_photos(folder, tmp_path / "prepared")
-    note, share = capsys.readouterr().out.splitlines()
-    assert note == "persons seen by one camera only, which are for training: 4 (the first is anna)"
-    assert share == "--test_share 0.5 would be 3 persons; 2 were seen by two cameras and are taken"
+    note, share = capsys.readouterr().out.splitlines()[1:]
+    assert "one camera only" in note and "4 (the first is anna)" in note
+    assert "--test_share 0.5 would be 3 persons" in share
     assert_usable(save_dir, num_test=2)
 
 
@@ -218,18 +222,18 @@ def test_folders_that_cannot_be_used(folder, tmp_path):
     save_dir = tmp_path / "prepared"
     assert "does not exist" in refusal(tmp_path / "none", save_dir)
     (tmp_path / "empty").mkdir()
-    assert "has no photos (bmp, jpeg, jpg, png, webp)" in refusal(tmp_path / "empty", save_dir)
+    assert "has no photos (.jpg, .jpeg," in refusal(tmp_path / "empty", save_dir)
     assert "which stays as it is" in refusal(folder, folder)
     assert "which stays as it is" in refusal(folder, folder / "prepared")
     stray = draw(folder / "c1_9.png")
-    assert f"{stray} is in no person's folder" in refusal(folder, save_dir)
+    assert str(stray) in refusal(folder, save_dir)
     stray.unlink()
     deep = draw(folder / "anna" / "door" / "old" / "1.png")
     assert f"{deep.parent} is too deep" in refusal(folder, save_dir)
     deep.unlink()
     deep.parent.rmdir()
     draw(folder / "anna" / "door" / "1.png")
-    assert "do all in one way" in refusal(folder, save_dir)
+    assert "not as deep as" in refusal(folder, save_dir)
     assert not save_dir.exists()
 
 
@@ -257,7 +261,7 @@ def test_a_photo_that_cannot_be_read_is_named(folder, tmp_path):
 
 def test_options_out_of_range(folder, tmp_path):
     for share in (0.0, 1.5, -1.0, float("nan")):
-        assert "is no share" in refusal(folder, tmp_path / "prepared", test_share=share)
+        assert "above 0 and at most 1" in refusal(folder, tmp_path / "prepared", test_share=share)
     assert "--seed -1" in refusal(folder, tmp_path / "prepared", seed=-1)
 
 
@@ -306,7 +310,7 @@ def test_photos_are_not_written_over(tmp_path):
 def test_sources_are_recognised(folder, table, tmp_path):
     assert find_photos(folder) == folder
     assert find_photos(table) == table
-    command = photos.prepare_command(folder)
+    command = prepare_command(folder)
     assert command == (
         f"python script/prepare_photos.py --source '{folder}' --save_dir '{folder.parent / 'my photos_prepared'}'"
     )
@@ -315,3 +319,245 @@ def test_sources_are_recognised(folder, table, tmp_path):
     for path in (tmp_path, tmp_path / "two", prepared, prepared / "partitions.pkl", prepared / "names.json"):
         assert find_photos(path) is None, path
     assert find_photos(tmp_path / "none") is None
+
+
+# A fixed division
+
+
+@pytest.fixture
+def divided(tmp_path) -> Path:
+    """Folders as layumi's Market-1501 has them: persons 1 to 3 for training, 4 to 6 for the test, and person -1."""
+    root = tmp_path / "pytorch"
+    for person in range(1, 7):
+        for index in range(4):
+            name = f"{person:04d}/{person:04d}_c{index % 2 + 1}s1_{index:06d}_03.jpg"
+            parts = ("query" if index < 2 else "gallery", "multi-query")
+            first, *others = ("train_all", "train" if index else "val") if person <= 3 else parts
+            image = draw(root / first / name, 10 * person + index)
+            for other in others:
+                (root / other / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(image, root / other / name)
+    draw(root / "gallery" / "-1" / "-1_c1s1_000001_00.jpg")
+    return root
+
+
+def parts_of(save_dir: Path) -> dict[str, int]:
+    partitions = read_partitions(save_dir / "partitions.pkl")
+    marks = Counter(partitions.test_marks)
+    return {"trainval": len(partitions.trainval_im_names), **{str(mark): marks[mark] for mark in sorted(marks)}}
+
+
+def test_folders_for_parts_keep_their_division(divided, tmp_path, capsys):
+    assert find_photos(divided) == divided
+    save_dir = prepare_photos(divided, tmp_path / "prepared", seed=7)
+    assert_usable(save_dir, num_test=3)
+    assert parts_of(save_dir) == {"trainval": 12, "0": 6, "1": 6, "2": 12}  # nothing counts twice
+    names = json.loads((save_dir / "names.json").read_text())
+    assert list(names["persons"].values()) == [f"{person:04d}" for person in range(1, 7)]
+    train = read_partitions(save_dir / "partitions.pkl").trainval_im_names
+    assert {parse_image_name(name).person_id for name in train} == {1, 2, 3}
+    log = capsys.readouterr().out
+    assert "person -1: 1 photos" in log and "division of the source is kept" in log
+
+
+def test_train_and_val_together_are_for_training(divided, tmp_path):
+    shutil.rmtree(divided / "train_all")
+    assert parts_of(prepare_photos(divided, tmp_path / "prepared"))["trainval"] == 12
+
+
+def test_parts_without_folders_for_persons(divided, tmp_path):
+    flat = tmp_path / "flat"
+    for part, name in (("train_all", "bounding_box_train"), ("query", "Query"), ("gallery", "bounding_box_test")):
+        (flat / name).mkdir(parents=True)
+        for file in divided.glob(f"{part}/*/*.jpg"):
+            shutil.copy(file, flat / name)
+    assert find_photos(flat) == flat
+    save_dir = prepare_photos(flat, tmp_path / "prepared")
+    assert parts_of(save_dir) == {"trainval": 12, "0": 6, "1": 6}
+    assert list(json.loads((save_dir / "names.json").read_text())["persons"].values())[-1] == "0006"
+    draw(flat / "Query" / "c1_1.png")
+    assert "no person can be told" in refusal(flat, tmp_path / "other")
+
+
+def test_divisions_that_cannot_be_used(divided, tmp_path):
+    save_dir = tmp_path / "prepared"
+    stray = draw(divided / "people" / "anna" / "c1_1.png")
+    assert f"{stray} is in none of the parts" in refusal(divided, save_dir)
+    shutil.rmtree(stray.parent.parent)
+    shutil.copytree(divided / "train_all" / "0002", divided / "gallery" / "0002")
+    assert "training and test: 1 (the first is 0002)" in refusal(divided, save_dir)
+    shutil.rmtree(divided / "gallery" / "0002")
+    for file in divided.glob("gallery/*/*_c2s1*"):
+        file.unlink()
+    for file in divided.glob("query/*/*_c2s1*"):
+        file.unlink()
+    assert "under another camera" in refusal(divided, save_dir)
+    shutil.rmtree(divided / "query")
+    assert "has no photos for query" in refusal(divided, save_dir)
+
+
+def test_a_table_with_a_division(folder, table, tmp_path, capsys):
+    lines = table.read_text(encoding="utf-8").splitlines()
+    given = {"anna": "Train", "bert": "train", "d 4": "val"}
+    rows = [
+        f"{line},{given.get(line.split(',')[1], 'query' if '_0.' in line else 'gallery')}" for line in sorted(lines[1:])
+    ]
+    table.write_text("\n".join([f"{lines[0]},part", *rows]), encoding="utf-8")
+    save_dir = prepare_photos(table, tmp_path / "prepared")
+    assert_usable(save_dir, num_test=3)
+    assert parts_of(save_dir) == {"trainval": 12, "0": 6, "1": 6}
+    assert "row 2: no part" in refusal(replaced(table, ",Train", ","), tmp_path / "other")
+    assert "row 2: part 'left'" in refusal(replaced(table, ",Train", ",left"), tmp_path / "other")
+
+
+# Cameras
+
+
+def test_folders_for_cameras_around_those_for_persons(tmp_path):
+    for camera in ("cam1", "Cam 2"):
+        for person in ("anna", "bert", "eve"):
+            for index in range(2):
+                draw(tmp_path / "photos" / camera / person / f"{index}.png", index)
+    save_dir = prepare_photos(tmp_path / "photos", tmp_path / "prepared")
+    names = json.loads((save_dir / "names.json").read_text())
+    assert (list(names["persons"].values()), len(names["cameras"])) == (["anna", "bert", "eve"], 2)
+    for old, new in (("cam1", "door"), ("Cam 2", "gate")):
+        (tmp_path / "photos" / old).rename(tmp_path / "photos" / new)
+    assert "may be persons or cameras: 2 (door, ...) with 3" in refusal(tmp_path / "photos", tmp_path / "other")
+    draw(tmp_path / "flat" / "cam1" / "anna.png")
+    assert "may be persons or cameras" in refusal(tmp_path / "flat", tmp_path / "other")
+
+
+@pytest.fixture
+def without_cameras(tmp_path) -> Path:
+    for number, person in enumerate(("anna", "bert", "eve", "fay")):
+        for index in range(4):
+            draw(tmp_path / "plain" / person / f"{index}.png", 10 * number + index)
+    draw(tmp_path / "plain" / "gil" / "0.png", 99)
+    return tmp_path / "plain"
+
+
+def test_without_cameras_each_photo_is_searched_for_among_all_others(without_cameras, tmp_path, capsys):
+    assert "--cameras none" in refusal(without_cameras, tmp_path / "prepared")
+    save_dir = prepare_photos(without_cameras, tmp_path / "prepared", cameras="none")
+    assert_usable(save_dir, num_test=2)
+    assert parts_of(save_dir) == {"trainval": 9, "0": 2, "1": 6}  # one query per person
+    assert "in one photo only, which are for training: 1 (the first is gil)" in capsys.readouterr().out
+    images = [parse_image_name(path.name) for path in sorted((save_dir / "images").iterdir())]
+    assert [image.camera for image in images[:5]] == [1, 2, 3, 4, 1] and not any(image.index for image in images)
+    assert json.loads((save_dir / "names.json").read_text())["cameras"] == {}
+
+
+def test_a_table_without_cameras(without_cameras, tmp_path):
+    table = tmp_path / "plain.csv"
+    files = sorted(without_cameras.rglob("*.png"))
+    table.write_text("path,person\n" + "\n".join(f"{file},{file.parent.name}" for file in files))
+    assert find_photos(table) == table
+    assert "add --cameras none" in refusal(table, tmp_path / "prepared")
+    assert parts_of(prepare_photos(table, tmp_path / "prepared", cameras="none"))["0"] == 2
+
+
+def test_more_cameras_than_a_name_has_room_for(tmp_path):
+    rows = []
+    for number in range(10_001):
+        (tmp_path / f"{number}.jpg").touch()
+        rows.append(f"{number}.jpg,{'b' if number else 'a'},{number}\n")
+    table = tmp_path / "photos.csv"
+    table.write_text("path,person,camera\n" + "".join(rows))
+    message = refusal(table, tmp_path / "prepared")
+    assert "10,001 cameras" in message and "--cameras none" in message and "9,999" in message
+    assert "10,000 photos of one person" in refusal(table, tmp_path / "prepared", cameras="none")
+
+
+# Names and files
+
+
+def read_names(source: Path) -> tuple[set[str], set[str]]:
+    photos = read_photos(source)
+    return {photo.person for photo in photos}, {photo.camera for photo in photos}
+
+
+def write_rows(tmp_path: Path, pairs: list[tuple[str, str]]) -> Path:
+    lines = ["path,person,camera"]
+    for number, (person, camera) in enumerate(pairs):
+        (tmp_path / f"{number}.jpg").touch()
+        lines.append(f'{number}.jpg,"{person}","{camera}"')
+    (tmp_path / "names.csv").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path / "names.csv"
+
+
+def test_what_is_certainly_one_name_gets_one_spelling(tmp_path):
+    pairs = [
+        ("1", "cam1"),
+        ("01", "CAM1"),
+        ("1.0", "c01"),
+        (" 1 ", "1"),
+        ("v1.0", "Door"),
+        ("v1.0", "door"),
+        ("-1", "1"),
+    ]
+    pairs += [(unicodedata.normalize(form, "Åsa"), "camera 1") for form in ("NFC", "NFD")]
+    persons, cameras = read_names(write_rows(tmp_path, pairs))
+    assert persons == {"01", "v1.0", "Åsa", "-1"}
+    assert cameras == {"1", "Door"}
+
+
+@pytest.mark.parametrize("pair", [("Anna", "anna"), ("d  4", "d 4"), ("p01", "p1")])
+def test_names_that_may_be_one_are_refused(tmp_path, pair):
+    with pytest.raises(InputError) as caught:
+        read_photos(write_rows(tmp_path, [(name, "1") for name in pair]))
+    assert all(repr(name) in str(caught.value) for name in pair)
+
+
+@pytest.mark.parametrize(
+    ("start", "separator", "encoding"),
+    [("sep=;\r\n", ";", "utf-8"), ("\n \n", ",", "utf-8-sig"), ("", "\t", "utf-16"), (";;\n", ";", "utf-8")],
+)
+def test_tables_as_spreadsheets_save_them(table, tmp_path, start, separator, encoding):
+    expected = read_photos(table)
+    text = table.read_text(encoding="utf-8").replace("/", "\\").replace(",", separator)
+    other = table.with_name("other.csv")
+    other.write_bytes((start + unicodedata.normalize("NFD", text)).encode(encoding))
+    assert find_photos(other) == other
+    assert [photo[:1] + photo[2:] for photo in read_photos(other)] == [photo[:1] + photo[2:] for photo in expected]
+    with other.open("ab") as file:
+        file.write(f"\nnone{separator}a{separator}b".encode(encoding.removesuffix("-sig").replace("16", "16le")))
+    line = 26 + start.count("\n")
+    assert f"row {line}: there is no file" in refusal(other, tmp_path / "prepared")
+
+
+def test_a_table_in_another_encoding_is_refused_with_its_line(table, tmp_path):
+    table.write_bytes(table.read_text(encoding="utf-8").replace("Åsa", "张三").encode("gbk"))
+    message = refusal(table, tmp_path / "prepared")
+    assert "line 22 has the byte 0xd5" in message and "UTF-8" in message
+
+
+def test_files_are_photos_by_ending_or_content_and_the_others_are_counted(folder, tmp_path):
+    draw(folder / "anna" / "c1_5.TIF")
+    draw(folder / "anna" / "c1_6.jpg").rename(folder / "anna" / "c1_6")
+    draw(folder / "anna" / "c1_7.jpg").rename(folder / "anna" / "c1_7.jfif")
+    (folder / "anna" / "c1_8.jpg").symlink_to("none.jpg")
+    for index in range(2):
+        (folder / "bert" / f"c1_{index}.HEIC").write_bytes(b"ftypheic")
+    lines: list[str] = []
+    save_dir = prepare_photos(folder, tmp_path / "prepared", log=lines.append)
+    assert len(list((save_dir / "images").iterdir())) == 24 + 3
+    (line,) = lines
+    assert "2 .heic" in line and "1 dangling links" in line and "1 .db" in line
+    for file in folder.rglob("*.*"):
+        if file.suffix != ".HEIC" and not file.is_dir():
+            file.unlink()
+    (folder / "anna" / "c1_6").unlink()
+    assert "2 .heic" in refusal(folder, tmp_path / "none")
+
+
+def test_names_that_are_not_utf_8(folder, tmp_path):
+    name = os.fsdecode(b"\xc5sa \xff")
+    try:
+        (folder / "anna").rename(folder / name)
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    save_dir = prepare_photos(folder, tmp_path / "prepared")
+    assert_usable(save_dir, num_test=3)
+    assert name in json.loads((save_dir / "names.json").read_text(encoding="utf-8"))["persons"].values()
+    assert f"{name}/c1_0.jpg" in pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())

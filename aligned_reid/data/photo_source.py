@@ -1,0 +1,316 @@
+"""Reading one's own photos, in folders or listed in a CSV file: who is in each, and which camera took it.
+
+Folders: `<person>/<photo>` or `<photo>` with the camera (and the person before it) in the photo's name (`c1_x.jpg`,
+`x_cam2.png`, `0001_c3s1_x.jpg`), `<person>/<camera>/<photo>` or `<camera>/<person>/<photo>`; each of these also below
+folders for the parts of a fixed division (`train`, `query`, `gallery`). A CSV file: the columns path (relative to the
+file), person, camera and, for a fixed division, part.
+"""
+
+import codecs
+import csv
+import io
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from aligned_reid.data import layout
+from aligned_reid.data.layout import IMAGE_ENDINGS, describe_passed_over, ending_of
+from aligned_reid.errors import InputError
+
+COLUMNS = ("path", "person", "camera", "part")
+PARTS = {  # names of folders, or in the column part, and the field of Parts
+    **dict.fromkeys(("train", "val", "train_all", "trainval", "bounding_box_train", "image_train"), "trainval"),
+    **dict.fromkeys(("query", "probe", "image_query"), "query"),
+    **dict.fromkeys(("gallery", "test", "bounding_box_test", "image_test"), "gallery"),
+    **dict.fromkeys(("multi-query", "multi_query", "gt_bbox"), "multi_query"),
+}
+
+_CONTENTS = ("JPEG", "PNG", "BMP", "WEBP")  # of files with other endings; raw photos look like TIFF
+# c, cam or camera with digits, as a separate word or before Market-1501's sequence: 0001_c3s1_000151_01.jpg
+_CAMERA = re.compile(r"(?<![a-z0-9])(?:c|cam|camera)([0-9]+)(?=s[0-9]|[^a-z0-9]|$)", re.IGNORECASE)
+_CAMERA_NAME = re.compile(r"(?:(c|cam|camera)[ _-]?)?0*([0-9]+)(?:\.0*)?", re.IGNORECASE)
+_WHOLE_NUMBER = re.compile(r"^([0-9]+)\.0*$")
+_LEADING_ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
+_HOW = (
+    "write it into the file's name (c1_001.jpg, 001_cam2.jpg), make a sub-folder for each camera "
+    "(<person>/<camera>/001.jpg), give a CSV file with path,person,camera, or do without cameras: --cameras none"
+)
+
+
+class Photo(NamedTuple):
+    """One photo: its file, what the source calls it, who it shows, which camera took it, and its part if it is fixed.
+
+    `camera` is "" with --cameras none until `_number_photos`; `part` is a field of Parts, or "".
+    """
+
+    file: Path
+    original: str
+    person: str
+    camera: str
+    part: str = ""
+
+
+def read_photos(source: Path, with_cameras: bool = True, log: Callable[[str], None] = print) -> list[Photo]:
+    """The photos of a folder or a CSV file, each person and each camera in one spelling."""
+    photos = read_folder(source, with_cameras, log) if source.is_dir() else read_table(source, with_cameras)
+    persons = _spellings(source, "persons", {photo.person for photo in photos})
+    cameras = _spellings(source, "cameras", {photo.camera for photo in photos})
+    return [photo._replace(person=persons[photo.person], camera=cameras[photo.camera]) for photo in photos]
+
+
+def _spellings(source: Path, what: str, names: Collection[str]) -> dict[str, str]:
+    """The spelling to use for each name. Raises InputError for two that may be meant as one, such as Anna and anna.
+
+    The same for certain are the Unicode forms of a name, blanks around it, leading zeros, 1.0 and 1; of cameras also
+    small and capital letters, and c1, cam1, camera1 and 1.
+    """
+    cleaned = {name: _WHOLE_NUMBER.sub(r"\1", unicodedata.normalize("NFC", name).strip()) for name in names}
+    chosen: dict[str, str] = {}
+    similar: dict[str, str] = {}
+    for name in sorted(cleaned.values()):
+        spelling = chosen.setdefault(_key(name, what), name)
+        look = _LEADING_ZEROS.sub("", " ".join(spelling.casefold().split()))
+        other = similar.setdefault(look, spelling)
+        if other != spelling:
+            raise InputError(
+                f"{source} has the {what} {other!r} and {spelling!r}, which may be one; rename one of them"
+            )
+    return {name: chosen[_key(clean, what)] for name, clean in cleaned.items()}
+
+
+def _key(name: str, what: str) -> str:
+    """Equal for names that are certainly the same."""
+    match = _CAMERA_NAME.fullmatch(name)
+    if what == "cameras":
+        return match[2] if match else name.lower()
+    return match[2] if match and match[1] is None else name
+
+
+def find_photos(path: str | Path) -> Path | None:
+    """The path itself if it looks like a source of photos: two folders with photos or more, or a CSV file."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            folders: set[str] = set()
+            for file, levels in _files_below(path):
+                if ending_of(file.name) in IMAGE_ENDINGS and levels and levels[0] not in folders:
+                    folders |= set() if (path / levels[0] / layout.PARTITIONS_NAME).exists() else {levels[0]}
+                if len(folders) == 2:
+                    return path
+            return None
+        with open(path, "rb") as content:
+            columns, _, _ = _read_header(io.StringIO(_decode(content.read(4000), "replace")))
+        return path if {"path", "person"} <= set(columns) else None
+    except (OSError, UnicodeDecodeError, csv.Error, InputError):
+        return None
+
+
+def prepare_command(source: Path) -> str:
+    """The command that prepares what `find_photos` found, into a folder beside it."""
+    return layout.prepare_command("prepare_photos.py", source, f"{source.resolve().stem}_prepared")
+
+
+def read_folder(source: Path, with_cameras: bool = True, log: Callable[[str], None] = print) -> list[Photo]:
+    """The photos in the folders of a source. Raises InputError if a person or a camera cannot be told."""
+    found: list[tuple[Path, tuple[str, ...]]] = []
+    passed_over: Counter[str] = Counter()
+    for file, levels in _files_below(source):
+        if _is_photo(file):
+            found.append((file, levels))
+        else:
+            passed_over[ending_of(file.name) if file.exists() else "dangling links"] += 1
+    if not found:
+        others = f" ({describe_passed_over(passed_over)})" if passed_over else ""
+        raise InputError(f"--source {source} has no photos ({', '.join(IMAGE_ENDINGS)}) in folders for persons{others}")
+    if passed_over:
+        log(describe_passed_over(passed_over))
+
+    placed = _split_off_parts(source, found, log)
+    examples = {len(levels): file for _, file, levels in placed}
+    depth = max(examples)
+    if len(examples) > 1 or depth > 2:
+        raise InputError(
+            f"{examples[depth]} is too deep, or not as deep as {examples[min(examples)]}: put all photos at "
+            "<person>/<photo>, or all at <person>/<camera>/<photo>"
+        )
+    camera_first = _is_camera_first(source, *({levels[level] for _, _, levels in placed} for level in range(depth)))
+    photos = []
+    for part, file, levels in placed:
+        person, *place = levels[::-1] if camera_first else levels or (person_of(file),)
+        camera = "" if not with_cameras else place[0] if place else camera_of(file)
+        photos.append(Photo(file, file.relative_to(source).as_posix(), person, camera, part))
+    return photos
+
+
+def _files_below(folder: Path, levels: tuple[str, ...] = ()) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """The files below a source, sorted, each with the names of the folders that it is in; no hidden folders."""
+    try:
+        children = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}") from error
+    for child in children:
+        if not child.is_dir():
+            yield child, levels
+        elif not child.name.startswith((".", "__MACOSX")):  # macOS adds __MACOSX to archives
+            inner = (*levels, child.name)
+            if len(inner) > 2 + (inner[0].lower() in PARTS):
+                raise InputError(f"{child} is too deep: photos are at <person>/<photo> or <person>/<camera>/<photo>")
+            yield from _files_below(child, inner)
+
+
+def _is_photo(path: Path) -> bool:
+    """Whether a file is read as a photo, which it is by its ending or else by its content."""
+    kind = ending_of(path.name)
+    if kind == "hidden" or not path.is_file():
+        return False
+    if kind in IMAGE_ENDINGS:
+        return True
+    try:
+        with Image.open(path, formats=_CONTENTS):
+            return True
+    except Exception:  # Pillow raises errors of many types for other files
+        return False
+
+
+def _split_off_parts(
+    source: Path, found: Sequence[tuple[Path, tuple[str, ...]]], log: Callable[[str], None]
+) -> list[tuple[str, Path, tuple[str, ...]]]:
+    """Each photo's part, its file, and the folders it is in, without the part's. The part is "" without a division.
+
+    Folders for parts are not taken for persons: a source is divided if all its folders, or those of two parts, are
+    named like parts.
+    """
+    tops = {levels[0] if levels else "" for _, levels in found}
+    parts = {top: PARTS[top.lower()] for top in tops if top.lower() in PARTS}
+    if len(parts) < len(tops) and len(set(parts.values())) < 2:
+        return [("", file, levels) for file, levels in found]
+    for file, levels in found:
+        if not levels or levels[0] not in parts:
+            raise InputError(f"{file} is in none of the parts {', '.join(sorted(parts))}; move it into one, or away")
+    whole = next((top for top in parts if top.lower() in ("train_all", "trainval")), None)
+    for top in [top for top in parts if whole and top.lower() in ("train", "val")]:
+        log(f"{top} is passed over, since {whole} holds its photos too")
+        del parts[top]
+    return [(parts[levels[0]], file, levels[1:]) for file, levels in found if levels[0] in parts]
+
+
+def _is_camera_first(source: Path, *names: Collection[str]) -> bool:
+    """Whether the outer folders are cameras. `names` are those of each level. Raises InputError if it is in doubt."""
+    like_cameras = [all((match := _CAMERA_NAME.fullmatch(name)) and match[1] for name in level) for level in names]
+    if not any(like_cameras) and (len(names) < 2 or len(names[0]) >= len(names[1])):
+        return False
+    if like_cameras in ([True, False], [False, True]):
+        return like_cameras[0]
+    counts = " with ".join(f"{len(level)} ({min(level)}, ...)" for level in names)
+    raise InputError(
+        f"the folders of {source} may be persons or cameras: {counts}; make them <person>/<camera>/<photo> and call "
+        "cameras cam1, cam2, ..., and persons otherwise, or give a CSV file with path,person,camera"
+    )
+
+
+def person_of(file: Path) -> str:
+    """The person in a file's name, which comes before the camera: "0002" for 0002_c1s1_000451_03.jpg."""
+    camera = _CAMERA.search(file.stem)
+    person = file.stem[: camera.start()].rstrip(" ._-") if camera else ""
+    if not person:
+        raise InputError(f"no person can be told from the name of {file}: put the photos of each person into a folder")
+    return person
+
+
+def camera_of(file: Path) -> str:
+    """The camera in a file's name, "1" for c1, c01, cam1. Raises InputError if it has none or several."""
+    cameras = sorted({int(number) for number in _CAMERA.findall(file.stem)})
+    if len(cameras) != 1:
+        told = f"several cameras ({', '.join(map(str, cameras))})" if cameras else "no camera"
+        raise InputError(f"{told} can be told from the name of {file}: {_HOW}")
+    return str(cameras[0])
+
+
+def read_table(source: Path, with_cameras: bool = True) -> list[Photo]:
+    """The photos of a CSV file with the columns path, person, camera and perhaps part.
+
+    Raises InputError that names a bad row. Rows are counted as an editor counts lines.
+    """
+    try:
+        content = source.read_bytes()
+        lines = io.StringIO(_decode(content), newline="")
+        header, separator, first = _read_header(lines)
+        reader = csv.reader(lines, delimiter=separator, strict=True)
+        rows = [(first + reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except OSError as error:
+        raise InputError(f"cannot read --source {source}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        reason = str(error)
+        if isinstance(error, UnicodeDecodeError):
+            line = content.count(b"\n", 0, error.start) + 1
+            reason = f"line {line} has the byte {content[error.start]:#x}; save it in UTF-8"
+        raise InputError(f"--source {source} is neither a folder nor a CSV file in UTF-8: {reason}") from error
+    columns = ["path", "person"] + ["camera"] * with_cameras + ["part"] * ("part" in header)
+    for column in columns:
+        if header.count(column) != 1:
+            found = "two columns" if column in header else "no column"
+            without = "; without cameras, add --cameras none" if column == "camera" else ""
+            raise InputError(
+                f"{source} has {found} {column}: its first row is {separator.join(header)[:100]!r} and has to be "
+                f"path,person,camera{without}"
+            )
+    if not rows:
+        raise InputError(f"--source {source} has no rows below {separator.join(header)}")
+    photos: list[Photo] = []
+    seen: dict[Path, int] = {}
+    for number, row in rows:
+        cells = dict.fromkeys(COLUMNS, "")
+        for column in columns:
+            place = header.index(column)
+            cells[column] = row[place].strip() if place < len(row) else ""
+            if not cells[column]:
+                raise InputError(f"{source}, row {number}: no {column}")
+        original, person, camera, part = cells.values()
+        if part and part.lower() not in PARTS:
+            raise InputError(f"{source}, row {number}: part {part!r} is not train, query, gallery or multi-query")
+        path = _find_file(source.parent, original)
+        if path is None:
+            raise InputError(f"{source}, row {number}: there is no file {source.parent / original}")
+        earlier = seen.setdefault(path.resolve(), number)
+        if earlier != number:
+            raise InputError(f"{source}, row {number}: {original} is in row {earlier} already; remove one of them")
+        photos.append(Photo(path, original, person, camera, PARTS[part.lower()] if part else ""))
+    return photos
+
+
+def _decode(content: bytes, errors: str = "strict") -> str:
+    """The text of a CSV file in UTF-8, or in UTF-16 as spreadsheets save "Unicode text"."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
+
+
+def _read_header(lines: Iterable[str]) -> tuple[list[str], str, int]:
+    """The columns' names in small letters, what separates them, and how many lines were read: empty ones, `sep=;`."""
+    separators = ",;\t"
+    for number, line in enumerate(lines, start=1):
+        if match := re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE):
+            separators = match[1]
+        elif line.strip(' ,;\t\r\n"'):
+            readings = {
+                separator: [cell.strip().lower() for cell in next(csv.reader([line], delimiter=separator))]
+                for separator in separators
+            }
+            best = max(readings, key=lambda separator: len(set(readings[separator]) & set(COLUMNS)))
+            return readings[best], best, number
+    return [], ",", 0
+
+
+def _find_file(folder: Path, original: str) -> Path | None:
+    """The file of a row, which may have Windows's separators, or another Unicode form than the file's name."""
+    slashed = original.replace("\\", "/")
+    for form in (original, slashed, unicodedata.normalize("NFC", slashed), unicodedata.normalize("NFD", slashed)):
+        path = os.path.join(folder, os.path.expanduser(form))
+        if os.path.isfile(path):
+            return Path(path)
+    return None
