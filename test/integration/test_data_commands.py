@@ -67,6 +67,7 @@ def test_mistakes_in_preparing_photos_are_one_line(command, photos, tmp_path):
         (("--source", table, *new), ("table.csv, row 3: there is no file", "none.jpg")),
         (("--source", photos, *new, "--test_share=2"), ("--test_share 2 is not above 0 and at most 1",)),
         (("--source", photos, *new, "--test_share=half"), ("--test_share",)),
+        (("--source", photos, *new, "--cameras=some"), ("invalid choice",)),
         (("--source", photos, "--save_dir", photos / "new"), ("which stays as it is",)),
         (("--source", photos, *new, "--seeds=2"), ("did you mean --seed?",)),
     ):
