@@ -187,7 +187,7 @@ def _split_off_parts(
     named like parts.
     """
     tops = {levels[0] if levels else "" for _, levels in found}
-    parts = {top: PARTS[top.lower()] for top in tops if top.lower() in PARTS}
+    parts = {top: PARTS[top.lower()] for top in sorted(tops) if top.lower() in PARTS}
     if len(parts) < len(tops) and len(set(parts.values())) < 2:
         return [("", file, levels) for file, levels in found]
     for file, levels in found:

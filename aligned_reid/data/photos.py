@@ -130,7 +130,10 @@ def keep_division(source: Path, images: Mapping[NewImage, Photo], log: Callable[
         parts[photo.part].append(image)
     for name in ("query", "gallery"):
         if not parts[name]:
-            raise InputError(f"--source {source} is divided, but has no photos for {name}; add a part {name}")
+            raise InputError(
+                f"--source {source} is divided into parts, but has no photos for {name}: add a part {name}, or take a "
+                "source that is not divided, and test persons are drawn"
+            )
     tested = {images[image].person for image in (*parts["query"], *parts["gallery"])}
     both = sorted(tested & {images[image].person for image in parts["trainval"]})
     if both:
