@@ -22,14 +22,15 @@ from typing import Any
 from aligned_reid import rank_program
 from aligned_reid.rank_output import Pump, RankOutput, explain, first_failure, print_all
 from aligned_reid.rank_program import become_command
+from aligned_reid.stop import STOP_SIGNALS, StopSignals
 
 HCCL_PORTS = range(60000, 60032)  # Ascend's collectives listen there
-AGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # which torch's agent passes on
+PASSED_ON = (*STOP_SIGNALS, signal.SIGQUIT)  # to the ranks; torch's agent passes on all of these but SIGUSR1
 MONITOR_SECONDS = 0.05  # how soon a dead rank is seen: before the others have died of its absence
 SETTLE_SECONDS = 0.2  # in which what a dead rank said last is read
 
 # Not retried: a user's mistake, a run that stopped on purpose (--stop_on_collapse), and what a signal asked for.
-FINAL_STATUSES = (2, 3, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
+FINAL_STATUSES = (2, 3, *(128 + number for number in STOP_SIGNALS), *(-number for number in STOP_SIGNALS))
 
 
 def launch(
@@ -121,14 +122,12 @@ def run_agent(
     logging.disable(logging.CRITICAL)  # the agent's own account of a failure; ours is one line
     try:
         # -I: this file only, whatever the rank's PYTHONPATH holds.
-        with restarts.decided_by_us():
+        with restarts.decided_by_us(), signals_passed_on_once():
             launch_agent(config, sys.executable, ["-I", os.path.abspath(rank_program.__file__), folder, *command])
     except ChildFailedError as error:
         return {failure.local_rank: failure.exitcode for failure in error.failures.values()}
     except SignalException as error:
         raise Interrupted(error.sigval) from None
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT) from None
     finally:
         logging.disable(logging.NOTSET)
     return {}
@@ -179,13 +178,27 @@ class Restarts:
 
 
 @contextmanager
+def signals_passed_on_once() -> Iterator[None]:
+    """Let torch's agent pass the first signal on, and wait for the ranks whatever comes after it."""
+    from torch.distributed.elastic.multiprocessing import SignalException, api
+
+    torchs = api._terminate_process_handler
+    with StopSignals(lambda number: SignalException("", signal.Signals(number))) as stop:
+        api._terminate_process_handler = stop.take_note  # type: ignore[assignment]  # the agent sets it for its signals
+        try:
+            yield
+        finally:
+            api._terminate_process_handler = torchs
+
+
+@contextmanager
 def own_signal_handlers() -> Iterator[None]:
     """Undo at the end that the agent takes over signals, and keep those from it that are ignored.
 
     nohup ignores SIGHUP, which the agent would obey when the terminal closes. Enter before threads start: they inherit
     what is blocked, and so do the ranks.
     """
-    handlers = {number: signal.getsignal(number) for number in AGENT_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in PASSED_ON}
     ignored = [number for number, handler in handlers.items() if handler is signal.SIG_IGN]
     signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
     try:

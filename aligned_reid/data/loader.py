@@ -1,12 +1,17 @@
 """The loader that brings batches of a data set's images, from this process or from workers."""
 
 import functools
+import math
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -14,9 +19,21 @@ import torch
 from torch.utils.data import DataLoader
 
 from aligned_reid.data.dataset import TestImages, TrainImages
-from aligned_reid.errors import InputError
+from aligned_reid.errors import InputError, RunStopped
+from aligned_reid.stop import STOP_SIGNALS
 
 SECONDS_BETWEEN_LOOKS = 2.0  # of a worker for its main process
+BATCHES_PER_WORKER = 2  # that wait in shared memory, of a worker
+FILES_PER_WORKER, OTHER_FILES = 10, 16  # that a process opens: pipes and shared memory of each worker, and all else
+SOCKET_PATH_BYTES = 60  # of a temporary folder; a socket's path has at most 107 bytes, and multiprocessing's adds 40
+USUAL_CAUSES = {
+    signal.SIGKILL: ", as the system does when memory runs out",
+    signal.SIGBUS: ", as happens when shared memory (/dev/shm) is full",
+}
+
+
+class WorkerDied(RunStopped):
+    """A loading worker has ended before its work; the message has its signal or status, and the usual cause."""
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -25,17 +42,31 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class ImageLoader(DataLoader[Any]):
-    """A DataLoader whose workers' InputErrors are raised here as they are."""
+    """A DataLoader whose workers' InputErrors are raised here as they are; a worker's death is a WorkerDied."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return _raise_errors(super().__iter__())  # not itself a generator: workers start now, not at the first batch
+        batches = super().__iter__()  # here, not in a generator: workers start now, not at the first batch
+        return _raise_errors(batches, multiprocessing.active_children())
 
 
-def _raise_errors(batches: Iterable[Any]) -> Iterator[Any]:
-    for batch in batches:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+def _raise_errors(batches: Iterable[Any], workers: Sequence[Any]) -> Iterator[Any]:
+    try:
+        for batch in batches:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        dead = [worker.exitcode for worker in workers if worker.exitcode]
+        if not dead:
+            raise
+        raise WorkerDied(f"a loading worker {_describe_end(dead[0])}: fewer --workers may help") from error
+
+
+def _describe_end(exit_code: int) -> str:
+    if exit_code > 0:
+        return f"ended with status {exit_code}"
+    number = signal.Signals(-exit_code)
+    return f"was killed by {number.name}{USUAL_CAUSES.get(number, '')}"
 
 
 def make_loader(
@@ -44,17 +75,26 @@ def make_loader(
     batch_size: int = 64,
     workers: int = 0,
     pin_memory: bool = False,
+    *,
+    num_held: int = 1,
+    say: Callable[[str], None] | None = None,
 ) -> ImageLoader:
     """The loader of TrainBatch or EvaluationBatch.
 
-    batches: what each batch holds: an IdentityBatchSampler for TrainImages, lists of indices for TestImages (None: all
-    of them in order, `batch_size` at a time). `workers` processes, but no more than there are processors, stay for the
-    loader's life; 0 loads in this process, as do images that a cache holds resized: a batch of those costs less than
-    its way from another process.
+    batches: what each batch holds, `batch_size` images at most: an IdentityBatchSampler for TrainImages, lists of
+    indices for TestImages (None: all of them in order, `batch_size` at a time). `workers` processes, but no more than
+    there are processors, stay for the loader's life; 0 loads in this process, as do images that a cache holds resized:
+    a batch of those costs less than its way from another process. There are fewer where shared memory or open files are
+    short, which is said to `say`. num_held: batches that the caller keeps at a time.
     """
     workers = min(workers, num_processors())
     if images.comes_resized():
         workers = 0
+    if workers > 0:
+        height, width = images.size
+        workers, reason = fit_workers(workers, batch_size * height * width * 3, num_held, *free_resources())
+        if reason and say:
+            say(reason)
     if batches is None:
         batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     context = None
@@ -63,6 +103,8 @@ def make_loader(
         # forked from nothing; it imports torch once for all workers.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", "aligned_reid.data"])
+        if len(os.fsencode(tempfile.gettempdir())) > SOCKET_PATH_BYTES:
+            tempfile.tempdir = "/tmp"  # workers are reached through sockets in it
     return ImageLoader(
         images,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences will do
@@ -76,16 +118,50 @@ def make_loader(
     )
 
 
+def fit_workers(
+    workers: int, batch_bytes: int, num_held: int, shared_bytes: float, num_files: float
+) -> tuple[int, str]:
+    """As many of `workers` as there is room for, and a line that says why they are fewer (empty: they are not).
+
+    shared_bytes: free ones of shared memory, where each worker's next batches wait beside those that the main process
+    holds: `num_held`, one on its way to the device, one that has arrived. num_files: how many more it may open.
+    """
+    by_memory = (shared_bytes / batch_bytes - num_held - 2) / BATCHES_PER_WORKER
+    by_files = (num_files - OTHER_FILES) / FILES_PER_WORKER
+    fitting = max(0, int(min(workers, by_memory, by_files)))
+    if fitting == workers:
+        return workers, ""
+    short = f"shared memory (/dev/shm) has {shared_bytes / 2**20:.0f} MB free; docker run --shm-size raises it"
+    if by_files < by_memory:
+        short = f"{num_files:.0f} more files may be opened; ulimit -n raises it"
+    return fitting, f"loading with {fitting} workers instead of {workers}: {short}"
+
+
+def free_resources() -> tuple[float, float]:
+    """Bytes of shared memory that are free for this process, a share of the machine's, and files it may yet open."""
+    if sys.platform != "linux":
+        return math.inf, math.inf
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        free = 0
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free / num_ranks, limit - len(os.listdir("/proc/self/fd")) if limit >= 0 else math.inf
+
+
 def num_processors() -> int:
     """Those that this process may use, which a container or taskset may limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker(main_process: int, _: int) -> None:
-    """One core a worker, Ctrl-C is the main process's to answer, and no worker outlives it."""
+    """One core a worker, signals are the main process's to answer, and no worker outlives it."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        if number != signal.SIGTERM:  # with which torch ends a worker
+            signal.signal(number, signal.SIG_IGN)
     # torch's workers watch their parent, which here is the fork server; that lives as long as one of them does.
     threading.Thread(target=_end_with, args=(main_process,), daemon=True).start()
 

@@ -17,12 +17,13 @@ from tqdm import tqdm
 from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TrainBatch, TrainImages
-from aligned_reid.data.loader import make_loader
+from aligned_reid.data.loader import WorkerDied, make_loader
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.distributed import World, sum_over_ranks, take_from_main
 from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import AlignedReID
+from aligned_reid.stop import StopSignals
 from aligned_reid.training.apart import Apart
 from aligned_reid.training.bad_images import BadImages
 from aligned_reid.training.best import Best
@@ -33,7 +34,6 @@ from aligned_reid.training.objective import Figures, Shown, mutual_loss, show
 from aligned_reid.training.profile import StepProfile
 from aligned_reid.training.resume import describe_resume, first_step
 from aligned_reid.training.schedule import learning_rate
-from aligned_reid.training.stop import StopSignals
 from aligned_reid.training.watch import CollapseWatch, LossWatch
 from aligned_reid.training.watchdog import Watchdog
 
@@ -92,7 +92,15 @@ class Trainer:
         )
         self.checkpoints.job = dict(world.job)
         self.bad_images = BadImages(images, config.max_bad_images, world, log)
-        self.loader = make_loader(images, sampler, workers=config.workers, pin_memory=self.accelerator.pin_memory)
+        self.loader = make_loader(
+            images,
+            sampler,
+            config.ids_per_batch * config.ims_per_id,
+            config.workers,
+            self.accelerator.pin_memory,
+            num_held=config.accumulate,
+            say=log,
+        )
         self.steps_per_epoch = -(-len(sampler) // config.accumulate)
 
     def resume(self) -> None:
@@ -114,12 +122,14 @@ class Trainer:
     def train(self) -> None:
         """Train the epochs that are left; a checkpoint after the last, and after each before it as far as due.
 
-        At SIGTERM or SIGINT rank 0 saves after the step that it is in. Raises RunStopped with status 128 + signal.
+        At one of STOP_SIGNALS rank 0 saves after the step that it is in. Raises RunStopped with status 128 + signal.
         """
         with self.stop:
             while self.epoch < self.config.total_epochs:
                 try:
                     self.train_epoch(self.epoch + 1)
+                except WorkerDied as error:
+                    self.stop_here(str(error), can_save=not self.apart)
                 except RunStopped:
                     raise
                 except RuntimeError:  # a loader's worker, or another rank, may have answered a signal by ending
@@ -237,13 +247,17 @@ class Trainer:
         if due and (self.world.is_main or self.apart):
             self.save()
 
-    def stop_here(self, *, can_save: bool = True) -> NoReturn:
-        """End the run as a signal asks: what is done is saved, by rank 0 and unless it is in the middle of a step."""
+    def stop_here(self, reason: str = "", *, can_save: bool = True) -> NoReturn:
+        """End the run, as a signal asks or for another reason.
+
+        What is done is saved, by rank 0 and unless it is in the middle of a step.
+        """
         if can_save and (self.world.is_main or self.apart) and self.between_steps:
             self.save()
         at = f"step {self.step} of epoch {self.epoch + 1}"
-        line = f"{self.stop.name} at {at}; {self.last_checkpoint()}: go on with --resume true"
-        raise RunStopped(line, 128 + self.stop.number)
+        signalled = self.stop.number
+        line = f"{self.stop.name if signalled else reason} at {at}; {self.last_checkpoint()}: go on with --resume true"
+        raise RunStopped(line, 128 + signalled if signalled else 1)
 
     def finish_epoch(self, epoch: int, meters: Meters) -> None:
         """Log the epoch: rank 0's means, all ranks' images."""

@@ -1,0 +1,58 @@
+"""Signals that ask a process to end: the first one is noted or raised, and the rest change nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+# A scheduler's, Ctrl-C, a terminal that closes, and the one that Slurm's users choose (sbatch --signal).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SECONDS_TO_INSIST = 1.0
+
+
+class StopSignals:
+    """Inside `with`, the first of STOP_SIGNALS is kept in `number`, and raised as `error(number)` where that is given.
+
+    Later ones change nothing: a scheduler signals every process of a job, and a launcher then passes its own signal on.
+    Only a second Ctrl-C, a second or more after the first, ends the process at once. Signals that were ignored stay so,
+    such as nohup's SIGHUP. What an inner `with` has noted, an outer one does not raise again.
+    """
+
+    def __init__(self, error: Callable[[int], BaseException] | None = None) -> None:
+        self.error = error
+        self.number = 0
+        self.noted_at = 0.0
+        self.former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.former[number] = signal.signal(number, self.take_note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self.former.items():
+            outer = getattr(handler, "__self__", None)
+            if isinstance(outer, StopSignals) and self.number:
+                outer.number, outer.noted_at = self.number, self.noted_at
+            signal.signal(number, handler)
+
+    def take_note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.number:
+            self.number, self.noted_at = number, now
+            if self.error:
+                raise self.error(number)
+        elif number == self.number == signal.SIGINT and now - self.noted_at >= SECONDS_TO_INSIST:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name
