@@ -74,7 +74,7 @@ def loss_rules(config: Config) -> Rules:
 def schedule_rules(config: Config) -> Rules:
     return [
         (config.total_epochs >= 1, "--total_epochs is at least 1"),
-        (0.0 < config.base_lr < 1e3, "--base_lr is a positive number"),
+        (0.0 < config.base_lr < 1e3, "--base_lr is above 0 and below 1000"),
         (config.weight_decay >= 0.0, "--weight_decay is 0 or more"),
         (config.warmup_epochs >= 0, "--warmup_epochs is a number of epochs, 0 or more"),
         (config.exp_decay_at_epoch >= 1, "--exp_decay_at_epoch counts from 1"),

@@ -1,5 +1,6 @@
 """The loader that brings batches of a data set's images, from this process or from workers."""
 
+import contextlib
 import functools
 import math
 import multiprocessing
@@ -20,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from aligned_reid.data.dataset import TestImages, TrainImages
 from aligned_reid.errors import InputError, RunStopped
-from aligned_reid.stop import STOP_SIGNALS
 
 SECONDS_BETWEEN_LOOKS = 2.0  # of a worker for its main process
 BATCHES_PER_WORKER = 2  # that wait in shared memory, of a worker
@@ -44,29 +44,44 @@ def _as_it_is(batch: Any) -> Any:
 class ImageLoader(DataLoader[Any]):
     """A DataLoader whose workers' InputErrors are raised here as they are; a worker's death is a WorkerDied."""
 
+    processes: Sequence[Any] = ()  # of the workers
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = super().__iter__()  # here, not in a generator: workers start now, not at the first batch
-        return _raise_errors(batches, multiprocessing.active_children())
+        # Not itself a generator: workers start now, not at the first batch. They, and what multiprocessing starts for
+        # them, inherit what is blocked: a closing terminal signals all, and the main process has yet to save.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
+        try:
+            with self._deaths_named():
+                batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self.processes = self.processes or multiprocessing.active_children()
+        return self._raise_errors(batches)
 
+    def _raise_errors(self, batches: Iterable[Any]) -> Iterator[Any]:
+        with self._deaths_named():
+            for batch in batches:
+                if isinstance(batch, InputError):
+                    raise batch
+                yield batch
 
-def _raise_errors(batches: Iterable[Any], workers: Sequence[Any]) -> Iterator[Any]:
-    try:
-        for batch in batches:
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        dead = [worker.exitcode for worker in workers if worker.exitcode]
-        if not dead:
-            raise
-        raise WorkerDied(f"a loading worker {_describe_end(dead[0])}: fewer --workers may help") from error
+    @contextlib.contextmanager
+    def _deaths_named(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            dead = [process.exitcode for process in self.processes if process.exitcode]
+            if not dead:
+                raise
+            raise WorkerDied(f"a loading worker {_describe_end(dead[0])}; fewer --workers may help)") from error
 
 
 def _describe_end(exit_code: int) -> str:
+    """What ended a worker, and in a bracket that stays open the usual cause."""
     if exit_code > 0:
-        return f"ended with status {exit_code}"
+        return f"ended (status {exit_code}"
     number = signal.Signals(-exit_code)
-    return f"was killed by {number.name}{USUAL_CAUSES.get(number, '')}"
+    return f"was killed ({number.name}{USUAL_CAUSES.get(number, '')}"
 
 
 def make_loader(
@@ -103,8 +118,7 @@ def make_loader(
         # forked from nothing; it imports torch once for all workers.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", "aligned_reid.data"])
-        if len(os.fsencode(tempfile.gettempdir())) > SOCKET_PATH_BYTES:
-            tempfile.tempdir = "/tmp"  # workers are reached through sockets in it
+        _shorten_temp_dir()
     return ImageLoader(
         images,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences will do
@@ -155,13 +169,18 @@ def num_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _shorten_temp_dir() -> None:
+    """Main process and workers reach each other through sockets in the temporary folder."""
+    if len(os.fsencode(tempfile.gettempdir())) > SOCKET_PATH_BYTES:
+        tempfile.tempdir = "/tmp"
+
+
 def _start_worker(main_process: int, _: int) -> None:
     """One core a worker, signals are the main process's to answer, and no worker outlives it."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    for number in STOP_SIGNALS:
-        if number != signal.SIGTERM:  # with which torch ends a worker
-            signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _shorten_temp_dir()
     # torch's workers watch their parent, which here is the fork server; that lives as long as one of them does.
     threading.Thread(target=_end_with, args=(main_process,), daemon=True).start()
 

@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import shutil
+import signal
 from pathlib import Path
 from random import Random
 
@@ -16,7 +17,7 @@ from aligned_reid import InputError
 from aligned_reid.data import checks
 from aligned_reid.data.checks import check_images, check_protocol
 from aligned_reid.data.dataset import ReidData, TestImages, TrainImages, open_data
-from aligned_reid.data.loader import make_loader
+from aligned_reid.data.loader import WorkerDied, fit_workers, make_loader
 from aligned_reid.data.partitions import build_partitions, format_image_name, read_partitions, write_partitions
 from aligned_reid.data.sampler import IdentityBatchSampler, SampleRequest
 from aligned_reid.data.transforms import decode_image, mirror_image, random_crop, resize_image
@@ -446,3 +447,23 @@ def test_moved_and_erased_images_are_drawn_by_the_seed(tiny_data):
     half = TrainImages(data, size=(64, 32), erase_prob=0.5).load(requests * 8).images
     share = (half != plain.repeat(8, 1, 1, 1)).flatten(1).any(1).float().mean().item()
     assert 0.1 < share < 0.9
+
+
+@pytest.mark.parametrize(
+    ("shared_mb", "num_files", "fitting", "short"),
+    [(1000, 1000, 4, ""), (64, 1000, 1, "/dev/shm"), (20, 1000, 0, "/dev/shm"), (1000, 24, 0, "ulimit -n")],
+)
+def test_workers_fit_into_shared_memory_and_open_files(shared_mb, num_files, fitting, short):
+    num_workers, reason = fit_workers(4, 128 * 256 * 128 * 3, 1, shared_mb * 2**20, num_files)
+    assert num_workers == fitting
+    assert short in reason and bool(reason) == bool(short)
+
+
+def test_a_killed_worker_is_named_with_its_signal(tiny_data):
+    loader = make_loader(TestImages(open_data(tiny_data), size=(64, 32)), batch_size=2, workers=1)
+    batches = iter(loader)
+    next(batches)
+    for worker in loader.processes:
+        os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied, match="SIGKILL.*memory"):
+        list(batches)

@@ -12,6 +12,7 @@ from aligned_reid import InputError
 from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.data import IdentityBatchSampler, TrainImages, open_data
+from aligned_reid.data.loader import WorkerDied
 from aligned_reid.distance import aligned_distance, euclidean_distance
 from aligned_reid.distributed import World
 from aligned_reid.errors import RunStopped
@@ -171,6 +172,38 @@ def test_what_ends_of_a_signal_is_no_error_of_its_own(tiny_data, tmp_path, error
     with pytest.raises(RunStopped, match="SIGINT at step 2 of epoch 1") as stopped:
         trainer.train()
     assert stopped.value.status == 130
+    assert read_weight_file(tmp_path)["step"] == 2
+
+
+def test_repeated_signals_change_nothing(tiny_data, tmp_path):
+    trainer = make_trainer(tiny_data, tmp_path, total_epochs=3)
+    add = trainer.throughput.add
+
+    def signalled(*given):
+        add(*given)
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), number)
+
+    trainer.throughput.add = signalled
+    with pytest.raises(RunStopped, match="SIGHUP at step 1 of epoch 1") as error:
+        trainer.train()
+    assert error.value.status == 129
+    assert read_weight_file(tmp_path)["step"] == 1
+
+
+def test_the_death_of_a_loading_worker_saves_first(tiny_data, tmp_path):
+    trainer = make_trainer(tiny_data, tmp_path, total_epochs=3)
+
+    def dies(batches):
+        for number, batch in enumerate(batches):
+            if number == 2:
+                raise WorkerDied("a loading worker was killed (SIGKILL)")
+            yield batch
+
+    trainer.profile.steps = dies
+    with pytest.raises(RunStopped, match=r"SIGKILL.*step 2 of epoch 1; the last good checkpoint") as error:
+        trainer.train()
+    assert error.value.status == 1
     assert read_weight_file(tmp_path)["step"] == 2
 
 

@@ -1,0 +1,59 @@
+"""The frame of every command: its exit status, and its standard output."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def run_main(body, **options):
+    """A command whose `main` has this body, in a process of its own."""
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from aligned_reid.command import run_command
+
+def main():
+    {body}
+
+run_command(main)
+"""
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, check=False, timeout=60, **options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_is_one_line_and_its_status(number):
+    done = run_main(f"os.kill(os.getpid(), {int(number)})", preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+    assert done.returncode == 128 + number
+    assert done.stderr.count(b"\n") == 1 and number.name.encode() in done.stderr
+
+
+def test_an_ignored_hangup_stays_ignored():
+    ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    done = run_main("os.kill(os.getpid(), signal.SIGHUP); print('done')", **ignoring)
+    assert (done.returncode, done.stdout) == (0, b"done\n")
+
+
+def test_any_name_can_be_printed():
+    ascii_only = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    done = run_main(r"print('\u6570\udcff')", env=ascii_only)
+    assert (done.returncode, done.stdout) == (0, b"\\u6570\\udcff\n")
+
+
+def test_a_command_outlives_the_reader_of_its_output(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    path = tmp_path / "done"
+    done = run_main(f"os.dup2({writer}, 1); print('lost', flush=True); open({str(path)!r}, 'w')", pass_fds=[writer])
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert path.exists()
+
+
+def test_too_many_open_files_is_one_line():
+    done = run_main("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)); open(os.devnull)")
+    assert done.returncode == 2
+    assert b"ulimit -n" in done.stderr and b"Traceback" not in done.stderr
