@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import shutil
@@ -23,6 +24,7 @@ from aligned_reid.data.dataset import TestImages, TrainImages
 from aligned_reid.errors import InputError, RunStopped
 
 SECONDS_BETWEEN_LOOKS = 2.0  # of a worker for its main process
+SECONDS_TO_DIE = 1.0  # of a worker, until its end is seen
 BATCHES_PER_WORKER = 2  # that wait in shared memory, of a worker
 FILES_PER_WORKER, OTHER_FILES = 10, 16  # that a process opens: pipes and shared memory of each worker, and all else
 SOCKET_PATH_BYTES = 60  # of a temporary folder; a socket's path has at most 107 bytes, and multiprocessing's adds 40
@@ -69,7 +71,8 @@ class ImageLoader(DataLoader[Any]):
     def _deaths_named(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # torch's, or of a batch that died on its way
+            multiprocessing.connection.wait([process.sentinel for process in self.processes], SECONDS_TO_DIE)
             dead = [process.exitcode for process in self.processes if process.exitcode]
             if not dead:
                 raise
