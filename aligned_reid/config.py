@@ -17,6 +17,7 @@ from aligned_reid.rules import broken_rule
 
 # How None is written on the command line; options that are not here are just left out.
 NONE_AS = {"global_margin": "none", "local_margin": "none", "loss_scale": "dynamic", "use_local_distance": "auto"}
+LARGEST = {int: 2**31 - 1, float: 1e9}  # of options that have no closer bound in rules.py
 
 # Options that a resumed training ends with the same weights whatever they are.
 WITHOUT_EFFECT = {
@@ -204,12 +205,13 @@ class Config:
 
     def checked(self) -> Config:
         """Self, with --set_seed resolved; raises InputError where a value is out of range."""
-        for one in OPTIONS:
-            value = getattr(self, one.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"--{one.name} is a finite number, which {value} is not")
         if line := broken_rule(self):
             raise InputError(line)
+        for one in OPTIONS:
+            value = getattr(self, one.name)
+            largest = LARGEST.get(type(value), math.inf)
+            if isinstance(value, (int, float)) and not abs(value) <= largest:
+                raise InputError(f"--{one.name} is a number up to {largest:.0f}, and {value:g} was given")
         return replace(self, seed=1) if self.set_seed and self.seed is None else self
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -87,6 +88,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line with the nearest flag's name, and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"invalid int value: (.*)", r"\1 is not a whole number", message)
+        message = re.sub(r"invalid float value: (.*)", r"\1 is not a number", message)
         unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
         if unknown.startswith("-") and message.startswith("unrecognized"):
             flags = [flag for action in self._actions for flag in action.option_strings]

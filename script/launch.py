@@ -34,7 +34,10 @@ def parse_arguments() -> Namespace:
     options = parser.parse_args()
     if options.nnodes > 1:
         options.addr = options.addr or variable("MASTER_ADDR", "")
-        options.port = options.port or int(variable("MASTER_PORT", "29500"))
+        port = variable("MASTER_PORT", "29500")
+        if not port.isdecimal():
+            parser.error(f"MASTER_PORT is {port!r}, not a whole number from 0 to 65535")
+        options.port = options.port or int(port)
     if options.first_device is None:
         options.first_device = options.node_rank * options.nproc
     rules = [
@@ -42,7 +45,7 @@ def parse_arguments() -> Namespace:
         (options.nproc >= 1, "--nproc is at least 1"),
         (0 <= options.node_rank < options.nnodes, "--node_rank counts from 0 to --nnodes - 1"),
         (options.max_restarts >= 0, "--max_restarts is 0 or more"),
-        (0 <= options.port < 65536, "--port is at most 65535"),
+        (0 <= options.port < 65536, "--port is from 0 to 65535"),
         (options.nnodes == 1 or options.addr, "several machines need --addr (or MASTER_ADDR), the first one's address"),
         (
             not options.command or Path(options.command[0]).is_file(),

@@ -371,7 +371,7 @@ class TestScreen:
         [
             ([], "which script"),
             (["--nproc=0", "x.py"], "--nproc is at least 1"),
-            (["--nproc=two", "x.py"], "invalid int value"),
+            (["--nproc=two", "x.py"], "is not a whole number"),
             (["--processes=2", "x.py"], "unknown flag --processes"),
             (["--nnodes=2", "--node_rank=2", "x.py"], "--node_rank counts from 0"),
             (["--nnodes=2", "x.py"], "--addr"),

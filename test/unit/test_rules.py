@@ -23,6 +23,7 @@ BREAKS = {
     loss_rules: [
         {"center_loss_weight": -1.0},
         {"g_loss_weight": 0.0},
+        {"local_margin": -1.0},
         {"label_smoothing": 1.0},
         {"num_models": 0},
         {"gdm_loss_weight": 1.0},
@@ -37,6 +38,7 @@ BREAKS = {
         {"weight_decay": -1.0},
         {"warmup_epochs": -1},
         {"exp_decay_at_epoch": 0},
+        {"staircase_decay_at_epochs": (0, 5)},
         {"staircase_decay_multiply_factor": 0.0},
         {"freeze_trunk_epochs": -1},
         {"freeze_trunk_epochs": 1},
