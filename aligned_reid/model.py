@@ -22,6 +22,7 @@ TRUNK_CHANNELS = 2048
 TRUNK_STRIDE = 32
 TRUNK_STAGES = 4
 RESIDUAL_START = 0.2
+HEADS = {"local head": "local_", "pooling": "pooling.", "neck": "neck.", "classifier": "fc."}  # how their tensors begin
 
 
 class Features(NamedTuple):
@@ -230,34 +231,43 @@ def open_model(
     trunk, or with `need_local` the local branch, is not whole in it.
     """
     weights = find_state_dict(content, source)
-    local_channels = len(weights["local_bn.weight"]) if "local_bn.weight" in weights else 128
+    local_channels = weights["local_bn.weight"].numel() if "local_bn.weight" in weights else 128
     architecture = architecture_of(settings_of(content) if settings is None else settings)
     model = AlignedReID(None, local_channels, pretrained="none", **architecture)
     return model, load_weights(model, weights, source, need_local=need_local)
 
 
 def load_weights(model: AlignedReID, weights: dict[str, Tensor], source: str, *, need_local: bool) -> str:
-    """Copy a whole model's `weights` into `model` in place; returns a line that says what was loaded.
+    """Copy a whole model's `weights` into `model` in place; returns a line that says what was loaded, and what not.
 
-    The classifier is left at its start where it is missing or knows another number of identities (fine-tuning on other
-    people). The local head may be missing unless `need_local`. Raises InputError where the trunk does not fit.
+    Heads are loaded whole or left at their start: the classifier if it is missing or was trained on another number of
+    identities (fine-tuning on other people), the local head unless `need_local`. Raises InputError if the trunk, or a
+    head that is needed, does not fit.
     """
-    report = load_trunk(model.base, weights, source)
-    own = model.state_dict()
-    heads = {name: value for name, value in weights.items() if name in own and not name.startswith("base.")}
-    missing = [name for name in own if name.startswith("local_") and name not in heads and "num_batches" not in name]
-    wrong = [name for name in heads if name.startswith("local_") and heads[name].shape != own[name].shape]
-    if need_local and (missing or wrong):
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith("base.")}
+    ours = any(name.startswith("base.") for name in weights)  # else an `fc` is of some other network
+    heads = {name: value for name, value in weights.items() if ours and name in own}
+    reports = [load_trunk(model.base, {name: value for name, value in weights.items() if name not in heads}, source)]
+    misfits = {}
+    for head, start in HEADS.items():
+        tensors = [name for name in own if name.startswith(start)]
+        needed = [name for name in tensors if not name.endswith("num_batches_tracked")]
+        missing = [name for name in needed if name not in heads]
+        wrong = [name for name in needed if name in heads and heads[name].shape != own[name].shape]
+        if missing:
+            misfits[head] = f"{missing[0]} is not in the file" if ours else "the file is of another model"
+        elif wrong:
+            misfits[head] = "other identities" if head == "classifier" else f"{wrong[0]} has another shape"
+        else:
+            model.load_state_dict({name: heads[name] for name in tensors if name in heads}, strict=False)
+        if tensors:
+            reports.append(f"{head} not loaded ({misfits[head]})" if head in misfits else f"{head} loaded")
+    if need_local and "local head" in misfits:
         raise InputError(
-            f"{source} has no local branch that fits ({(missing + wrong)[0]}): use --use_local_distance false"
+            f"{source} has no local branch that fits ({misfits['local head']}): use --use_local_distance false"
         )
-    if model.feature_after_bn and model.fc is None and "neck.weight" not in heads:
+    if model.feature_after_bn and model.fc is None and "neck" in misfits:
         raise InputError(f"{source} has no neck.weight: it was trained without --bnneck true; leave --bnneck out")
-    if model.pooling is not None and model.fc is None and "pooling.p" not in heads:
+    if model.pooling is not None and model.fc is None and "pooling" in misfits:
         raise InputError(f"{source} has no pooling.p: it was trained without --pooling gem; leave --pooling out")
-    fitting = {name: value for name, value in heads.items() if value.shape == own[name].shape}
-    model.load_state_dict(fitting, strict=False)
-    heads_report = "local head " + ("not loaded" if missing or wrong else "loaded")
-    if model.fc is not None:
-        heads_report += ", classifier " + ("loaded" if "fc.weight" in fitting else "not loaded (other identities)")
-    return f"{report}; {heads_report}"
+    return f"{reports[0]}; {', '.join(reports[1:])}"

@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_gone_on_from_by_the_one_before(tiny_data, tmp_p
     path.write_bytes(path.read_bytes()[:-50])
     run(config_of(tiny_data, tmp_path, total_epochs=2, resume=True))
     log = (tmp_path / "log.txt").read_text()
-    assert f"{path} is no weight file, or it is cut off" in log
+    assert f"{path} is damaged or cut off" in log
     assert f"resumed from {tmp_path}/ckpt.previous.pth after epoch 1" in log
     run(config_of(tiny_data, tmp_path, total_epochs=3, resume=True))
     assert f"resumed from {path} after epoch 2" in (tmp_path / "log.txt").read_text()
