@@ -16,7 +16,7 @@ from torchvision.models.resnet import Bottleneck
 
 from aligned_reid.distance import at_least_float32
 from aligned_reid.errors import InputError
-from aligned_reid.weights import find_state_dict, load_trunk, read_imagenet_weights, read_state_dict, settings_of
+from aligned_reid.weights import find_state_dict, fits, load_trunk, read_imagenet_weights, read_state_dict, settings_of
 
 TRUNK_CHANNELS = 2048
 TRUNK_STRIDE = 32
@@ -251,9 +251,8 @@ def load_weights(model: AlignedReID, weights: dict[str, Tensor], source: str, *,
     misfits = {}
     for head, start in HEADS.items():
         tensors = [name for name in own if name.startswith(start)]
-        needed = [name for name in tensors if not name.endswith("num_batches_tracked")]
-        missing = [name for name in needed if name not in heads]
-        wrong = [name for name in needed if name in heads and heads[name].shape != own[name].shape]
+        missing = [name for name in tensors if name not in heads and not name.endswith("num_batches_tracked")]
+        wrong = [name for name in tensors if name in heads and not fits(heads[name], own[name])]
         if missing:
             misfits[head] = f"{missing[0]} is not in the file" if ours else "the file is of another model"
         elif wrong:

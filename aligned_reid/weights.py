@@ -299,15 +299,20 @@ def find_misfit(found: Mapping[str, Tensor], own: Mapping[str, Tensor], needed: 
     missing = [name for name in needed if name not in found]
     if missing:
         return f"{len(missing)} of {len(needed)} tensors are missing, the first is {printable(prefix + missing[0])}"
-    for name in needed:
-        if found[name].shape != own[name].shape:
-            theirs, ours = tuple(found[name].shape), tuple(own[name].shape)
-            return f"{printable(prefix + name)} has shape {theirs}, the trunk's has {ours}"
+    for name in (name for name in own if name in found and not fits(found[name], own[name])):
+        theirs, ours = tuple(found[name].shape), tuple(own[name].shape)
+        return f"{printable(prefix + name)} has shape {theirs} ({found[name].type()}), the trunk's has {ours}"
     parts = {name.split(".")[0] for name in own}  # a head may stand beside them, behind the same prefix
     surplus = [name for name in found if name.split(".")[0] in parts and name not in own]
     if surplus:
         return f"tensors that ResNet-50 does not have: {len(surplus)}, the first is {printable(prefix + surplus[0])}"
     return ""
+
+
+def fits(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a file's tensor can take the place of a model's: same shape, numbers of the same kind, dense."""
+    same_kind = tensor.is_floating_point() == own.is_floating_point()
+    return tensor.shape == own.shape and same_kind and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def network_of(tensors: Mapping[str, Tensor]) -> str:

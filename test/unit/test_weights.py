@@ -129,6 +129,13 @@ def test_a_variant_of_resnet50_is_refused_by_its_name(trunk):
             load_trunk(trunk, weights, "w")
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.char, torch.Tensor.to_sparse, lambda value: value.to("meta")])
+def test_tensors_that_are_not_dense_floats_are_refused(trunk, change):
+    state = torchvision.models.resnet50(weights=None).state_dict()
+    with pytest.raises(InputError, match=r"layer1\.0\.conv1\.weight"):
+        load_trunk(trunk, {**state, "layer1.0.conv1.weight": change(state["layer1.0.conv1.weight"])}, "w")
+
+
 def test_names_of_no_residual_network_are_listed(trunk):
     with pytest.raises(InputError, match="patch_embed, cls_token"):
         load_trunk(
