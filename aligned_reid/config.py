@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from aligned_reid.errors import InputError
-from aligned_reid.flags import PARSERS, OneLineParser, format_option, parse_local_distance, parse_loss_scale
+from aligned_reid.flags import (
+    PARSERS,
+    OneLineParser,
+    expand_home,
+    expand_homes,
+    format_option,
+    parse_local_distance,
+    parse_loss_scale,
+)
 from aligned_reid.recipes import RECIPES
 from aligned_reid.rules import broken_rule
 
@@ -69,12 +77,17 @@ class Config:
     )
     # data
     data_path: str = option(
-        "", "folder with images/ and partitions.pkl; several: dirA+dirB, with --dataset a+b", aliases=["--data_pth"]
+        "",
+        "folder with images/ and partitions.pkl; several: dirA+dirB, with --dataset a+b",
+        aliases=["--data_pth"],
+        parse=expand_homes,
     )
     dataset: str = option(
         "market1501", "name of the data set, for the log and the run folder; a+b: train on both, test on each"
     )
-    partition_file: str = option("", "partition file; default: partitions.pkl in --data_path", aliases=["--pkl"])
+    partition_file: str = option(
+        "", "partition file; default: partitions.pkl in --data_path", aliases=["--pkl"], parse=expand_home
+    )
     trainset_part: str = option("trainval", "identities to train on", choices=["trainval", "train"])
     resize_h_w: tuple[int, int] = option((256, 128), "height,width of the images that the model sees, in pixels")
     crop_prob: float = option(0.0, "probability that a training image is cropped at random")
@@ -103,8 +116,12 @@ class Config:
     accumulate: int = option(1, "batches whose gradients are averaged into one step; each is mined by itself")
     cross_rank_mining: bool = option(False, "mine over the batches of all processes, not each its own")
     # model
-    pretrained: str = option("imagenet", "start of the trunk: imagenet, none, or a file with ResNet-50 weights")
-    model_weight_file: str = option("", "weights to start or test from: a file, or a folder that holds ckpt.pth")
+    pretrained: str = option(
+        "imagenet", "start of the trunk: imagenet, none, or a file with ResNet-50 weights", parse=expand_home
+    )
+    model_weight_file: str = option(
+        "", "weights to start or test from: a file, or a folder that holds ckpt.pth", parse=expand_home
+    )
     last_stride: int = option(2, "stride of the trunk's last stage: 2, or 1 for twice the stripes and columns")
     pooling: str = option("avg", "global pooling: avg, or gem (generalised mean)", choices=["avg", "gem"])
     bnneck: bool = option(False, "a batch norm between global feature and classifier, which then has no bias")
@@ -175,7 +192,7 @@ class Config:
     addr: str = option("", "address of the first machine of several; default: MASTER_ADDR, or this one")
     timeout: int = option(600, "seconds without a sign of life after which a process of several counts as hung")
     # run
-    exp_dir: str = option("", "run folder; default: exp/train/<data set>/<settings>/run<N>")
+    exp_dir: str = option("", "run folder; default: exp/train/<data set>/<settings>/run<N>", parse=expand_home)
     run: int = option(1, "number of the run, for the default run folder", aliases=["-r"])
     resume: bool = option(False, "go on from the run folder's ckpt.pth")
     checkpoint_every_steps: int = option(0, "write ckpt.pth every so many steps too, not only after epochs; 0: no")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -59,6 +61,24 @@ def parse_loss_scale(text: str) -> float | None:
 def parse_local_distance(text: str) -> bool | None:
     """'true', 'false', or 'auto' (None): where the local branch was trained."""
     return None if text.strip().lower() == "auto" else parse_bool(text)
+
+
+def expand_home(text: str) -> str:
+    """A path with the ~ or ~user at its start expanded, which a shell leaves alone behind `--flag=`."""
+    user = text.split("/")[0]
+    home = os.path.expanduser(user)
+    if user.startswith("~") and not (os.path.isabs(home) and os.path.isdir(home)):
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no home folder {user} (a folder of that name: ./{user})")
+    return home + text[len(user) :]
+
+
+def expand_homes(text: str) -> str:
+    """Several paths, joined with +."""
+    return "+".join(map(expand_home, text.split("+")))
+
+
+def parse_path(text: str) -> Path:
+    return Path(expand_home(text))
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {

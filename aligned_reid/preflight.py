@@ -13,6 +13,7 @@ from aligned_reid.accelerator import check_device_name
 from aligned_reid.config import Config
 from aligned_reid.data.checks import check_images, check_protocol
 from aligned_reid.data.dataset import JoinedTrainImages, TestImages, TrainImages, open_data
+from aligned_reid.data.identities import check_identities
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.errors import InputError
 from aligned_reid.model import make_trunk
@@ -58,7 +59,7 @@ def check_input(config: Config, *, has_run_dir: bool = True) -> RunInput:
     if given.train is not None:
         person_ids = given.train.person_ids
         IdentityBatchSampler(person_ids, config.ids_per_batch, config.ims_per_id, config.train_final_batch, seed=0)
-    weights = read_start_weights(config, has_run_dir)
+    weights = read_start_weights(config, has_run_dir, given.train)
     check_run_dir(config)
     return replace(given, weights=weights)
 
@@ -83,9 +84,9 @@ def data_folders(config: Config) -> dict[str, str]:
     """The folder of each data set by its name, in the order of --dataset. Raises InputError unless each has one."""
     names, folders = config.dataset_names, [config.data_path]
     # A single folder may have a + in its name.
-    if len(names) > 1 or not Path(config.data_path).expanduser().exists():
+    if len(names) > 1 or not Path(config.data_path).exists():
         parts = [part for part in config.data_path.split("+") if part]
-        if len(names) > 1 or any(Path(part).expanduser().exists() for part in parts):
+        if len(names) > 1 or any(Path(part).exists() for part in parts):
             folders = parts
     if len(folders) != len(names):
         raise InputError(
@@ -119,19 +120,25 @@ def open_set(config: Config, folder: str) -> tuple[TestImages, TrainImages | Non
     return test, train
 
 
-def read_start_weights(config: Config, has_run_dir: bool) -> Any:
-    """The content of the file to start or test from, None where there is none; it and --pretrained hold a ResNet-50."""
+def read_start_weights(config: Config, has_run_dir: bool, train: TrainImages | None) -> Any:
+    """The content of the file to start or test from, None where there is none; it and --pretrained hold a ResNet-50.
+
+    A run to resume has trained on the persons of `train`.
+    """
     if config.resume and not has_run_dir:
         return None
-    if config.model_weight_file:
+    if config.model_weight_file and not (config.resume and train):
         return read_with_trunk(config.model_weight_file)
     if config.resume or config.only_test:
         file = config.run_dir / CHECKPOINT_NAME
         if not (file.is_file() or (config.resume and file.with_name(PREVIOUS_NAME).is_file())):
-            flag = "--resume true" if config.resume else "--only_test true without --model_weight_file"
-            raise InputError(f"{flag} needs {file}, and it is not there: is --exp_dir right?")
+            advice = "leave out --resume true to start anew" if config.resume else "give --model_weight_file"
+            flag = "--resume true" if config.resume else "--only_test true"
+            raise InputError(f"{flag} needs {file}, which does not exist: give the --exp_dir of its run, or {advice}")
         if config.resume:
             last = read_last_good(config.run_dir)
+            if train is not None:
+                check_identities(last.content, last.path, train)
             return check_trunk(last.content, str(last.path))
         return read_with_trunk(str(file))
     if config.pretrained == "imagenet":

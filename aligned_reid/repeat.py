@@ -12,7 +12,7 @@ from typing import Any
 from aligned_reid.config import Config
 from aligned_reid.distributed import read_world
 from aligned_reid.measure import SCORE_NAMES
-from aligned_reid.run import RESULTS_NAME, run, write_json
+from aligned_reid.run import RESULTS_NAME, run, run_lock, write_json
 from aligned_reid.training.log import Log
 from aligned_reid.weights import CHECKPOINT_NAME, PREVIOUS_NAME
 
@@ -29,11 +29,12 @@ def repeat(config: Config) -> dict[str, Any]:
     """
     first = 1 if config.seed is None else config.seed
     folder, seeds = config.run_dir, range(first, first + config.repeat)
-    results = [run_once(config, folder / f"seed{seed}", seed) for seed in seeds]
-    if not read_world().is_main:
-        return {}
-    report = {"seeds": list(seeds), **summary(results)}
-    write_json(folder / REPEAT_NAME, report)
+    with run_lock(config, read_world()):
+        results = [run_once(config, folder / f"seed{seed}", seed) for seed in seeds]
+        if not read_world().is_main:
+            return {}
+        report = {"seeds": list(seeds), **summary(results)}
+        write_json(folder / REPEAT_NAME, report)
     log = Log(None)
     log(f"{len(results)} runs, seeds {seeds[0]} to {seeds[-1]}; mean and standard deviation:")
     for name in reversed(SCORE_NAMES):  # the plain global distance last, as in a run's log

@@ -7,8 +7,8 @@ import json
 import secrets
 import shlex
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from aligned_reid.accelerator import Accelerator, open_accelerator
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TrainImages
+from aligned_reid.data.identities import describe_overlap, identity_record
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.distributed import (
     World,
@@ -32,6 +33,7 @@ from aligned_reid.distributed import (
 from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.evaluation.extract import feature_blocks, inference_copy
 from aligned_reid.evaluation.feature_file import FeatureWriter
+from aligned_reid.lock import hold
 from aligned_reid.measure import load_for_test, measure, settle_test
 from aligned_reid.model import AlignedReID, architecture_of, load_weights
 from aligned_reid.precision import find_wrong_layer
@@ -65,7 +67,7 @@ def run(config: Config) -> dict[str, Any]:
     given = check_input(config, has_run_dir=world.is_main)
     accelerator = open_device(config, world.local_rank)
     check_devices(config, world, accelerator)
-    with process_group(world, accelerator, config) as world:
+    with run_lock(config, world), process_group(world, accelerator, config) as world:
         config = go_on_after_restart(config, world, accelerator)
         config = settle_seed(config, world, accelerator)
         with run_folder(config, world) as log:
@@ -145,12 +147,19 @@ def go_on_after_restart(config: Config, world: World, accelerator: Accelerator) 
     return dataclasses.replace(config, resume=agreed.item() > 0)
 
 
+def run_lock(config: Config, world: World) -> AbstractContextManager[None]:
+    """Rank 0 keeps other runs out of the run folder, which is made. Raises InputError if one is there."""
+    if not world.is_main:
+        return nullcontext()
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    return hold(config.run_dir, "--exp_dir")
+
+
 @contextmanager
 def run_folder(config: Config, world: World) -> Iterator[Log]:
     """The run's log. A former run's files in the folder are renamed, so that nothing is lost."""
     folder = config.run_dir
     if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         former = [folder / RESULTS_NAME, folder / CONFIG_NAME]
         if not (config.resume or config.only_test):
             names = (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME, SAFETENSORS_NAME, "log.txt", "tensorboard")
@@ -228,19 +237,24 @@ def train_and_evaluate(
     """The run itself; returns what results.json holds."""
     local_was_trained = config.l_loss_weight > 0
     speed, train_seconds, profile, best = Speed(), None, None, None
+    weights = given.weights
     if given.train is None:
         model, local_was_trained = load_for_test(config, given.weights, log)
         models = [model]
     else:
         trainer = train(config, world, accelerator, given, log)
         models = trainer.tested_models()
+        weights = {"trained_on": trainer.checkpoints.trained_on}
         speed, train_seconds, profile = trainer.speed, trainer.seconds, trainer.profile.results()
         best = trainer.best.record if trainer.best else None
         if world.is_main:
             try:
-                write_weights(models, config)
+                write_weights(models, config, trainer.checkpoints.trained_on)
             except (InputError, OSError) as error:  # a missing package or a full disk is no reason to lose the test
                 log(f"{SAFETENSORS_NAME} is not written: {error}; the weights are in {CHECKPOINT_NAME}")
+    if world.is_main:
+        for line in describe_overlap(given.tests, weights):
+            log(line)
     use_local = local_was_trained if config.use_local_distance is None else config.use_local_distance
 
     start = time.monotonic()
@@ -275,7 +289,8 @@ def run_extraction(config: Config, save_file: Path) -> None:
     check_save_file(save_file)
     accelerator = open_device(config, world.local_rank)
     log = Log(None, is_main=world.is_main)
-    with process_group(world, accelerator, config):
+    lock = hold(save_file, "--save_file") if world.is_main else nullcontext()
+    with lock, process_group(world, accelerator, config):
         config = settle_test(config, given.weights, log)
         settle_precision(config, accelerator, given)
         log(f"device {accelerator.describe()}")
@@ -349,10 +364,13 @@ def train(config: Config, world: World, accelerator: Accelerator, given: RunInpu
     if config.cache:
         open_image_cache(config, world, accelerator, images, log)
     trainer = Trainer(config, models, images, sampler, accelerators, world, log, config.run_dir)
+    if world.is_main:
+        trainer.checkpoints.trained_on = identity_record(images, given.weights)
     if not config.resume and start_alike(models):
         log("the models start alike in all that is trained, and stay so: -idlw or -llw gives each a head of its own")
     if config.eval_every:
         trainer.best = Best(config, given.test, accelerator, world, log, config.run_dir)
+        trainer.best.trained_on = trainer.checkpoints.trained_on
     if config.resume:
         trainer.resume()
         if world.is_main:
@@ -396,12 +414,12 @@ def open_image_cache(config: Config, world: World, accelerator: Accelerator, ima
         wait_for_all(accelerator.device)
 
 
-def write_weights(models: Sequence[AlignedReID], config: Config) -> None:
+def write_weights(models: Sequence[AlignedReID], config: Config, trained_on: Mapping[str, list[str]]) -> None:
     """Each model's weights for other readers: model.safetensors, and model_2.safetensors, ... of several."""
     path = config.run_dir / SAFETENSORS_NAME
     for number, model in enumerate(models, start=1):
         own = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
-        write_safetensors(own, model.state_dict(), config.to_dict())
+        write_safetensors(own, model.state_dict(), config.to_dict(), trained_on)
 
 
 def write_json(path: Path, content: Any) -> None:

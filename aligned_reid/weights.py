@@ -49,14 +49,15 @@ DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4,
 def read_weight_file(path: str | os.PathLike[str]) -> Any:
     """The content of a weight file, or of the ckpt.pth in a folder: tensors, numbers, strings and containers of them.
 
-    Of a safetensors file it is {"model": tensors by name, "config": the settings in its metadata}. The content tells
-    the format, not the file's name. Raises InputError if the file is missing, damaged, cut off, or something else.
+    Of a safetensors file it is {"model": tensors by name}, with "config" and "trained_on" from its metadata. The
+    content tells the format, not the file's name. Raises InputError if the file is missing, damaged, cut off, or
+    something else.
     """
     file = Path(path)
     if file.is_dir():
         file = file / CHECKPOINT_NAME
     if not file.is_file():
-        raise InputError(f"no weight file at {file}")
+        raise InputError(f"no weight file at {file}: give a weight file, or a folder that holds {CHECKPOINT_NAME}")
     try:
         head = first_bytes(file)
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:  # the length of the JSON that follows
@@ -135,24 +136,30 @@ def read_safetensors(file: Path) -> dict[str, Any]:
         with safetensors.safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
             metadata = content.metadata() or {}
-            settings = json.loads(metadata.get("config", "{}"))
+            settings, trained_on = (json.loads(metadata.get(name, "{}")) for name in ("config", "trained_on"))
     except Exception as error:  # SafetensorError, and what a damaged header leads torch and json to
         raise InputError(f"{file} is a damaged or cut off safetensors file ({first_line(error)})") from error
     if "digest" in metadata and metadata["digest"] != digest_of(tensors):  # the format has no checksum of its own
         raise InputError(f"{file} is damaged: its tensors are not those that were written; take another copy")
-    return {"model": tensors, "config": settings}
+    return {"model": tensors, "config": settings, "trained_on": trained_on}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    trained_on: Mapping[str, list[str]] | None = None,
+) -> None:
     """Write weights for everybody's readers, whole or not at all.
 
-    `settings` go into the metadata as JSON, and with them a digest of the tensors.
+    The metadata hold `settings` and `trained_on` (see data.identities) as JSON, and a digest of the tensors.
     """
     import_safetensors(path)
     from safetensors.torch import save
 
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(dense, {"format": "pt", "config": json.dumps(settings), "digest": digest_of(dense)})
+    metadata = {"config": json.dumps(settings), "trained_on": json.dumps(trained_on or {})}
+    content = save(dense, {"format": "pt", **metadata, "digest": digest_of(dense)})
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:

@@ -1,6 +1,5 @@
 """The first ten minutes: draw a data set, train on it from nothing, evaluate, and show what the model finds."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from aligned_reid.distributed import World
 from aligned_reid.evaluation import Ranking, global_distance_matrix, rank
 from aligned_reid.evaluation.extract import extract_features
 from aligned_reid.evaluation.picture import draw_matches
+from aligned_reid.flags import OneLineParser, parse_path
 from aligned_reid.model import AlignedReID, load_weights
 from aligned_reid.run import run
 from aligned_reid.weights import read_state_dict
@@ -41,8 +41,8 @@ SHOWN = [0, 95, 180, 280, 375]  # queries in the picture
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where all of it goes (default: demo)")
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--folder", type=parse_path, default=Path("demo"), help="where all of it goes (default: demo)")
     folder = parser.parse_args().folder
     data_path = make_synthetic(folder / "data", **DATA)
     config = Config.from_arguments([f"--data_path={data_path}", f"--exp_dir={folder / 'run'}", *RECIPE])

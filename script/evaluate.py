@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_reid.command import run_command
-from aligned_reid.flags import OneLineParser, parse_bool, parse_local_distance
+from aligned_reid.flags import OneLineParser, parse_bool, parse_local_distance, parse_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -22,9 +22,14 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--features", type=Path, required=True, help="file with queries, and gallery images unless --gallery has them")
-    add("--gallery", type=Path, nargs="+", default=[], help="more files whose gallery images are searched too")
-    add("--save_file", type=Path, help="results, JSON (default: beside --features, ending in .results.json)")
+    add(
+        "--features",
+        type=parse_path,
+        required=True,
+        help="file with queries, and gallery images unless --gallery has them",
+    )
+    add("--gallery", type=parse_path, nargs="+", default=[], help="more files whose gallery images are searched too")
+    add("--save_file", type=parse_path, help="results, JSON (default: beside --features, ending in .results.json)")
     add(
         "--normalize_feature",
         type=parse_bool,
@@ -50,22 +55,24 @@ def main() -> None:
     arguments = parse_arguments()
     from aligned_reid.evaluation.protocol import Measures
     from aligned_reid.evaluation.saved import evaluate_files
+    from aligned_reid.lock import hold
     from aligned_reid.preflight import check_save_file
 
     check_save_file(arguments.save_file)
     given = vars(arguments)
     options = {name: given[name] for name in ("re_ranked", "k1", "k2", "lambda_value", "multi_query_pool")}
-    results = evaluate_files(
-        [arguments.features, *arguments.gallery],
-        Measures(**options),
-        print,
-        state=arguments.save_file.with_name(arguments.save_file.name + ".part.npz"),
-        normalize_feature=arguments.normalize_feature,
-        use_local=arguments.use_local_distance,
-    )
-    temporary = arguments.save_file.with_name(arguments.save_file.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(arguments.save_file)
+    with hold(arguments.save_file, "--save_file"):
+        results = evaluate_files(
+            [arguments.features, *arguments.gallery],
+            Measures(**options),
+            print,
+            state=arguments.save_file.with_name(arguments.save_file.name + ".part.npz"),
+            normalize_feature=arguments.normalize_feature,
+            use_local=arguments.use_local_distance,
+        )
+        temporary = arguments.save_file.with_name(arguments.save_file.name + ".tmp")
+        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(arguments.save_file)
 
 
 if __name__ == "__main__":

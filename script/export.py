@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_reid.command import run_command
-from aligned_reid.flags import OneLineParser, parse_bool, parse_height_width
+from aligned_reid.flags import OneLineParser, parse_bool, parse_height_width, parse_path
 
 
 def parse_batch_size(text: str) -> int | None:
@@ -22,8 +22,8 @@ def parse_arguments() -> argparse.Namespace:
     """The flags of export."""
     parser = OneLineParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--model_weight_file", required=True, help="weights: a file, or a folder that holds ckpt.pth")
-    add("--save_file", type=Path, required=True, help="the file to write, e.g. aligned_reid.onnx")
+    add("--model_weight_file", type=parse_path, required=True, help="weights: a file, or a folder that holds ckpt.pth")
+    add("--save_file", type=parse_path, required=True, help="the file to write, e.g. aligned_reid.onnx")
     add("--to", choices=["onnx"], default="onnx", help="the graph's format (default: onnx)")
     add("--features", choices=["global", "global_local"], default="global", help="outputs (default: global)")
     add("--input", choices=["uint8", "float32"], default="uint8", help="images as uint8 [N, H, W, 3], or as float32 "
@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--resize_h_w", type=parse_height_width, help="height,width (default: as trained, else 256,128)")
     add("--normalize_feature", type=parse_bool, help="features of unit length: true or false (default: as trained)")
     add("--opset", type=int, default=17, help="13 to 18 (default: 17)")
-    add("--data_path", default="", help="a prepared data set: evaluate the graph's features on its test part too")
+    add("--data_path", type=parse_path, help="a prepared data set: evaluate the graph's features on its test part too")
     add("--workers", type=int, default=2, help="processes that decode images of --data_path (default: 2)")
     return parser.parse_args()
 
@@ -42,6 +42,7 @@ def main() -> None:
     from aligned_reid.data import TestImages, open_data  # torch takes seconds to import
     from aligned_reid.evaluation.protocol import Measures, evaluate_features
     from aligned_reid.export import InferenceGraph, OnnxFeatures, check_packages, export_onnx
+    from aligned_reid.lock import hold
     from aligned_reid.model import open_model
     from aligned_reid.preflight import check_save_file
     from aligned_reid.weights import read_weight_file, settings_of
@@ -56,12 +57,13 @@ def main() -> None:
         unit_length = trained.get("normalize_feature", False) or trained.get("test_distance") == "cosine"
     images = TestImages(open_data(arguments.data_path), size=size) if arguments.data_path else None
     local = arguments.features == "global_local"
-    model, report = open_model(content, arguments.model_weight_file, need_local=local)
+    model, report = open_model(content, str(arguments.model_weight_file), need_local=local)
     print(report)
     graph = InferenceGraph(model, local=local, uint8_input=arguments.input == "uint8", normalize_feature=unit_length)
-    difference, described = export_onnx(
-        graph, arguments.save_file, size, opset=arguments.opset, batch_size=arguments.batch_size
-    )
+    with hold(arguments.save_file, "--save_file"):
+        difference, described = export_onnx(
+            graph, arguments.save_file, size, opset=arguments.opset, batch_size=arguments.batch_size
+        )
     print(f"{arguments.save_file} ({arguments.save_file.stat().st_size / 1e6:.1f} MB): {described}")
     print(f"ONNX Runtime's features differ from torch's by at most {difference:.1e} of the largest value")
     if trained.get("flip_test"):

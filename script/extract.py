@@ -12,14 +12,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_reid.command import run_command
 from aligned_reid.config import Config
-from aligned_reid.flags import OneLineParser
+from aligned_reid.flags import OneLineParser, parse_path
 
 
 def parse_arguments() -> tuple[Path, Config]:
     parser = OneLineParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--save_file", type=Path, required=True, help="the file to write, e.g. features.h5")
+    parser.add_argument("--save_file", type=parse_path, required=True, help="the file to write, e.g. features.h5")
     own, others = parser.parse_known_args()
     return own.save_file, Config.from_arguments([*others, "--only_test=true"])
 

@@ -13,8 +13,9 @@ os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # before torch: a broken torc
 
 from aligned_reid.command import run_command
 from aligned_reid.config import Config
-from aligned_reid.flags import OneLineParser
+from aligned_reid.flags import OneLineParser, parse_path
 from aligned_reid.launcher import launch
+from aligned_reid.lock import check_free
 
 
 def parse_arguments() -> Namespace:
@@ -26,7 +27,9 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--node_rank", type=int, default=node_rank, help="this machine (default: NODE_RANK, or 0)")
     parser.add_argument("--addr", default="", help="address of the first of several machines (default: MASTER_ADDR)")
     parser.add_argument("--port", type=int, default=0, help="its port (default: MASTER_PORT; one machine: a free one)")
-    parser.add_argument("--log_dir", default="logs", help="the ranks' logs: <log_dir>/<device>/train_<device>.log")
+    parser.add_argument(
+        "--log_dir", type=parse_path, default="logs", help="the ranks' logs: <log_dir>/<device>/train_<device>.log"
+    )
     parser.add_argument("--first_device", type=int, default=device or None, help="default: ASCEND_DEVICE_ID, or 0")
     parser.add_argument("--max_restarts", type=int, default=0, help="start again after a rank's death (default: 0)")
     parser.add_argument("--check", default="true", choices=["true", "false", "only"], help="check the input first")
@@ -68,6 +71,8 @@ def check_input(config: Config, options: Namespace) -> None:
     from aligned_reid.run import open_device
 
     preflight.check_input(config, has_run_dir=options.node_rank == 0)
+    if options.node_rank == 0:
+        check_free(config.run_dir, "--exp_dir")
     if options.check == "only":  # this process then ends; a launcher would keep the device busy
         open_device(config, local_rank=options.nproc - 1)
 

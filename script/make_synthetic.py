@@ -11,13 +11,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aligned_reid.command import run_command
 from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY, read_partitions
 from aligned_reid.data.synthetic import make_synthetic
-from aligned_reid.flags import OneLineParser
+from aligned_reid.flags import OneLineParser, parse_path
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags of make_synthetic."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--save_dir", required=True, help="a new folder; when interrupted, run again to go on")
+    parser.add_argument(
+        "--save_dir", type=parse_path, required=True, help="a new folder; when interrupted, run again to go on"
+    )
     parser.add_argument("--num_ids", type=int, default=300, help="identities, three quarters of them for training")
     parser.add_argument("--num_cameras", type=int, default=6, help="cameras, each of which sees every identity")
     parser.add_argument("--images_per_camera", type=int, default=4, help="images of an identity under one camera")

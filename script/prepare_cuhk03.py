@@ -11,7 +11,7 @@ from aligned_reid.command import run_command
 from aligned_reid.data.cuhk03 import KINDS, prepare_cuhk03
 from aligned_reid.data.layout import describe
 from aligned_reid.data.partitions import read_partitions
-from aligned_reid.flags import OneLineParser
+from aligned_reid.flags import OneLineParser, parse_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -19,8 +19,13 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False, description="Bring CUHK03 into the layout that --data_path takes. The source is only read."
     )
     add = parser.add_argument
-    add("--source", required=True, help="the folder with cuhk-03.mat (or images_<kind>/) and the protocol's .mat files")
-    add("--save_dir", required=True, help="a new folder; when interrupted, run again to go on")
+    add(
+        "--source",
+        type=parse_path,
+        required=True,
+        help="the folder with cuhk-03.mat (or images_<kind>/) and the protocol's .mat files",
+    )
+    add("--save_dir", type=parse_path, required=True, help="a new folder; when interrupted, run again to go on")
     add("--kind", required=True, choices=KINDS, help="boxes drawn by hand (labeled) or detected")
     return parser.parse_args()
 

@@ -11,7 +11,7 @@ from aligned_reid.command import run_command
 from aligned_reid.data.layout import describe
 from aligned_reid.data.market1501 import prepare_market1501
 from aligned_reid.data.partitions import read_partitions
-from aligned_reid.flags import OneLineParser
+from aligned_reid.flags import OneLineParser, parse_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -19,8 +19,9 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False,
         description="Copy Market-1501 into the layout that --data_path takes. The source is only read.",
     )
-    parser.add_argument("--source", required=True, help="Market-1501-v15.09.15.zip, or the folder it unpacks to")
-    parser.add_argument("--save_dir", required=True, help="a new folder; when interrupted, run again to go on")
+    add = parser.add_argument
+    add("--source", type=parse_path, required=True, help="Market-1501-v15.09.15.zip, or the folder it unpacks to")
+    add("--save_dir", type=parse_path, required=True, help="a new folder; when interrupted, run again to go on")
     return parser.parse_args()
 
 

@@ -11,15 +11,19 @@ from aligned_reid.command import run_command
 from aligned_reid.data.layout import describe
 from aligned_reid.data.msmt17 import prepare_msmt17
 from aligned_reid.data.partitions import read_partitions
-from aligned_reid.flags import OneLineParser
+from aligned_reid.flags import OneLineParser, parse_path
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(
         allow_abbrev=False, description="Copy MSMT17 into the layout that --data_path takes. The source is only read."
     )
-    parser.add_argument("--source", required=True, help="the folder with list_train.txt, of MSMT17 version 1 or 2")
-    parser.add_argument("--save_dir", required=True, help="a new folder; when interrupted, run again to go on")
+    parser.add_argument(
+        "--source", type=parse_path, required=True, help="the folder with list_train.txt, of MSMT17 version 1 or 2"
+    )
+    parser.add_argument(
+        "--save_dir", type=parse_path, required=True, help="a new folder; when interrupted, run again to go on"
+    )
     return parser.parse_args()
 
 

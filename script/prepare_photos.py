@@ -21,15 +21,19 @@ from aligned_reid.command import run_command
 from aligned_reid.data.layout import describe
 from aligned_reid.data.partitions import read_partitions
 from aligned_reid.data.photos import prepare_photos
-from aligned_reid.flags import OneLineParser
+from aligned_reid.flags import OneLineParser, parse_path
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", required=True, help="a folder with a sub-folder for each person, or a CSV file")
-    parser.add_argument("--save_dir", required=True, help="a new folder; when interrupted, run again to go on")
+    parser.add_argument(
+        "--source", type=parse_path, required=True, help="a folder with a sub-folder for each person, or a CSV file"
+    )
+    parser.add_argument(
+        "--save_dir", type=parse_path, required=True, help="a new folder; when interrupted, run again to go on"
+    )
     parser.add_argument(
         "--test_share",
         type=float,

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from aligned_reid.data.transforms import decode_image, resize_image
 from aligned_reid.errors import InputError
+from aligned_reid.lock import hold
 
 # A file is: MAGIC, key, number of images, its size in bytes, a digest of all this and the index; then the index, int64
 # [N, 3] of offset, height and width; then pixels, from a whole page on. An image that cannot be decoded has height 0.
@@ -116,7 +116,8 @@ def open_cache(
             return ImageCache(path, key)
     for folder in folders:
         try:
-            with _locked(folder, content.file_name):
+            folder.mkdir(parents=True, exist_ok=True)
+            with hold(folder / content.file_name, "--cache", wait=True):
                 _build_unless_there(folder / content.file_name, key, content, say, show_progress)
                 return ImageCache(folder / content.file_name, key)
         except OSError as error:
@@ -124,18 +125,6 @@ def open_cache(
                 raise
             say(f"no image cache in {folder}: {error.strerror}")
     raise InputError(f"--cache true: none of {', '.join(map(str, folders))} can be written to")
-
-
-@contextmanager
-def _locked(folder: Path, name: str) -> Iterator[None]:
-    """Hold the folder's lock for a file's name. Raises OSError where the folder cannot be written to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{name}.lock", "w") as lock:
-        with suppress(OSError, ImportError):  # a file system without locks: at worst two processes do the same work
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _build_unless_there(

@@ -35,6 +35,7 @@ from aligned_reid.data.partitions import (
 )
 from aligned_reid.data.transforms import JPEG_START, MAX_PIXELS, decode_jpeg, too_large
 from aligned_reid.errors import InputError
+from aligned_reid.lock import hold
 
 NUM_VAL_IDS = 100  # of Market-1501's 751 identities; the reference takes as many of every set
 IMAGES_NAME, NAME_MAP, PARTITIONS_NAME = "images", "ori_to_new_im_name.pkl", "partitions.pkl"
@@ -96,23 +97,25 @@ def write_data_set(
 
     `read` gives an image's bytes, a JPEG file; other_files are written beside images/, before partitions.pkl; `write`
     writes a file whole or not at all. When interrupted, the same call goes on: what is there already and right is not
-    written again. Raises InputError when an image of the source is used twice, `save_dir` holds another data set or
-    cannot be written, and what `read` raises.
+    written again. Raises InputError when an image of the source is used twice, `save_dir` holds another data set, is
+    written by another process or cannot be written, and what `read` raises.
     """
     images = [image for part in parts for image in part]
     new_names = {image.original: image.new_name for image in images}
     if len(new_names) < len(images):
         [(twice, _)] = Counter(image.original for image in images).most_common(1)
         raise InputError(f"the source has {ascii(twice)[1:-1]} twice: an image is in one part, once")
-    _make_images_dir(save_dir / IMAGES_NAME, images)
-    name_map = pickle.dumps(new_names, protocol=2)
-    _retire_partitions(save_dir, name_map)
-    for image in _progress(images):
-        _write_if_new(save_dir / IMAGES_NAME / image.new_name, read(image), write)
-    for name, content in {NAME_MAP: name_map, **(other_files or {})}.items():
-        _write_if_new(save_dir / name, content, write)
-    names = {part: [image.new_name for image in images] for part, images in parts._asdict().items()}
-    write_partitions(save_dir / PARTITIONS_NAME, build_partitions(**names, num_val_ids=num_val_ids))
+    _make_folder(save_dir / IMAGES_NAME)
+    with hold(save_dir, "--save_dir"):
+        _clear_images_dir(save_dir / IMAGES_NAME, images)
+        name_map = pickle.dumps(new_names, protocol=2)
+        _retire_partitions(save_dir, name_map)
+        for image in _progress(images):
+            _write_if_new(save_dir / IMAGES_NAME / image.new_name, read(image), write)
+        for name, content in {NAME_MAP: name_map, **(other_files or {})}.items():
+            _write_if_new(save_dir / name, content, write)
+        names = {part: [image.new_name for image in images] for part, images in parts._asdict().items()}
+        write_partitions(save_dir / PARTITIONS_NAME, build_partitions(**names, num_val_ids=num_val_ids))
     return save_dir
 
 
@@ -134,10 +137,16 @@ def describe_passed_over(kinds: Mapping[str, int]) -> str:
     return f"passed over as not images: {counts}"
 
 
-def _make_images_dir(images_dir: Path, images: Sequence[NewImage]) -> None:
-    """Make the folder, clear what an interrupted run left half-written, refuse one that holds another data set."""
+def _make_folder(folder: Path) -> None:
     try:
-        images_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _clear_images_dir(images_dir: Path, images: Sequence[NewImage]) -> None:
+    """Clear what an interrupted run left half-written, refuse a folder that holds another data set."""
+    try:
         present = os.listdir(images_dir)
         for name in present:
             if name.startswith(".") and name.endswith(".tmp"):

@@ -32,6 +32,7 @@ from aligned_reid.data.partitions import (
     write_partitions,
 )
 from aligned_reid.errors import InputError
+from aligned_reid.lock import LOCK_NAME, hold
 
 SETTINGS_NAME = "generated.json"  # what a set was made with; written first, it marks the folder as ours
 DISTRACTOR_ID = 0  # as in Market-1501: people and empty boxes that nobody looks for, in the gallery only
@@ -90,7 +91,8 @@ def make_synthetic(
     image, and the rest is gallery, together with as many distractors (person 0) as an identity has images. The same
     arguments and package versions give the same bytes, whatever `num_workers` (None: one per core). When interrupted,
     the same call goes on: an image is written whole or not at all, and partitions.pkl last.
-    Raises InputError on numbers that make no data set, and when `save_dir` holds anything else or cannot be written.
+    Raises InputError on numbers that make no data set, and when `save_dir` holds anything else, is written by another
+    process or cannot be written.
     """
     settings = _Settings(num_ids, num_cameras, images_per_camera, seed)
     _check(settings)
@@ -98,13 +100,17 @@ def make_synthetic(
         raise InputError(f"num_workers is {num_workers}; it must be at least 1")
     save_dir = Path(save_dir).expanduser()
     try:
-        _claim(save_dir, settings)
-        images_dir = save_dir / "images"
-        images_dir.mkdir(exist_ok=True)
-        _draw_all(_missing_images(images_dir, settings), images_dir, settings, num_workers)
-        names = {name: name for name in _image_names(settings)}  # they have never had other names
-        write_atomically(save_dir / "ori_to_new_im_name.pkl", pickle.dumps(names, protocol=2))
-        write_partitions(save_dir / "partitions.pkl", _partitions(settings))
+        if save_dir.exists() and not save_dir.is_dir():
+            raise InputError(f"save_dir {save_dir} is no folder; take another one")
+        save_dir.mkdir(parents=True, exist_ok=True)
+        with hold(save_dir, "--save_dir"):
+            _claim(save_dir, settings)
+            images_dir = save_dir / "images"
+            images_dir.mkdir(exist_ok=True)
+            _draw_all(_missing_images(images_dir, settings), images_dir, settings, num_workers)
+            names = {name: name for name in _image_names(settings)}  # they have never had other names
+            write_atomically(save_dir / "ori_to_new_im_name.pkl", pickle.dumps(names, protocol=2))
+            write_partitions(save_dir / "partitions.pkl", _partitions(settings))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"no space left for {save_dir}; make room and run the same command again") from error
@@ -134,13 +140,10 @@ def _check(settings: _Settings) -> None:
 
 def _claim(save_dir: Path, settings: _Settings) -> None:
     """Make the folder ours by writing the settings into it; InputError when it holds anything but a set of these."""
-    if save_dir.exists() and not save_dir.is_dir():
-        raise InputError(f"save_dir {save_dir} is no folder; take another one")
-    save_dir.mkdir(parents=True, exist_ok=True)
     ours = asdict(settings)
     path = save_dir / SETTINGS_NAME
     if not path.exists():
-        if any(save_dir.iterdir()):
+        if any(path.name != LOCK_NAME for path in save_dir.iterdir()):
             raise InputError(f"save_dir {save_dir} holds other files, which are not overwritten; take another one")
         write_atomically(path, json.dumps(ours, indent=2).encode())
         return

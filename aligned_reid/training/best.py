@@ -28,6 +28,7 @@ class Best:
         self.config, self.images = config, images
         self.accelerator, self.world, self.log = accelerator, world, log
         self.path = folder / BEST_NAME
+        self.trained_on: dict[str, list[str]] = {}  # see data.identities
         self.record: dict[str, Any] | None = None  # epoch, rank1, mAP of the best; known to rank 0
 
     def resume(self) -> None:
@@ -62,8 +63,14 @@ class Best:
         measured = evaluate_features(features, self.images, lambda line: None, measures)["global"]
         scores = {"rank1": measured["cmc1"] or 0.0, "mAP": measured["mAP"] or 0.0}
         if self.record is None or scores["rank1"] > self.record["rank1"]:
-            content = {"model": on_host(model.state_dict()), "config": self.config.to_dict()}
-            write_atomically(self.path, {**content, "epoch": epoch, "scores": scores})
+            content = {
+                "model": on_host(model.state_dict()),
+                "config": self.config.to_dict(),
+                "trained_on": self.trained_on,
+                "epoch": epoch,
+                "scores": scores,
+            }
+            write_atomically(self.path, content)
             self.record = {"epoch": epoch, **scores}
         shown = f"rank@1 {scores['rank1']:.2%}, mAP {scores['mAP']:.2%}"
         self.log(f"evaluated after epoch {epoch}: {shown}; best: epoch {self.record['epoch']}")

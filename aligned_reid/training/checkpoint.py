@@ -47,6 +47,7 @@ class Checkpoints:
         self.learners, self.accelerator = learners, accelerator
         self.newest_is_good = True  # else it may not take the place of the one before it
         self.job: dict[str, str] = {}  # who writes; see rendezvous.job_of
+        self.trained_on: dict[str, list[str]] = {}  # see data.identities
         self.last_end, self.last_duration = -float("inf"), 0.0
 
     def is_due(self) -> bool:
@@ -75,6 +76,7 @@ class Checkpoints:
             "config": config.to_dict(),
             "made_on": self.made_on(),
             "job": self.job,
+            "trained_on": self.trained_on,
         }
         if self.writes:
             write_atomically(self.path, content, self.path.with_name(PREVIOUS_NAME) if self.newest_is_good else None)

@@ -55,6 +55,28 @@ def test_own_photos_from_folder_to_scores(command, photos, tmp_path, small_trunk
     assert set(json.loads((tmp_path / "run" / "results.json").read_text())["global"]) == SCORES
 
 
+def test_photos_divided_anew_are_not_trained_on_under_old_labels(command, photos, tmp_path, small_trunk):
+    prepare = ("prepare_photos.py", "--source", photos, "--save_dir", tmp_path / "data")
+    train = ("train.py", f"--data_path={tmp_path / 'data'}", *TINY, "--total_epochs=1", "--eval_every=1")
+    assert command(*prepare).status == command(*train, f"--exp_dir={tmp_path / 'run'}").status == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    trained = set(read_partitions(tmp_path / "data" / "partitions.pkl").trainval_ids2labels)
+    assert command(*prepare, "--seed=2").status == 0
+    tested = {int(name[:8]) for name in read_partitions(tmp_path / "data" / "partitions.pkl").test_im_names}
+    refused = command(*train, f"--exp_dir={tmp_path / 'run'}", "--resume=true")
+    assert_refused(refused, "other persons", "--seed", "--model_weight_file")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+    for weights in ("ckpt.pth", "best.pth", "model.safetensors"):
+        test = (
+            "--only_test=true",
+            f"--model_weight_file={tmp_path / 'run' / weights}",
+            f"--exp_dir={tmp_path / 'test'}",
+        )
+        assert f"trained on {len(trained & tested)} of the {len(tested)} persons" in command(*train, *test).out
+    assert command(*prepare).status == 0  # as before
+    assert command(*train, f"--exp_dir={tmp_path / 'run'}", "--resume=true").status == 0
+
+
 def test_mistakes_in_preparing_photos_are_one_line(command, photos, tmp_path):
     new = ("--save_dir", tmp_path / "new")
     (tmp_path / "empty").mkdir()

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from aligned_reid.lock import hold
+
 
 def same(first, second):
     """Whether nested dicts and lists of tensors and numbers are equal to the bit."""
@@ -110,6 +112,8 @@ def test_a_killed_run_leaves_no_process_behind(tiny_data, tmp_path):
             break
     process.kill()
     process.wait()
+    with hold(tmp_path / "run", "--exp_dir"):  # free at once, though loading processes end later
+        pass
     for _ in range(300):
         try:
             os.killpg(process.pid, 0)

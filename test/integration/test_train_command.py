@@ -3,14 +3,16 @@
 import json
 import math
 import os
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, TINY, run_script
 
 from aligned_reid.config import Config
 from aligned_reid.data import Partitions, read_partitions, write_partitions
+from aligned_reid.lock import hold
 from aligned_reid.model import AlignedReID
 
 SCORES = {"mAP", "mAP_step", "mINP", "cmc1", "cmc5", "cmc10"}
@@ -276,7 +278,7 @@ def test_no_data_path(command):
         ("--ids_per_batch=13", "--ids_per_batch 13 is more than the 12 identities"),
         ("--npu=9", "--npu 9"),
         ("--only_test=true", "needs"),
-        ("--resume=true", "is --exp_dir right?"),
+        ("--resume=true", "give the --exp_dir"),
         ("--partition_file=missing.pkl", "missing.pkl does not exist"),
     ],
 )
@@ -437,3 +439,72 @@ def test_help_names_every_flag(command):
     done = command("train.py", "--help")
     assert done.status == 0
     assert all(f"--{name}" in done.out for name in Config().to_dict())
+
+
+# ---- places and paths of every command
+
+
+def commands_at(place, tiny_data):
+    """Each command that writes, as (script, flags), with `place` as the folder or file that it writes."""
+    train = (f"--data_path={tiny_data}", *TINY, "--total_epochs=1", f"--exp_dir={place}")
+    return {
+        "train": ("train.py", *train),
+        "resume": ("train.py", *train, "--resume=true"),
+        "only_test": ("train.py", *train, "--only_test=true"),
+        "repeat": ("train.py", *train, "--repeat=2"),
+        "launch": ("launch.py", "--nproc=2", f"--log_dir={place}/logs", ROOT / "script" / "train.py", *train),
+        "prepare": ("prepare_photos.py", f"--source={tiny_data}/photos.csv", f"--save_dir={place}"),
+        "draw": ("make_synthetic.py", f"--save_dir={place}"),
+        "extract": ("extract.py", *train[:-1], f"--model_weight_file={place}", f"--save_file={place}/a.h5"),
+        "evaluate": ("evaluate.py", f"--features={place}/b.npz", f"--save_file={place}/a.json"),
+        "export": ("export.py", f"--model_weight_file={place}", f"--save_file={place}/a.onnx"),
+    }
+
+
+@pytest.mark.parametrize("name", list(commands_at("", "")))
+def test_a_place_that_another_process_writes_is_left_alone(command, own_data, tmp_path, small_trunk, name):
+    place = tmp_path / "place"
+    if name in ("resume", "only_test", "extract", "export"):
+        assert command(*commands_at(place, own_data)["train"]).status == 0
+    place.mkdir(exist_ok=True)
+    (place / "ckpt.old1.pth").touch()
+    write_photo_table(own_data)
+    files = {"extract": "a.h5", "evaluate": "a.json", "export": "a.onnx"}
+    with hold(place / files.get(name, ""), "--exp_dir"):
+        before = {path.name: path.stat().st_mtime_ns for path in place.iterdir() if path.is_file()}
+        flag = {"prepare": "--save_dir", "draw": "--save_dir"} | dict.fromkeys(files, "--save_file")
+        assert_refused(
+            command(*commands_at(place, own_data)[name]), flag.get(name, "--exp_dir"), f"process {os.getpid()}"
+        )
+        assert {path.name: path.stat().st_mtime_ns for path in place.iterdir() if path.is_file()} == before
+
+
+def write_photo_table(data):
+    """The images of a data set as somebody's photos."""
+    rows = [f"images/{name},{name[:8]},{name[9:13]}" for name in sorted(os.listdir(data / "images"))]
+    (data / "photos.csv").write_text("\n".join(["path,person,camera", *rows]) + "\n")
+
+
+@pytest.mark.parametrize("script", [path.name for path in (ROOT / "script").glob("*.py")])
+def test_a_tilde_is_never_a_folder(command, tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    names = r"[a-z_]*(?:path|dir|folder)|(?:save|model_weight|partition)_file|source|features|gallery|pretrained"
+    flags = re.findall(rf"^ +(--(?:{names})) ", command(script, "--help").out, re.MULTILINE)
+    assert flags
+    for flag in flags:
+        assert_refused(command(script, f"{flag}=~nosuchuser/x"), "~nosuchuser", flag)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_in_the_home_folder(command, tiny_data, tmp_path, small_trunk, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    shutil.copytree(tiny_data, tmp_path / "home" / "data")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    done = command("train.py", "--data_path=~/data", *TINY, "--total_epochs=1", "--exp_dir=~/runs/a")
+    assert done.status == 0, done.err
+    done = command(
+        "train.py", "--data_path=~/data", *TINY, "--only_test=true", "--exp_dir=~/runs/a", "--pretrained=~/none"
+    )
+    assert done.status == 0, done.err
+    assert os.listdir(tmp_path) == ["home"] and (tmp_path / "home" / "runs" / "a" / "ckpt.pth").is_file()

@@ -518,6 +518,16 @@ def test_refuse_missing_data(real, num_processes):
     assert not (real.project / "test" / "output").exists() and not list(real.here.iterdir())
 
 
+def test_a_tilde_is_the_home_folder(real, tiny_data):
+    weights = real.folder / "weights"
+    weights.mkdir()
+    flags = ("--data_path=~/" + tiny_data.name, "--pth_path=~/weights", *TINY)
+    for home, missing in ((weights, weights / tiny_data.name), (tiny_data.parent, tiny_data.parent / "weights")):
+        result = real.run("train_eval_8p.sh", *flags, "--nproc=1", HOME=str(home))
+        assert (result.returncode, result.stdout) == (2, "")
+        assert str(missing) in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_refuse_an_npu_that_is_not_there(real):
     result = real.run("train_performance_8p.sh", real.data, *TINY, "--device=npu", "--nproc=2", etp_running_flag="true")
     assert (result.returncode, result.stdout) == (2, "")

@@ -6,6 +6,8 @@ import pytest
 
 from aligned_reid.flags import (
     OneLineParser,
+    expand_home,
+    expand_homes,
     format_option,
     parse_bool,
     parse_height_width,
@@ -53,6 +55,29 @@ def test_values(parse, text, value):
 def test_what_is_no_value(parse, text):
     with pytest.raises(argparse.ArgumentTypeError, match=r"neither|is not"):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (expand_home, "~/runs/a", "{home}/runs/a"),
+        (expand_home, "~", "{home}"),
+        (expand_home, "./~", "./~"),
+        (expand_home, "runs/~/a", "runs/~/a"),
+        (expand_home, "", ""),
+        (expand_homes, "~/a+/b+~/c+d", "{home}/a+/b+{home}/c+d"),
+    ],
+)
+def test_a_tilde_at_the_start_is_the_home_folder(monkeypatch, tmp_path, parse, text, value):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(text) == value.format(home=tmp_path)
+
+
+def test_a_home_folder_that_does_not_exist_is_refused(monkeypatch, tmp_path):
+    for home, path in ((tmp_path, "~nosuchuser/x"), (tmp_path / "none", "~/x")):
+        monkeypatch.setenv("HOME", str(home))
+        with pytest.raises(argparse.ArgumentTypeError, match="no home folder"):
+            expand_home(path)
 
 
 def test_a_mistake_is_one_line_with_the_nearest_flag(capsys):

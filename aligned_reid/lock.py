@@ -1,0 +1,82 @@
+"""Locks: one process at a time writes into a folder, or a file."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from aligned_reid.errors import InputError
+
+LOCK_NAME = ".lock"  # in a folder; that of a file is beside it, .<name>.lock
+
+_held: set[int] = set()  # descriptors; a forked child closes them, or it would keep the lock of a killed parent
+os.register_at_fork(after_in_child=lambda: list(map(os.close, _held)))
+
+
+@contextmanager
+def hold(place: Path, flag: str, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of `place`, an existing folder or a file to write, until the block ends.
+
+    Raises InputError, which names `flag` and the process, if another one holds it; with `wait`, waits for that one
+    instead. The kernel releases a lock when its process dies. Nothing is held if the lock file cannot be written or
+    the file system has no locks.
+    """
+    path = _lock_file(place)
+    descriptor = None
+    try:
+        descriptor = _open_locked(path, wait)
+    except BlockingIOError:
+        raise InputError(
+            f"{flag} {place}: {_holder(path)} is writing there; wait until it ends, or choose another {flag}"
+        ) from None
+    except OSError:
+        pass
+    else:
+        _held.add(descriptor)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            _held.discard(descriptor)
+            with suppress(OSError):
+                path.unlink()
+            os.close(descriptor)
+
+
+def check_free(place: Path, flag: str) -> None:
+    """Raise InputError if another process holds `place`."""
+    if _lock_file(place).exists():
+        with hold(place, flag):
+            pass
+
+
+def _lock_file(place: Path) -> Path:
+    return place / LOCK_NAME if place.is_dir() else place.with_name(f".{place.name}.lock")
+
+
+def _holder(path: Path) -> str:
+    """The process that wrote its name into a lock file."""
+    with suppress(OSError):
+        return path.read_text() or "another process"
+    return "another process"
+
+
+def _open_locked(path: Path, wait: bool) -> int:
+    """The descriptor of a lock file with this process's name in it. Raises BlockingIOError if another one holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if os.fstat(descriptor).st_nlink:
+            with suppress(OSError):  # a full disk
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return descriptor
+        os.close(descriptor)  # the process that held it has removed the file

@@ -1,0 +1,93 @@
+"""Who was trained on: told by photos, whatever number or part another preparation gives a person."""
+
+import os
+import shutil
+
+import pytest
+
+from aligned_reid import InputError
+from aligned_reid.data import Partitions, TestImages, TrainImages, open_data, read_partitions, write_partitions
+from aligned_reid.data.dataset import JoinedTrainImages
+from aligned_reid.data.identities import check_identities, describe_overlap, identities_of, identity_record
+
+
+@pytest.fixture
+def data(tiny_data, tmp_path):
+    return shutil.copytree(tiny_data, tmp_path / "data")
+
+
+def renumber(data, shift):
+    """Give every person a number that is larger by `shift`, as a preparation with more persons does."""
+    new_name = {name: f"{int(name[:8]) + shift:08d}{name[8:]}" for name in os.listdir(data / "images")}
+    for old in sorted(new_name, reverse=True):
+        (data / "images" / old).rename(data / "images" / new_name[old])
+    path = data / "partitions.pkl"
+    fields = {
+        key: [new_name[name] for name in value]
+        if key.endswith("names")
+        else {person + shift: label for person, label in value.items()}
+        if key.endswith("labels")
+        else value
+        for key, value in vars(read_partitions(path)).items()
+    }
+    write_partitions(path, Partitions(**fields))
+
+
+def swap_labels(data, first, second):
+    """Let two persons change labels."""
+    path = data / "partitions.pkl"
+    partitions = read_partitions(path)
+    labels = {label: person for person, label in partitions.trainval_ids2labels.items()}
+    swapped = {labels[first]: second, labels[second]: first}
+    fields = {**vars(partitions), "trainval_ids2labels": {**partitions.trainval_ids2labels, **swapped}}
+    write_partitions(path, Partitions(**fields))
+
+
+def test_each_label_has_its_person(data):
+    before = identities_of(TrainImages(open_data(data)))
+    assert len(set(before)) == len(before) == 12
+    renumber(data, 3)
+    assert identities_of(TrainImages(open_data(data))) == before
+    swap_labels(data, 0, 5)
+    after = identities_of(TrainImages(open_data(data)))
+    assert (after[0], after[5], after[1:5]) == (before[5], before[0], before[1:5])
+
+
+def test_other_persons_under_the_labels_are_refused(data):
+    content = {"trained_on": identity_record(TrainImages(open_data(data)), None)}
+    check_identities(content, data / "ckpt.pth", TrainImages(open_data(data)))
+    swap_labels(data, 0, 5)
+    with pytest.raises(InputError, match=r"2 of the 12 .*ckpt\.pth.*--model_weight_file") as error:
+        check_identities(content, data / "ckpt.pth", TrainImages(open_data(data)))
+    assert "\n" not in str(error.value)
+    part = TrainImages(open_data(data), "train")
+    with pytest.raises(InputError):
+        check_identities(content, data / "ckpt.pth", part)
+    check_identities({}, data / "ckpt.pth", part)  # a checkpoint of an older version
+
+
+def test_joined_sets_have_the_labels_of_each(data, tiny_data):
+    first, second = TrainImages(open_data(tiny_data)), TrainImages(open_data(data), "train")
+    assert identities_of(JoinedTrainImages({"a": first, "b": second})) == identities_of(first) + identities_of(second)
+
+
+def test_persons_of_the_test_who_were_trained_on_are_counted(data, tiny_data):
+    tests = {"drawn": TestImages(open_data(data))}
+    own = {"trained_on": identity_record(TrainImages(open_data(tiny_data)), None)}
+    assert describe_overlap(tests, None) == describe_overlap(tests, {"config": {}}) == []
+    assert [line.split()[5:9] for line in describe_overlap(tests, own)] == [["0", "of", "the", "4"]]
+    renumber(data, 3)
+    path = data / "partitions.pkl"
+    fields = vars(read_partitions(path))
+    tested = fields["trainval_im_names"][:6] + fields["test_im_names"]  # one person of the training in the test
+    write_partitions(path, Partitions(**{**fields, "test_im_names": tested, "test_marks": [0] * len(tested)}))
+    tests = {"drawn": TestImages(open_data(data)), "other": TestImages(open_data(tiny_data))}
+    first, second = describe_overlap(tests, own)
+    assert " 1 of " in first and "drawn" in first and " 0 of " in second and "other" in second
+
+
+def test_weights_trained_on_remember_whom_they_started_from(data, tiny_data):
+    start = {"trained_on": identity_record(TrainImages(open_data(tiny_data)), None)}
+    record = identity_record(TrainImages(open_data(data), "train"), start)
+    assert {*record["identities"], *record["before"]} == set(start["trained_on"]["identities"])
+    assert not set(record["identities"]) & set(record["before"])

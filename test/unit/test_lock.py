@@ -1,0 +1,85 @@
+"""Locks of folders and files: one process at a time, and none that outlives its process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from aligned_reid import InputError
+from aligned_reid.lock import check_free, hold
+
+# Holds a lock, and forks a child that outlives it.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from aligned_reid.lock import hold
+with hold(Path(sys.argv[1]), "--exp_dir"):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds tmp_path, and the number of its child."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    yield process
+    os.kill(child, signal.SIGKILL)
+    process.kill()
+    process.wait()
+
+
+def test_another_process_is_refused_and_told_who_holds_it(tmp_path, holder):
+    for refused in (lambda: hold(tmp_path, "--exp_dir").__enter__(), lambda: check_free(tmp_path, "--exp_dir")):
+        with pytest.raises(InputError, match=rf"--exp_dir {tmp_path}: process {holder.pid} on ") as error:
+            refused()
+        assert "\n" not in str(error.value)
+
+
+def test_the_lock_of_a_killed_process_is_free_at_once_whatever_it_left_behind(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    with hold(tmp_path, "--exp_dir"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", [".", "features.h5"])
+def test_nothing_is_left_after_the_block(tmp_path, place):
+    for _ in range(2):
+        with hold(tmp_path / place, "--save_file"):
+            with pytest.raises(InputError), hold(tmp_path / place, "--save_file"):
+                pass
+            with hold(tmp_path / "other.h5", "--save_file"):
+                pass
+        assert list(tmp_path.iterdir()) == []
+    check_free(tmp_path / place, "--save_file")
+
+
+def test_who_waits_gets_it_after_the_others(tmp_path):
+    inside, most = [], []
+
+    def work():
+        for _ in range(20):
+            with hold(tmp_path / "a.images", "--cache", wait=True):
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 80 and max(most) == 1
+
+
+def test_where_no_lock_file_can_be_written_nothing_is_held(tmp_path):
+    with hold(tmp_path / "none" / "features.h5", "--save_file"):
+        assert not (tmp_path / "none").exists()
