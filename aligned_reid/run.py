@@ -237,14 +237,14 @@ def train_and_evaluate(
     """The run itself; returns what results.json holds."""
     local_was_trained = config.l_loss_weight > 0
     speed, train_seconds, profile, best = Speed(), None, None, None
-    weights = given.weights
     if given.train is None:
         model, local_was_trained = load_for_test(config, given.weights, log)
         models = [model]
+        for line in describe_overlap(given.tests, given.weights):
+            log(line)
     else:
         trainer = train(config, world, accelerator, given, log)
         models = trainer.tested_models()
-        weights = {"trained_on": trainer.checkpoints.trained_on}
         speed, train_seconds, profile = trainer.speed, trainer.seconds, trainer.profile.results()
         best = trainer.best.record if trainer.best else None
         if world.is_main:
@@ -252,9 +252,6 @@ def train_and_evaluate(
                 write_weights(models, config, trainer.checkpoints.trained_on)
             except (InputError, OSError) as error:  # a missing package or a full disk is no reason to lose the test
                 log(f"{SAFETENSORS_NAME} is not written: {error}; the weights are in {CHECKPOINT_NAME}")
-    if world.is_main:
-        for line in describe_overlap(given.tests, weights):
-            log(line)
     use_local = local_was_trained if config.use_local_distance is None else config.use_local_distance
 
     start = time.monotonic()
