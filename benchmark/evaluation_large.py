@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_reid.evaluation import rank, re_rank_features
-from aligned_reid.evaluation.feature_file import FeatureWriter, read_features
+from aligned_reid.evaluation.feature_file import FeatureWriter, load_features, open_features
 from aligned_reid.evaluation.streaming import LargeSet, rank_streamed, re_rank_streamed
 from aligned_reid.flags import parse_bool, parse_ints
 
@@ -114,7 +114,7 @@ def measure_size(folder: Path, num_gallery: int, local: bool, re_rank: bool) -> 
 
 def open_set(path: Path, local: bool) -> LargeSet:
     """As script/evaluate.py opens it: every feature is read once and checked."""
-    return LargeSet.of([read_features(path)], normalize_feature=False, local=local)
+    return LargeSet.of([load_features(open_features(path))], normalize_feature=False, local=local)
 
 
 def read_rows(printed: str) -> list[tuple[int, str, float, float]]:

@@ -145,8 +145,8 @@ def test_a_run_goes_on_on_either_device(train, first, second):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["native", "apex"])
 def test_an_overflow_skips_the_step_and_is_logged(train, backend):
-    static = train("static", f"--amp_backend={backend}", "--loss_scale=1e30", "--total_epochs=1")
-    assert static.finished.out.count("a gradient is not finite, step skipped (loss scale 1e+30)") == 3
+    static = train("static", f"--amp_backend={backend}", "--loss_scale=1e9", "--total_epochs=1")
+    assert static.finished.out.count("a gradient is not finite, step skipped (loss scale 1e+09)") == 3
     dynamic = train("dynamic", f"--amp_backend={backend}", "--loss_scale=dynamic", "--total_epochs=1")
     scale = torch.load(dynamic.folder / "ckpt.pth", weights_only=True)["scaler"]["scale"]
     skipped = dynamic.finished.out.count("step skipped")
