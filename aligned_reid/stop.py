@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -26,7 +27,7 @@ class StopSignals:
     def __init__(self, error: Callable[[int], BaseException] | None = None) -> None:
         self.error = error
         self.number = 0
-        self.noted_at = 0.0
+        self.interrupted_at = math.inf  # the first Ctrl-C
         self.former: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -40,18 +41,20 @@ class StopSignals:
         for number, handler in self.former.items():
             outer = getattr(handler, "__self__", None)
             if isinstance(outer, StopSignals) and self.number:
-                outer.number, outer.noted_at = self.number, self.noted_at
+                outer.number, outer.interrupted_at = self.number, self.interrupted_at
             signal.signal(number, handler)
 
     def take_note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if now - self.interrupted_at >= SECONDS_TO_INSIST:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self.interrupted_at = min(self.interrupted_at, now)
         if not self.number:
-            self.number, self.noted_at = number, now
+            self.number = number
             if self.error:
                 raise self.error(number)
-        elif number == self.number == signal.SIGINT and now - self.noted_at >= SECONDS_TO_INSIST:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
 
     @property
     def name(self) -> str:

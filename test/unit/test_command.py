@@ -57,3 +57,17 @@ def test_too_many_open_files_is_one_line():
     done = run_main("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)); open(os.devnull)")
     assert done.returncode == 2
     assert b"ulimit -n" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_only_a_second_ctrl_c_a_second_later_ends_a_command_that_saves():
+    body = """from aligned_reid.stop import StopSignals
+    import time
+    with StopSignals():
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        print('saving', flush=True)
+        time.sleep(1.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        print('not reached', flush=True)"""
+    done = run_main(body, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, b"saving\n")
