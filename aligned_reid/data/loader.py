@@ -5,6 +5,7 @@ import functools
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
 import os
 import resource
 import shutil
@@ -41,6 +42,29 @@ class WorkerDied(RunStopped):
 def _as_it_is(batch: Any) -> Any:
     """The collate function of batches that are whole when they are loaded."""
     return batch
+
+
+class Flag:
+    """An event of several processes without a lock, which a killed worker would keep: torch then waits forever."""
+
+    def __init__(self, context: multiprocessing.context.BaseContext) -> None:
+        self.value = context.RawValue("b", 0)
+
+    def set(self) -> None:
+        self.value.value = 1
+
+    def is_set(self) -> bool:
+        return bool(self.value.value)
+
+
+class LoaderContext(multiprocessing.context.ForkServerContext):
+    """Forking a process whose threads compute (torch's, a device driver's) can hang the child.
+
+    A fork server is forked from nothing; it imports torch once for all workers.
+    """
+
+    def Event(self) -> Flag:  # type: ignore[override]  # noqa: N802
+        return Flag(self)
 
 
 class ImageLoader(DataLoader[Any]):
@@ -117,9 +141,7 @@ def make_loader(
         batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     context = None
     if workers > 0:
-        # Forking a process whose threads compute (torch's, a device driver's) can hang the child. A fork server is
-        # forked from nothing; it imports torch once for all workers.
-        context = multiprocessing.get_context("forkserver")
+        context = LoaderContext()
         context.set_forkserver_preload(["__main__", "aligned_reid.data"])
         _shorten_temp_dir()
     return ImageLoader(
