@@ -34,7 +34,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--opset", type=int, default=17, help="13 to 18 (default: 17)")
     add("--data_path", type=parse_path, help="a prepared data set: evaluate the graph's features on its test part too")
     add("--workers", type=int, default=2, help="processes that decode images of --data_path (default: 2)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.workers < 0:
+        parser.error("--workers is 0 or more")
+    return arguments
 
 
 def main() -> None:

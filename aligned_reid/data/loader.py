@@ -126,8 +126,8 @@ def make_loader(
     batches: what each batch holds, `batch_size` images at most: an IdentityBatchSampler for TrainImages, lists of
     indices for TestImages (None: all of them in order, `batch_size` at a time). `workers` processes, but no more than
     there are processors, stay for the loader's life; 0 loads in this process, as do images that a cache holds resized:
-    a batch of those costs less than its way from another process. There are fewer where shared memory or open files are
-    short, which is said to `say`. num_held: batches that the caller keeps at a time.
+    a batch of those costs less than its way from another process. There are fewer if shared memory or open files are
+    short, and `say` gets a line about it. num_held: batches that the caller keeps at a time.
     """
     workers = min(workers, num_processors())
     if images.comes_resized():
