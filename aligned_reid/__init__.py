@@ -5,7 +5,7 @@ import os
 from aligned_reid.errors import InputError
 
 # Before torch is imported: torch >= 2.5 would load torch_npu by itself, and fail to import where CANN is missing.
-# accelerator.py loads it when it is asked for, and can say why it does not load.
+# device/ loads it when it is asked for, and can say why it does not load.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 __version__ = "1.0.0"

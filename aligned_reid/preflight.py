@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aligned_reid.accelerator import check_device_name
 from aligned_reid.config import Config
 from aligned_reid.data.checks import check_images, check_protocol
 from aligned_reid.data.dataset import JoinedTrainImages, TestImages, TrainImages, open_data
 from aligned_reid.data.identities import check_identities
 from aligned_reid.data.sampler import IdentityBatchSampler
+from aligned_reid.device.base import check_device_name
 from aligned_reid.errors import InputError
 from aligned_reid.model import make_trunk
 from aligned_reid.training.checkpoint import read_last_good

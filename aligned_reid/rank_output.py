@@ -25,7 +25,7 @@ DRAIN_SECONDS = 2.0  # how long output may follow the end of the ranks
 RANK_PREFIX = re.compile(r"^\[rank\d+\]:\s?")
 TRACEBACK = "Traceback (most recent call last)"
 OWN_LINE = re.compile(r"^[\w.]+: (error|stopped|interrupted)\b")
-MISTAKE_LINE = re.compile(r"^[\w.]+: error: ")  # said with status 2; see command.py
+MISTAKE_LINE = re.compile(r"^[\w.]+: error: ")  # said with status 2; see cli.py
 HANG_LINE = re.compile(r"^Timeout \((.+)\)!$")  # faulthandler's, which stacks follow; see training/watchdog.py
 SILENT_RANK = re.compile(r"rank (\d+) on \S+(?=.*: rank \d+ on)")  # in rendezvous.Meeting.explain's line
 ERROR_LINE = re.compile(OWN_LINE.pattern + r"|^[\w.]*(Error|Exception|Interrupt)\b")

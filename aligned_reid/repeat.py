@@ -11,7 +11,7 @@ from typing import Any
 
 from aligned_reid.config import Config
 from aligned_reid.distributed import read_world
-from aligned_reid.measure import SCORE_NAMES
+from aligned_reid.evaluation.evaluate import SCORE_NAMES
 from aligned_reid.run import RESULTS_NAME, run, run_lock, write_json
 from aligned_reid.training.log import Log
 from aligned_reid.weights import CHECKPOINT_NAME, PREVIOUS_NAME

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from aligned_reid.accelerator import Accelerator, open_accelerator
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TrainImages
 from aligned_reid.data.identities import describe_overlap, identity_record
 from aligned_reid.data.sampler import IdentityBatchSampler
+from aligned_reid.device.base import Accelerator, open_accelerator
+from aligned_reid.device.precision import find_wrong_layer
 from aligned_reid.distributed import (
     World,
     close_group,
@@ -31,15 +32,14 @@ from aligned_reid.distributed import (
     wait_for_all,
 )
 from aligned_reid.errors import InputError, RunStopped
+from aligned_reid.evaluation.best import Best
+from aligned_reid.evaluation.evaluate import load_for_test, measure, settle_test
 from aligned_reid.evaluation.extract import feature_blocks, inference_copy
 from aligned_reid.evaluation.feature_file import FeatureWriter
 from aligned_reid.lock import hold
-from aligned_reid.measure import load_for_test, measure, settle_test
 from aligned_reid.model import AlignedReID, architecture_of, load_weights
-from aligned_reid.precision import find_wrong_layer
 from aligned_reid.preflight import RunInput, check_input, check_save_file
 from aligned_reid.rendezvous import is_same_job
-from aligned_reid.training.best import Best
 from aligned_reid.training.checkpoint import read_last_good, set_aside
 from aligned_reid.training.log import Log
 from aligned_reid.training.trainer import Speed, Trainer

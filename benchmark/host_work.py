@@ -29,16 +29,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from loader import published_image
 from training_published import IMS_PER_ID, published_triplets
 
-from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.data import IdentityBatchSampler, TrainImages, open_data
 from aligned_reid.data.dataset import TrainBatch
 from aligned_reid.data.loader import make_loader
+from aligned_reid.device.base import Accelerator
 from aligned_reid.flags import parse_height_width
 from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import Features
+from aligned_reid.objective import Objective
 from aligned_reid.training.log import Meters, Throughput
-from aligned_reid.training.objective import Objective
 from aligned_reid.training.trainer import LossWatch
 
 T = TypeVar("T")

@@ -27,8 +27,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_reid.data import IM_MEAN, IM_STD, SampleRequest, TrainImages, normalize_images, open_data
+from aligned_reid.device.cpu import keep_freed_memory
 from aligned_reid.flags import parse_height_width
-from aligned_reid.host import keep_freed_memory
 
 BATCH = 128
 

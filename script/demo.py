@@ -8,11 +8,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import numpy as np
 import torch
 
-from aligned_reid.accelerator import open_accelerator
-from aligned_reid.command import run_command
+from aligned_reid.cli import run_command
 from aligned_reid.config import Config
 from aligned_reid.data import ReidData, TestImages, make_synthetic, open_data
 from aligned_reid.data.partitions import GALLERY, QUERY
+from aligned_reid.device.base import open_accelerator
 from aligned_reid.distributed import World
 from aligned_reid.evaluation import Ranking, global_distance_matrix, rank
 from aligned_reid.evaluation.extract import extract_features

@@ -8,10 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aligned_reid.command import run_command
+from aligned_reid.cli import run_command
 from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY, read_partitions
-from aligned_reid.data.synthetic import make_synthetic
 from aligned_reid.flags import OneLineParser, parse_path
+from aligned_reid.synthetic.make import make_synthetic
 
 
 def parse_arguments() -> argparse.Namespace:

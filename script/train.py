@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from aligned_reid.command import run_command
+from aligned_reid.cli import run_command
 from aligned_reid.config import Config
 
 

@@ -1,7 +1,6 @@
 """Data sets: the layout on disk and everything between it and a batch."""
 
 from aligned_reid.data.checks import check_images, check_protocol
-from aligned_reid.data.cuhk03 import prepare_cuhk03
 from aligned_reid.data.dataset import (
     EvaluationBatch,
     JoinedTrainImages,
@@ -12,8 +11,6 @@ from aligned_reid.data.dataset import (
     open_data,
 )
 from aligned_reid.data.loader import make_loader
-from aligned_reid.data.market1501 import is_raw_market1501, prepare_market1501
-from aligned_reid.data.msmt17 import prepare_msmt17
 from aligned_reid.data.partitions import (
     ImageName,
     Partitions,
@@ -24,10 +21,13 @@ from aligned_reid.data.partitions import (
     split_train_val,
     write_partitions,
 )
-from aligned_reid.data.photos import prepare_photos
+from aligned_reid.data.prepare.cuhk03 import prepare_cuhk03
+from aligned_reid.data.prepare.market1501 import is_raw_market1501, prepare_market1501
+from aligned_reid.data.prepare.msmt17 import prepare_msmt17
+from aligned_reid.data.prepare.photos import prepare_photos
 from aligned_reid.data.sampler import IdentityBatchSampler, SampleRequest
-from aligned_reid.data.synthetic import make_synthetic
 from aligned_reid.data.transforms import IM_MEAN, IM_STD, decode_image, normalize_images, preprocess, resize_image
+from aligned_reid.synthetic.make import make_synthetic
 
 __all__ = [
     "IM_MEAN",

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from aligned_reid.data import cuhk03, market1501, msmt17, photo_source
 from aligned_reid.data.cache import CacheContent, ImageCache, open_cache
 from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_name, read_partitions
+from aligned_reid.data.prepare import cuhk03, market1501, msmt17, photo_source
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, erase_rectangle, pad_and_crop, random_crop, resize_into
+from aligned_reid.device.cpu import populate_memory
 from aligned_reid.errors import InputError
-from aligned_reid.host import populate_memory
 
 
 @dataclasses.dataclass(frozen=True)

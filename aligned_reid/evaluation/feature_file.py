@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY
 from aligned_reid.data.plain_pickle import load_plain
+from aligned_reid.device.cpu import available_memory
 from aligned_reid.errors import InputError
-from aligned_reid.host import available_memory
 
 Array = NDArray[Any]
 FORMATS = (".h5", ".hdf5", ".npz", ".mat")

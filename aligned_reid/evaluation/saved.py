@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from aligned_reid.data.market1501 import JUNK_ID
 from aligned_reid.data.partitions import GALLERY, QUERY
+from aligned_reid.data.prepare.market1501 import JUNK_ID
+from aligned_reid.device.cpu import available_memory
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.extract import FeatureSet
 from aligned_reid.evaluation.feature_file import FeatureTable, Field, check_partner, load_features, open_features
@@ -28,7 +29,6 @@ from aligned_reid.evaluation.protocol import (
 from aligned_reid.evaluation.ranking import Ranking
 from aligned_reid.evaluation.re_ranking import check_settings
 from aligned_reid.evaluation.streaming import LargeSet, rank_streamed, re_rank_streamed, take
-from aligned_reid.host import available_memory
 
 MATRIX_BYTES = 6 * 2**30  # of all distance matrices that an evaluation in memory holds at a time
 FEATURE_COPIES = 3  # that it makes: joined, as they are measured, and apart as queries and gallery

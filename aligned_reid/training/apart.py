@@ -9,10 +9,10 @@ import torch
 
 from aligned_reid.distributed import from_rank, gather_with_own, largest_over_ranks
 from aligned_reid.model import AlignedReID
+from aligned_reid.objective import Shown
 from aligned_reid.rendezvous import World
 from aligned_reid.training.checkpoint import on_host
 from aligned_reid.training.learner import Learner
-from aligned_reid.training.objective import Shown
 
 
 class Apart:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.data.transforms import normalize_images
+from aligned_reid.device.base import Accelerator
+from aligned_reid.device.pointwise import multiply_pointwise
 from aligned_reid.distributed import World
 from aligned_reid.model import TRUNK_STAGES, AlignedReID, Features
-from aligned_reid.pointwise import multiply_pointwise
+from aligned_reid.objective import Figures, Objective
 from aligned_reid.training.average import WeightAverage
-from aligned_reid.training.objective import Figures, Objective
 
 
 class Learner:

@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TrainBatch, TrainImages
 from aligned_reid.data.loader import WorkerDied, make_loader
 from aligned_reid.data.sampler import IdentityBatchSampler
+from aligned_reid.device.base import Accelerator
 from aligned_reid.distributed import World, sum_over_ranks, take_from_main
 from aligned_reid.errors import InputError, RunStopped
+from aligned_reid.evaluation.best import Best
 from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import AlignedReID
+from aligned_reid.objective import Figures, Shown, mutual_loss, show
 from aligned_reid.stop import StopSignals
 from aligned_reid.training.apart import Apart
 from aligned_reid.training.bad_images import BadImages
-from aligned_reid.training.best import Best
 from aligned_reid.training.checkpoint import Checkpoints
 from aligned_reid.training.learner import Learner
 from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
-from aligned_reid.training.objective import Figures, Shown, mutual_loss, show
 from aligned_reid.training.profile import StepProfile
 from aligned_reid.training.resume import describe_resume, first_step
 from aligned_reid.training.schedule import learning_rate

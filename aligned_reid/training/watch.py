@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
+from aligned_reid.device.base import Accelerator
 from aligned_reid.errors import RunStopped
 
 LOSS_CHECK_LAG = 3  # steps: reading a loss at once would make a device wait for the host

@@ -15,12 +15,12 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from conftest import make_small_trunk  # noqa: E402
 
 from aligned_reid import model, preflight  # noqa: E402
-from aligned_reid.command import run_command  # noqa: E402
+from aligned_reid.cli import run_command  # noqa: E402
 from aligned_reid.config import Config  # noqa: E402
 from aligned_reid.data.dataset import TrainImages  # noqa: E402
 from aligned_reid.errors import InputError  # noqa: E402
+from aligned_reid.objective import Objective  # noqa: E402
 from aligned_reid.run import run  # noqa: E402
-from aligned_reid.training.objective import Objective  # noqa: E402
 
 
 def mistake() -> None:

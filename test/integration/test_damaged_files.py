@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from aligned_reid.data import prepare_market1501, read_partitions
-from aligned_reid.data.photos import prepare_photos
+from aligned_reid.data.prepare.photos import prepare_photos
 from aligned_reid.data.transforms import decode_image
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.feature_file import load_features, open_features

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from aligned_reid.accelerator import ACCELERATORS, Accelerator, open_accelerator
+from aligned_reid.device.base import ACCELERATORS, Accelerator, open_accelerator
 
 
 class Loopback(Accelerator):

@@ -418,7 +418,7 @@ def test_a_disk_without_room_is_said_before_training(command, tiny_flags, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_has_status_1(command, tiny_flags, tmp_path, small_trunk, monkeypatch):
-    from aligned_reid.training.objective import Objective
+    from aligned_reid.objective import Objective
 
     original = Objective.__call__
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from aligned_reid import InputError
-from aligned_reid import accelerator as accelerator_module
-from aligned_reid.accelerator import (
+from aligned_reid.device import base as accelerator_module
+from aligned_reid.device.base import (
     Accelerator,
     import_apex,
     import_torch_npu,
     open_accelerator,
 )
-from aligned_reid.loss_scaler import LossScaler, NativeScaler
+from aligned_reid.device.scaler import LossScaler, NativeScaler
 
 
 def parameter_with_gradient(gradient):
@@ -219,7 +219,7 @@ def test_a_device_that_another_process_holds(monkeypatch):
 def test_freed_memory_is_kept_for_the_next_step():
     source = """
 import resource, sys, torch
-from aligned_reid.host import keep_freed_memory
+from aligned_reid.device.cpu import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for step in range(10):

@@ -15,13 +15,13 @@ import torch
 from test_dataset import SIZE, epoch, spoil, write_data
 
 from aligned_reid import InputError, run
-from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.data import cache
 from aligned_reid.data.dataset import ReidData, TestImages, TrainImages, open_data
 from aligned_reid.data.loader import make_loader
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, resize_image
+from aligned_reid.device.base import Accelerator
 from aligned_reid.distributed import World, close_group, open_group
 from aligned_reid.training.log import Log
 

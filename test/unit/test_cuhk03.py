@@ -12,9 +12,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from aligned_reid import InputError
-from aligned_reid.data.cuhk03 import find_raw_cuhk03, prepare_command, prepare_cuhk03, read_protocol
-from aligned_reid.data.layout import encode_jpeg
 from aligned_reid.data.partitions import read_partitions
+from aligned_reid.data.prepare.cuhk03 import find_raw_cuhk03, prepare_command, prepare_cuhk03, read_protocol
+from aligned_reid.data.prepare.layout import encode_jpeg
 
 # name: person, camera; in the protocol's order
 IMAGES = {
@@ -120,7 +120,7 @@ def test_images_come_from_extracted_files(raw, tmp_path):
 
 
 def test_an_interrupted_preparation_goes_on(raw, tmp_path, monkeypatch):
-    from aligned_reid.data import cuhk03
+    from aligned_reid.data.prepare import cuhk03
 
     num_left = [3]
 

@@ -11,9 +11,9 @@ from aligned_reid.config import Config
 from aligned_reid.data import IdentityBatchSampler, SampleRequest, make_loader, make_synthetic, open_data
 from aligned_reid.data.dataset import JoinedTrainImages, TrainImages
 from aligned_reid.evaluation import protocol
+from aligned_reid.evaluation.evaluate import evaluate_sets
 from aligned_reid.evaluation.extract import FeatureSet
 from aligned_reid.evaluation.protocol import Measures
-from aligned_reid.measure import evaluate_sets
 from aligned_reid.preflight import data_folders, open_images
 
 SIZE = (64, 32)

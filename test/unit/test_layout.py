@@ -12,7 +12,8 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from aligned_reid import InputError
-from aligned_reid.data.layout import (
+from aligned_reid.data.partitions import read_partitions, write_atomically
+from aligned_reid.data.prepare.layout import (
     Namer,
     NewImage,
     Parts,
@@ -25,7 +26,6 @@ from aligned_reid.data.layout import (
     read_as_jpeg,
     write_data_set,
 )
-from aligned_reid.data.partitions import read_partitions, write_atomically
 
 
 def made_up() -> Parts:

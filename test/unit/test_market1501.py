@@ -16,10 +16,15 @@ import pytest
 from PIL import Image
 
 from aligned_reid import InputError
-from aligned_reid.data import market1501
-from aligned_reid.data.layout import encode_jpeg
-from aligned_reid.data.market1501 import find_raw_market1501, is_raw_market1501, prepare_command, prepare_market1501
 from aligned_reid.data.partitions import read_partitions, split_train_val, write_atomically
+from aligned_reid.data.prepare import market1501
+from aligned_reid.data.prepare.layout import encode_jpeg
+from aligned_reid.data.prepare.market1501 import (
+    find_raw_market1501,
+    is_raw_market1501,
+    prepare_command,
+    prepare_market1501,
+)
 from aligned_reid.data.transforms import decode_image
 
 SCRIPT = Path(__file__).parents[2] / "script" / "prepare_market1501.py"

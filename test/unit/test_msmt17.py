@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from aligned_reid import InputError
-from aligned_reid.data.layout import encode_jpeg
-from aligned_reid.data.msmt17 import find_raw_msmt17, prepare_command, prepare_msmt17
 from aligned_reid.data.partitions import read_partitions
+from aligned_reid.data.prepare.layout import encode_jpeg
+from aligned_reid.data.prepare.msmt17 import find_raw_msmt17, prepare_command, prepare_msmt17
 from aligned_reid.data.transforms import decode_image
 
 LISTS = {

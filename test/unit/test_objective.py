@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from aligned_reid.config import Config
 from aligned_reid.losses import TripletLoss, global_loss, local_loss
 from aligned_reid.model import Features
-from aligned_reid.training.objective import Objective
+from aligned_reid.objective import Objective
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 import torch
 
+from aligned_reid.device.optimizer import make_adam, parameters_of
 from aligned_reid.model import AlignedReID
-from aligned_reid.optimizer import make_adam, parameters_of
 
 
 def test_norms_and_biases_are_decayed_as_asked(small_trunk):

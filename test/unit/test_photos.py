@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from aligned_reid import InputError
-from aligned_reid.data import photos
 from aligned_reid.data.checks import check_images, check_protocol
 from aligned_reid.data.dataset import TestImages, TrainImages, open_data
 from aligned_reid.data.partitions import parse_image_name, read_partitions
-from aligned_reid.data.photo_source import camera_of, find_photos, prepare_command, read_photos
-from aligned_reid.data.photos import choose_queries, numbered, prepare_photos
+from aligned_reid.data.prepare import photos
+from aligned_reid.data.prepare.photo_source import camera_of, find_photos, prepare_command, read_photos
+from aligned_reid.data.prepare.photos import choose_queries, numbered, prepare_photos
 
 
 def draw(path: Path, seed: int = 0) -> Path:

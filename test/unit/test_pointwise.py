@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from aligned_reid.device.pointwise import PointwiseConv2d, multiply_pointwise
 from aligned_reid.model import AlignedReID
-from aligned_reid.pointwise import PointwiseConv2d, multiply_pointwise
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -5,10 +5,10 @@ import torch
 from conftest import make_small_trunk
 from torch import nn
 
-from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
+from aligned_reid.device.base import Accelerator
+from aligned_reid.device.precision import find_wrong_layer
 from aligned_reid.model import AlignedReID
-from aligned_reid.precision import find_wrong_layer
 from aligned_reid.run import run, run_extraction
 
 SIZE = (64, 32)
@@ -102,7 +102,7 @@ def test_resnet50_passes_in_float16(cpu):
 
 
 def test_a_run_falls_back_to_float32(tiny_flags, tmp_path, monkeypatch):
-    monkeypatch.setattr("aligned_reid.accelerator.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("aligned_reid.device.base.cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr("aligned_reid.preflight.make_trunk", make_small_trunk)
     monkeypatch.setattr("aligned_reid.model.make_trunk", lambda: make_wrong_trunk("garbage"))
     found = {}
@@ -116,7 +116,7 @@ def test_a_run_falls_back_to_float32(tiny_flags, tmp_path, monkeypatch):
 
 
 def test_an_extraction_falls_back_to_float32(tiny_flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("aligned_reid.accelerator.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("aligned_reid.device.base.cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr("aligned_reid.preflight.make_trunk", make_small_trunk)
     monkeypatch.setattr("aligned_reid.model.make_trunk", lambda: make_wrong_trunk("nan"))
     torch.save(AlignedReID(None, pretrained="none").state_dict(), tmp_path / "weights.pth")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from aligned_reid.measure import SCORE_NAMES
+from aligned_reid.evaluation.evaluate import SCORE_NAMES
 from aligned_reid.repeat import describe, read_results, summary
 
 

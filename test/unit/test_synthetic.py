@@ -13,7 +13,7 @@ import pytest
 
 from aligned_reid import InputError
 from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY, parse_image_name, read_partitions
-from aligned_reid.data.synthetic import make_synthetic
+from aligned_reid.synthetic.make import make_synthetic
 
 SCRIPT = Path(__file__).parents[2] / "script" / "make_synthetic.py"
 NUM_IDS, NUM_CAMERAS, NUM_IMAGES = 24, 3, 4

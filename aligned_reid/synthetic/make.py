@@ -21,9 +21,6 @@ import numpy as np
 from tqdm import tqdm
 
 from aligned_reid import __version__
-from aligned_reid.data.drawing.camera import Camera, make_camera, take_picture
-from aligned_reid.data.drawing.figure import Figure
-from aligned_reid.data.drawing.person import sample_person
 from aligned_reid.data.partitions import (
     Partitions,
     build_partitions,
@@ -33,6 +30,9 @@ from aligned_reid.data.partitions import (
 )
 from aligned_reid.errors import InputError
 from aligned_reid.lock import LOCK_NAME, hold
+from aligned_reid.synthetic.camera import Camera, make_camera, take_picture
+from aligned_reid.synthetic.figure import Figure
+from aligned_reid.synthetic.person import sample_person
 
 SETTINGS_NAME = "generated.json"  # what a set was made with; written first, it marks the folder as ours
 DISTRACTOR_ID = 0  # as in Market-1501: people and empty boxes that nobody looks for, in the gallery only

@@ -14,7 +14,7 @@ def run_main(body, **options):
     program = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from aligned_reid.command import run_command
+from aligned_reid.cli import run_command
 
 def main():
     {body}

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aligned_reid.data import layout
-from aligned_reid.data.layout import (
+from aligned_reid.data.prepare import layout
+from aligned_reid.data.prepare.layout import (
     MAX_BYTES,
     NUM_VAL_IDS,
     Namer,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aligned_reid.host import available_memory, mkl_leaves_avx512, populate_memory
+from aligned_reid.device.cpu import available_memory, mkl_leaves_avx512, populate_memory
 
 
 @pytest.mark.parametrize(

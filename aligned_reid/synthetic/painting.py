@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from aligned_reid.data.drawing.person import Cloth
+from aligned_reid.synthetic.person import Cloth
 
 Points = NDArray[np.float64]  # [..., 2] pixels, x then y; [..., 3] figure coordinates
 

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from aligned_reid.data.drawing.person import Colour, pick
+from aligned_reid.synthetic.person import Colour, pick
 
 Image = NDArray[np.uint8]  # [H, W, 3], RGB
 

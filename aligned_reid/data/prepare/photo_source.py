@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from aligned_reid.data import layout
-from aligned_reid.data.layout import IMAGE_ENDINGS, describe_passed_over, ending_of
+from aligned_reid.data.prepare import layout
+from aligned_reid.data.prepare.layout import IMAGE_ENDINGS, describe_passed_over, ending_of
 from aligned_reid.errors import InputError
 
 COLUMNS = ("path", "person", "camera", "part")

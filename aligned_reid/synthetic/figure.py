@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from aligned_reid.data.drawing.painting import (
+from aligned_reid.synthetic.painting import (
     POINTS_PER_LIMB,
     Layers,
     Points,
@@ -28,7 +28,7 @@ from aligned_reid.data.drawing.painting import (
     paint_shadow,
     rounded,
 )
-from aligned_reid.data.drawing.person import TEXTURE_SIZE, Cloth, Colour, Person
+from aligned_reid.synthetic.person import TEXTURE_SIZE, Cloth, Colour, Person
 
 Row = tuple[float, float, float]
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from aligned_reid.data import layout
-from aligned_reid.data.layout import (
+from aligned_reid.data.prepare import layout
+from aligned_reid.data.prepare.layout import (
     NUM_VAL_IDS,
     Namer,
     NewImage,

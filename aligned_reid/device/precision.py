@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aligned_reid.accelerator import Accelerator
 from aligned_reid.data.transforms import normalize_images
+from aligned_reid.device.base import Accelerator
 
 NUM_IMAGES = 2  # the least that batch norm trains on
 # How far a value may be off, in roundings of the 16-bit type (finfo.eps): one of the value itself, and BOUND of its

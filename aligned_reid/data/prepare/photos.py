@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from aligned_reid.data import layout
-from aligned_reid.data.layout import Namer, NewImage, Parts, check_paths, read_as_jpeg, write_data_set
-from aligned_reid.data.photo_source import Photo, read_photos
+from aligned_reid.data.prepare import layout
+from aligned_reid.data.prepare.layout import Namer, NewImage, Parts, check_paths, read_as_jpeg, write_data_set
+from aligned_reid.data.prepare.photo_source import Photo, read_photos
 from aligned_reid.errors import InputError
 
 NAMES_NAME = "names.json"  # which number stands for which person and which camera

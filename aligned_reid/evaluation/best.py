@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from aligned_reid.accelerator import Accelerator
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TestImages
+from aligned_reid.device.base import Accelerator
 from aligned_reid.distributed import World, take_from_main
 from aligned_reid.errors import InputError
+from aligned_reid.evaluation.evaluate import measures_of
 from aligned_reid.evaluation.extract import extract_features
 from aligned_reid.evaluation.protocol import evaluate_features
-from aligned_reid.measure import measures_of
 from aligned_reid.model import AlignedReID
 from aligned_reid.training.checkpoint import on_host, random_states, set_random_states, write_atomically
 from aligned_reid.training.log import Log

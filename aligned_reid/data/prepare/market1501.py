@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from aligned_reid.data import layout
-from aligned_reid.data.layout import (
+from aligned_reid.data.partitions import write_atomically
+from aligned_reid.data.prepare import layout
+from aligned_reid.data.prepare.layout import (
     IMAGE_ENDINGS,
     NUM_VAL_IDS,
     Namer,
@@ -24,7 +25,6 @@ from aligned_reid.data.layout import (
     read_as_jpeg,
     write_data_set,
 )
-from aligned_reid.data.partitions import write_atomically
 from aligned_reid.errors import InputError
 
 TRAIN, TEST, QUERY_FOLDER, MULTI_QUERY_FOLDER = "bounding_box_train", "bounding_box_test", "query", "gt_bbox"

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aligned_reid.device.cpu import cpu_has_bfloat16, keep_freed_memory
+from aligned_reid.device.optimizer import ADAM, Parameters, make_adam, parameters_of
+from aligned_reid.device.scaler import ApexScaler, LossScaler, NativeScaler
 from aligned_reid.errors import InputError
-from aligned_reid.host import cpu_has_bfloat16, keep_freed_memory
-from aligned_reid.loss_scaler import ApexScaler, LossScaler, NativeScaler
-from aligned_reid.optimizer import ADAM, Parameters, make_adam, parameters_of
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from aligned_reid.data.drawing.figure import Figure
-from aligned_reid.data.drawing.painting import CREASE_CHOICES, NEUTRAL, Layers, Pose
-from aligned_reid.data.drawing.person import pick, sample_person
-from aligned_reid.data.drawing.street import SCENE_HEIGHT, SCENE_WIDTH, draw_scene
+from aligned_reid.synthetic.figure import Figure
+from aligned_reid.synthetic.painting import CREASE_CHOICES, NEUTRAL, Layers, Pose
+from aligned_reid.synthetic.person import pick, sample_person
+from aligned_reid.synthetic.street import SCENE_HEIGHT, SCENE_WIDTH, draw_scene
 
 Image = NDArray[np.uint8]  # [H, W, 3], RGB
 

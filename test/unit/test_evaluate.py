@@ -4,7 +4,7 @@ import pytest
 
 from aligned_reid.config import Config
 from aligned_reid.errors import InputError
-from aligned_reid.measure import settle_test
+from aligned_reid.evaluation.evaluate import settle_test
 
 
 def settled(settings, **given):

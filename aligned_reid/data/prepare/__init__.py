@@ -1,0 +1,1 @@
+"""From raw data sets and photos to the prepared layout on disk."""
