@@ -1,13 +1,17 @@
-"""What every command does around its work: one line for a user's mistake, and an exit status that tells."""
+"""The frame of every command: its argument parser, one line for a user's mistake, and the exit status."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import errno
 import io
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from aligned_reid.errors import InputError, RunStopped
@@ -33,7 +37,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 
 def report(name: str, main: Callable[[], None]) -> None:
-    """Run `main`; of an error that a user can do something about, one line and the exit status."""
+    """Run `main`; report an error that the user can fix as one line and an exit status."""
     try:
         main()
     except InputError as error:
@@ -60,15 +64,14 @@ def complain(line: str, status: int) -> NoReturn:
 
 
 class Console:
-    """Standard output or error that takes any file's name, and whose reader may leave: the rest is dropped then.
+    """Standard output or error that can print any path, and that drops output once its reader has gone.
 
-    A command does not end with its reader: in `nohup train.py | tee log`, a closed terminal ends tee, and the run has
-    log.txt.
+    A command outlives its reader: with `nohup train.py | tee log`, closing the terminal ends tee, but not the run.
     """
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
-        if isinstance(stream, io.TextIOWrapper):  # paths that are not UTF-8 are printed as they are
+        if isinstance(stream, io.TextIOWrapper):  # print paths that are not UTF-8 unchanged
             is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
             stream.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
 
@@ -89,3 +92,54 @@ class Console:
             if error.errno not in READER_GONE:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def parse_bool(text: str) -> bool:
+    """'true' or 'false', in any case; anything else is refused."""
+    try:
+        return {"true": True, "false": False}[text.strip().lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
+
+
+def parse_ints(text: str) -> tuple[int, ...]:
+    """'256,128' or '(256, 128)' -> (256, 128). Parsed, never evaluated."""
+    try:
+        return tuple(int(part) for part in text.strip().strip("()[]").split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 256,128") from None
+
+
+def expand_home(text: str) -> str:
+    """A path with a leading ~ or ~user expanded; shells do not expand it after `--flag=`."""
+    user = text.split("/")[0]
+    home = os.path.expanduser(user)
+    if user.startswith("~") and not (os.path.isabs(home) and os.path.isdir(home)):
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no home folder {user} (a folder of that name: ./{user})")
+    return home + text[len(user) :]
+
+
+def parse_path(text: str) -> Path:
+    return Path(expand_home(text))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that prints an error as one line, with the nearest flag's name, and exits with status 2."""
+
+    def __init__(self, *, removed: Mapping[str, str] | None = None, **settings: Any) -> None:
+        """removed: names of flags of earlier versions, and what to use instead."""
+        super().__init__(**settings)
+        self.removed = removed or {}
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"invalid int value: (.*)", r"\1 is not a whole number", message)
+        message = re.sub(r"invalid float value: (.*)", r"\1 is not a number", message)
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+        if unknown.startswith("-") and message.startswith("unrecognized"):
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown, flags, n=1)
+            message = f"unknown flag {unknown}" + (f" (did you mean {near[0]}?)" if near else "")
+            if unknown.lstrip("-") in self.removed:
+                message = f"{unknown} was removed: {self.removed[unknown.lstrip('-')]}"
+        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)

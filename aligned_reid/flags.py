@@ -1,84 +1,110 @@
-"""How the values of options are written on a command line: parsed, never evaluated, and written back."""
+"""How options become flags: the fields that declare them, the parser, --help and docs/flags.md, all from one place."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import os
-import re
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, field
+from typing import Any, NamedTuple
+
+from aligned_reid.cli import OneLineParser, parse_bool, parse_ints
+from aligned_reid.errors import InputError
+
+# What an option affects. A resumed run reports changes of TRAINING options; a test takes TEST options from the weight
+# file unless they are given; ARCHITECTURE options are arguments of AlignedReID.
+TRAINING, TEST, ARCHITECTURE = "training", "test", "architecture"
+MODEL = (TRAINING, TEST, ARCHITECTURE)
+NOTHING: tuple[str, ...] = ()
 
 
-def parse_bool(text: str) -> bool:
-    """'true' or 'false' in any case; anything else is refused (`bool('false')` would be True)."""
-    try:
-        return {"true": True, "false": False}[text.strip().lower()]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
+class Range(NamedTuple):
+    """The values that a number may have: from `low` to `high`, `low` itself excluded if `above` is set."""
+
+    low: float = 0
+    high: float = math.inf
+    above: bool = False
+
+    def holds(self, value: float) -> bool:
+        return (value > self.low if self.above else value >= self.low) and value <= self.high
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
+        return low if self.high == math.inf else f"{low}, at most {self.high:.10g}"
 
 
-def parse_ints(text: str) -> tuple[int, ...]:
-    """'256,128' or '(256, 128)' -> (256, 128). Parsed, never evaluated."""
-    try:
-        return tuple(int(part) for part in text.strip().strip("()[]").split(",") if part.strip())
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 256,128") from None
+ANY, COUNT, SHARE = Range(), Range(1), Range(0, 1)
+LARGEST = {int: 2**31 - 1, float: 1e9}  # of numbers whose range has no upper end
+
+# How None is written on the command line. Other options that are None are left out.
+NONE_AS = {"global_margin": "none", "local_margin": "none", "loss_scale": "dynamic", "use_local_distance": "auto"}
+
+
+def option(
+    group: str,
+    default: Any,
+    text: str,
+    *,
+    allowed: Range | Sequence[str] = ANY,
+    affects: Sequence[str] = (TRAINING,),
+    aliases: Sequence[str] = (),
+    common: bool = False,
+    parse: Callable[[str], Any] | None = None,
+) -> Any:
+    """A dataclass field that holds all there is to know of a flag.
+
+    allowed: the range of a number, or the choices of a string. common: whether plain --help shows it.
+    parse: turns the flag's text into its value; default: by the field's type.
+    """
+    metadata = {
+        "group": group,
+        "help": text,
+        "allowed": allowed,
+        "affects": affects,
+        "aliases": aliases,
+        "common": common,
+        "parse": parse,
+    }
+    return field(default=default, metadata=metadata)
+
+
+def check_value(one: Field, value: Any) -> None:
+    """Raise InputError if the option's value is not allowed."""
+    allowed = one.metadata["allowed"]
+    if not isinstance(allowed, Range):
+        if value not in allowed:
+            raise InputError(f"--{one.name} {value}: choose from {', '.join(allowed)}")
+        return
+    for number in value if isinstance(value, tuple) else [value]:
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            bounded = allowed._replace(high=min(allowed.high, LARGEST[type(number)]))
+            if not bounded.holds(number):
+                raise InputError(f"--{one.name} is {bounded if number > 1 else allowed}, not {number:g}")
 
 
 def parse_height_width(text: str) -> tuple[int, int]:
+    """'256,128' or '(256, 128)' -> (256, 128), height before width."""
     size = parse_ints(text)
     if len(size) != 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not height,width such as 256,128")
     return size[0], size[1]
 
 
-def parse_margin(text: str) -> float | None:
-    """A number, or 'none' for the soft margin log(1 + exp(dist_ap - dist_an))."""
-    if text.strip().lower() == "none":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none (soft margin)") from None
+def number_or(word: str) -> Callable[[str], float | None]:
+    """A parser of a number, or of `word`, which stands for None."""
 
+    def parse(text: str) -> float | None:
+        try:
+            return None if text.strip().lower() == word else float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {word}") from None
 
-def parse_loss_scale(text: str) -> float | None:
-    """A positive number for a static scale, or 'dynamic' (None)."""
-    if text.strip().lower() == "dynamic":
-        return None
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = 0.0
-    if not 0.0 < scale < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor dynamic")
-    return scale
+    return parse
 
 
 def parse_local_distance(text: str) -> bool | None:
-    """'true', 'false', or 'auto' (None): where the local branch was trained."""
+    """'true', 'false' or 'auto' (None)."""
     return None if text.strip().lower() == "auto" else parse_bool(text)
-
-
-def expand_home(text: str) -> str:
-    """A path with the ~ or ~user at its start expanded, which a shell leaves alone behind `--flag=`."""
-    user = text.split("/")[0]
-    home = os.path.expanduser(user)
-    if user.startswith("~") and not (os.path.isabs(home) and os.path.isdir(home)):
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no home folder {user} (a folder of that name: ./{user})")
-    return home + text[len(user) :]
-
-
-def expand_homes(text: str) -> str:
-    """Several paths, joined with +."""
-    return "+".join(map(expand_home, text.split("+")))
-
-
-def parse_path(text: str) -> Path:
-    return Path(expand_home(text))
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {
@@ -86,34 +112,97 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "int": int,
     "int | None": int,
     "float": float,
-    "float | None": parse_margin,
+    "float | None": number_or("none"),
     "str": str,
     "tuple[int, int]": parse_height_width,
     "tuple[int, ...]": parse_ints,
 }
 
 
-def format_option(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value other than None as it is written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return ",".join(str(part) for part in value)
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line with the nearest flag's name, and exit status 2."""
+def written_value(name: str, value: Any) -> str:
+    """A value as it is written on the command line; empty if the flag is to be left out."""
+    return NONE_AS.get(name, "") if value is None else format_value(value)
 
-    def error(self, message: str) -> NoReturn:
-        message = re.sub(r"invalid int value: (.*)", r"\1 is not a whole number", message)
-        message = re.sub(r"invalid float value: (.*)", r"\1 is not a number", message)
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-        if unknown.startswith("-") and message.startswith("unrecognized"):
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown, flags, n=1)
-            message = f"unknown flag {unknown}" + (f" (did you mean {near[0]}?)" if near else "")
-        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(2)
+
+def make_parser(options: Iterable[Field], removed: Mapping[str, str]) -> argparse.ArgumentParser:
+    """The parser of `options`. removed: flags of earlier versions, and what to use instead."""
+    options = list(options)
+    parser = OneLineParser(
+        allow_abbrev=False,
+        add_help=False,
+        usage="%(prog)s --data_path=DIR [--flag=value ...]",
+        description="Train AlignedReID and evaluate it, or evaluate only.",
+        removed=removed,
+    )
+
+    class Help(argparse.Action):
+        def __call__(self, called: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+            if values != "all":
+                parser.epilog = f"These are the common flags. --help all lists all {len(options)}."
+                for one in options:
+                    if not one.metadata["common"]:
+                        actions[one.name].help = argparse.SUPPRESS
+            parser.print_help()
+            parser.exit()
+
+    parser.add_argument(
+        "-h",
+        "--help",
+        nargs="?",
+        metavar="all",
+        action=Help,
+        dest=argparse.SUPPRESS,
+        help="list the common flags, or all",
+    )
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(one.metadata["group"] for one in options)}
+    actions = {}
+    for one in options:
+        default = written_value(one.name, one.default)
+        actions[one.name] = groups[one.metadata["group"]].add_argument(
+            *flags_of(one),
+            dest=one.name,
+            default=argparse.SUPPRESS,  # what is not given is the recipe's
+            type=one.metadata["parse"] or PARSERS[str(one.type)],
+            choices=choices_of(one),
+            metavar=None if choices_of(one) else "X",
+            help=one.metadata["help"].replace("%", "%%") + (f" (default: {default})" if default else ""),
+        )
+    return parser
+
+
+def flags_of(one: Field) -> list[str]:
+    return [f"--{one.name}", *one.metadata["aliases"]]
+
+
+def choices_of(one: Field) -> Sequence[str] | None:
+    return None if isinstance(one.metadata["allowed"], Range) else one.metadata["allowed"]
+
+
+def flags_page(options: Iterable[Field]) -> str:
+    """The text of docs/flags.md."""
+    lines = [
+        "# Flags",
+        "",
+        "All flags of `script/train.py`; `script/extract.py` takes them too. `--recipe` changes the defaults.",
+        "This page is written by",
+        "`python -c 'from aligned_reid import config, flags; print(flags.flags_page(config.OPTIONS), end=\"\")'`.",
+    ]
+    group = ""
+    for one in options:
+        if one.metadata["group"] != group:
+            group = one.metadata["group"]
+            lines += ["", f"## {group.capitalize()}", "", "| flag | default | what it does |", "| --- | --- | --- |"]
+        flags = ", ".join(f"`{flag}`" for flag in flags_of(one))
+        default = written_value(one.name, one.default)
+        choices = f" ({', '.join(choices_of(one) or [])})" if choices_of(one) else ""
+        lines.append(f"| {flags} | {default and f'`{default}`'} | {one.metadata['help']}{choices} |")
+    return "\n".join(lines) + "\n"

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aligned_reid.flags import parse_ints
+from aligned_reid.cli import parse_ints
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = "128,64"

@@ -27,10 +27,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from aligned_reid.cli import parse_bool, parse_ints
 from aligned_reid.evaluation import rank, re_rank_features
 from aligned_reid.evaluation.feature_file import FeatureWriter, load_features, open_features
 from aligned_reid.evaluation.streaming import LargeSet, rank_streamed, re_rank_streamed
-from aligned_reid.flags import parse_bool, parse_ints
 
 NUM_QUERY, NUM_MARKET, NUM_PEOPLE, NUM_CAMERAS = 3368, 15913, 750, 6
 JUNK_SHARE = 0.17  # of Market-1501's gallery is nobody in particular

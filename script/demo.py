@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import numpy as np
 import torch
 
-from aligned_reid.cli import run_command
+from aligned_reid.cli import OneLineParser, parse_path, run_command
 from aligned_reid.config import Config
 from aligned_reid.data import ReidData, TestImages, make_synthetic, open_data
 from aligned_reid.data.partitions import GALLERY, QUERY
@@ -17,7 +17,6 @@ from aligned_reid.distributed import World
 from aligned_reid.evaluation import Ranking, global_distance_matrix, rank
 from aligned_reid.evaluation.extract import extract_features
 from aligned_reid.evaluation.picture import draw_matches
-from aligned_reid.flags import OneLineParser, parse_path
 from aligned_reid.model import AlignedReID, load_weights
 from aligned_reid.run import run
 from aligned_reid.weights import read_state_dict

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aligned_reid.cli import run_command
-from aligned_reid.flags import OneLineParser, parse_bool, parse_local_distance, parse_path
+from aligned_reid.cli import OneLineParser, parse_bool, parse_path, run_command
+from aligned_reid.flags import parse_local_distance
 
 
 def parse_arguments() -> argparse.Namespace:

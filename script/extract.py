@@ -10,9 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aligned_reid.cli import run_command
+from aligned_reid.cli import OneLineParser, parse_path, run_command
 from aligned_reid.config import Config
-from aligned_reid.flags import OneLineParser, parse_path
 
 
 def parse_arguments() -> tuple[Path, Config]:

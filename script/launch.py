@@ -11,9 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # before torch: a broken torch_npu would stop its import
 
-from aligned_reid.cli import run_command
+from aligned_reid.cli import OneLineParser, parse_path, run_command
 from aligned_reid.config import Config
-from aligned_reid.flags import OneLineParser, parse_path
 from aligned_reid.launcher import launch
 from aligned_reid.lock import check_free
 

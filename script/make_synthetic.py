@@ -8,9 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aligned_reid.cli import run_command
+from aligned_reid.cli import OneLineParser, parse_path, run_command
 from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY, read_partitions
-from aligned_reid.flags import OneLineParser, parse_path
 from aligned_reid.synthetic.make import make_synthetic
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aligned_reid.cli import run_command
+from aligned_reid.cli import OneLineParser, parse_path, run_command
 from aligned_reid.data.partitions import read_partitions
 from aligned_reid.data.prepare.layout import describe
 from aligned_reid.data.prepare.msmt17 import prepare_msmt17
-from aligned_reid.flags import OneLineParser, parse_path
 
 
 def parse_arguments() -> argparse.Namespace:

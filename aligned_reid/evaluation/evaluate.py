@@ -14,7 +14,7 @@ from aligned_reid.distributed import World
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.extract import FeatureSet, extract_features
 from aligned_reid.evaluation.protocol import Measures, evaluate_features
-from aligned_reid.flags import format_option
+from aligned_reid.flags import format_value
 from aligned_reid.model import AlignedReID, open_model
 from aligned_reid.training.log import Log
 from aligned_reid.weights import settings_of
@@ -45,10 +45,10 @@ def settle_test(config: Config, content: Any, log: Log) -> Config:
     differing = {name: value for name, value in trained.items() if value != getattr(config, name)}
     taken = {name: value for name, value in differing.items() if name not in config.given}
     if taken:
-        log(f"as the weights were trained: {' '.join(f'--{name}={format_option(taken[name])}' for name in taken)}")
+        log(f"as the weights were trained: {' '.join(f'--{name}={format_value(taken[name])}' for name in taken)}")
     config = dataclasses.replace(config, **taken)
     if "resize_h_w" in differing.keys() - taken.keys():
-        sizes = (format_option(size) for size in (trained["resize_h_w"], config.resize_h_w))
+        sizes = (format_value(size) for size in (trained["resize_h_w"], config.resize_h_w))
         log("the weights were trained at --resize_h_w={} and are tested at {}".format(*sizes))
     if config.feature_after_bn and not config.bnneck:
         raise InputError(

@@ -11,8 +11,8 @@ import torch
 from aligned_reid import run as run_module
 from aligned_reid.config import Config
 from aligned_reid.errors import InputError, RunStopped
-from aligned_reid.run import run
 from aligned_reid.evaluation import best as best_module
+from aligned_reid.run import run
 from aligned_reid.training.checkpoint import Checkpoints
 from aligned_reid.weights import read_weight_file
 

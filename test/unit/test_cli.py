@@ -1,5 +1,6 @@
 """The frame of every command: its exit status, and its standard output."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+
+from aligned_reid.cli import OneLineParser, expand_home
 
 
 def run_main(body, **options):
@@ -71,3 +74,29 @@ def test_only_a_second_ctrl_c_a_second_later_ends_a_command_that_saves():
         print('not reached', flush=True)"""
     done = run_main(body, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert (done.returncode, done.stdout) == (-signal.SIGINT, b"saving\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("~/runs/a", "{home}/runs/a"), ("~", "{home}"), ("./~", "./~"), ("runs/~/a", "runs/~/a"), ("", "")],
+)
+def test_a_leading_tilde_is_the_home_folder(monkeypatch, tmp_path, text, path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_home(text) == path.format(home=tmp_path)
+
+
+def test_a_home_folder_that_does_not_exist_is_refused(monkeypatch, tmp_path):
+    for home, path in ((tmp_path, "~nosuchuser/x"), (tmp_path / "none", "~/x")):
+        monkeypatch.setenv("HOME", str(home))
+        with pytest.raises(argparse.ArgumentTypeError, match="home folder"):
+            expand_home(path)
+
+
+def test_an_unknown_flag_is_one_line_with_the_nearest_flag(capsys):
+    parser = OneLineParser(prog="it", allow_abbrev=False)
+    parser.add_argument("--workers")
+    with pytest.raises(SystemExit) as exit_:
+        parser.parse_args(["--worker=3"])
+    assert exit_.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "--workers" in line
