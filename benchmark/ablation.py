@@ -1,12 +1,11 @@
-"""What each trick is worth: one training a row, from the reference's recipe to the strong one.
+"""What each trick is worth: one training per row, from the reference's recipe to the strong one.
 
     python benchmark/ablation.py --data_path=market1501 --pretrained=model.pth --folder=ablation [--rows=1,2] [--table]
 
-A row adds a trick to the row that it names. Every one that ends appends a line to --results (default
-docs/ablation.jsonl), with its flags and scores. The script may be stopped at any time: started again it goes on with
-the row that it was in, from its checkpoint, and makes no row twice. --table prints the table of what is there, and
-trains nothing. A row takes --epochs epochs at 128 x 64 pixels, on every machine in float32, so that rows of several can
-be compared.
+A row adds a trick to the row that it names. Each finished row appends a line with its flags and scores to --results
+(default docs/ablation.jsonl). An interrupted script resumes its row from the checkpoint and skips finished rows. --table
+only prints the table of finished rows. Every row trains --epochs epochs at 128 x 64 pixels in float32, so rows from
+different machines can be compared.
 """
 
 from __future__ import annotations
@@ -34,50 +33,48 @@ COLUMNS = {
 
 
 class Row(NamedTuple):
-    """A trick: its flags, and the row, counted from 1, whose flags it adds them to."""
+    """A trick: its flags, and the number of the row (from 1) that it adds them to."""
 
     name: str
     base: int
     flags: list[str]
-    trains: bool = True  # else it tests the weights of its base in another way
+    trains: bool = True  # False: it tests the weights of its base in another way
 
 
 ROWS = [
     Row("reference", 0, []),
-    Row("8 x 4 images a batch, the last one kept", 1, ["--ids_per_batch=8", "--train_final_batch=true"]),
+    Row("8 x 4 images per batch, last batch kept", 1, ["--ids_per_batch=8", "--train_final_batch=true"]),
     Row("identity loss", 2, ["-idlw=1"]),
     Row(
-        "BNNeck, its feature at test, cosine distance",
+        "BNNeck, tested after it, cosine distance",
         3,
         ["--bnneck=true", "--feature_after_bn=true", "--test_distance=cosine"],
     ),
     Row("label smoothing", 4, ["--label_smoothing=0.1"]),
     Row("warm-up, cosine schedule, rate 7e-4", 5, ["--warmup_epochs=1", "--lr_decay_type=cosine", "--base_lr=7e-4"]),
-    Row("norms and biases not decayed", 6, ["--decay_norms=false"]),
+    Row("no weight decay on norms and biases", 6, ["--decay_norms=false"]),
     Row("padded crops", 7, ["--pad_crop=4"]),
-    # From here on each is added to the same row.
+    # the rows below add to row 8 unless they name another
     Row("mirror averaging at test", 8, ["--flip_test=true"], trains=False),
     Row("random erasing", 8, ["--erase_prob=0.5"]),
     Row("last stride 1", 8, ["--last_stride=1"]),
-    Row("moving average of weights", 8, ["--ema_decay=0.999"]),
     Row("soft margin", 8, ["-gm=none"]),
     Row("center loss", 8, ["--center_loss_weight=5e-4"]),
-    Row("generalised mean pooling", 8, ["--pooling=gem"]),
-    Row("trunk frozen for the first epoch", 8, ["--freeze_trunk_epochs=1"]),
-    Row("stem and first stage frozen", 8, ["--freeze_stages=1"]),
+    Row("GeM pooling", 8, ["--pooling=gem"]),
+    Row("stem and first stage frozen from the start", 8, ["--freeze_stages=1"]),
     Row("local branch", 8, ["-llw=1"]),
-    Row("two models, mutual learning", 18, ["--num_models=2", "-pmlw=0.1", "-gdmlw=0.1", "-ldmlw=0.1"]),
-    Row("the feature before BNNeck at test", 7, ["--feature_after_bn=false"], trains=False),
+    Row("two models, mutual learning", 16, ["--num_models=2", "-pmlw=0.1", "-gdmlw=0.1", "-ldmlw=0.1"]),
+    Row("tested before BNNeck", 7, ["--feature_after_bn=false"], trains=False),
 ]
 
 
 def flags_of(row: int) -> list[str]:
-    """The flags of row `row`, from 1: those of its base and its own."""
+    """The flags of row `row` (from 1), after those of its base."""
     return [*flags_of(ROWS[row - 1].base), *ROWS[row - 1].flags] if row else []
 
 
 def read_results(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """The lines of a results file by row and seed."""
+    """The lines of a results file, by row and seed."""
     if not path.is_file():
         return {}
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -90,7 +87,7 @@ def folder_of(row: int, seed: int, arguments: argparse.Namespace) -> Path:
 
 
 def run_row(row: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train and test one row; returns its line."""
+    """Train and test one row; return its line of results."""
     name, base, _, trains = ROWS[row - 1]
     folder = folder_of(row, seed, arguments)
     flags = [
@@ -110,7 +107,7 @@ def run_row(row: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any
         command.append("--resume=true")
     status = subprocess.run([sys.executable, *command], check=False).returncode
     if status:
-        sys.exit(status)  # train.py has said why
+        sys.exit(status)  # train.py printed the reason
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     scores = {key: score for key, score in results.items() if isinstance(score, dict) and "cmc1" in score}
     seconds = {key: results.get(key) for key in ("train_seconds", "evaluate_seconds")}
@@ -118,7 +115,7 @@ def run_row(row: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any
 
 
 def table(results: dict[tuple[int, int], dict[str, Any]]) -> str:
-    """The rows that there are, as Markdown."""
+    """All results as a Markdown table."""
     heads = ["row", "what it adds", "to row", "seed", *COLUMNS, "minutes of training"]
     lines = [heads, ["---"] * len(heads)]
     for (row, seed), line in sorted(results.items()):
@@ -133,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", help="a prepared data set")
     parser.add_argument("--pretrained", default="imagenet", help="start of the trunk, as of script/train.py")
-    parser.add_argument("--folder", type=Path, default=Path("ablation"), help="where the runs' folders are")
+    parser.add_argument("--folder", type=Path, default=Path("ablation"), help="parent of the run folders")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "ablation.jsonl")
     parser.add_argument("--rows", type=parse_ints, default=(), help=f"such as 1,4; default: 1 to {len(ROWS)}")
     parser.add_argument("--seeds", type=parse_ints, default=(1,), help="such as 1,2")

@@ -1,0 +1,120 @@
+"""README.md and docs/: commands parse, links lead somewhere, examples run."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+
+from aligned_reid.config import Config, markdown_table
+from aligned_reid.data import TestImages, check_protocol, make_synthetic, open_data
+from aligned_reid.export import InferenceGraph, export_onnx
+from aligned_reid.model import AlignedReID
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+each_page = pytest.mark.parametrize("name", sorted(PAGES))
+
+
+def train_commands(text: str) -> list[list[str]]:
+    """The flags of each script/train.py command; $variables of shell loops stand for 1."""
+    text = re.sub(r"\\\n\s*", "", text)
+    return [shlex.split(re.sub(r"\$\w+", "1", flags)) for flags in re.findall(r"script/train\.py (-[^\n`#|]*)", text)]
+
+
+def python_example(name: str) -> str:
+    (example,) = re.findall(r"```python\n(.*?)```", PAGES[name], flags=re.DOTALL)
+    return example
+
+
+def anchors(text: str) -> set[str]:
+    """The fragments that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_flags_page_matches_the_parser():
+    assert markdown_table() in PAGES["flags.md"]
+
+
+@each_page
+def test_train_commands_parse(name):
+    for flags in train_commands(PAGES[name]):
+        Config.from_arguments(flags)  # exits at a mistake
+
+
+def test_there_are_train_commands_to_parse():
+    assert sum(len(train_commands(text)) for text in PAGES.values()) >= 25
+
+
+@each_page
+def test_named_files_exist(name):
+    for path in re.findall(r"(?:script|test|docs|benchmark)/[\w/]+\.(?:py|sh|md|png|jsonl)", PAGES[name]):
+        assert (ROOT / path).is_file(), path
+
+
+@each_page
+def test_links_between_pages_lead_somewhere(name):
+    folder = ROOT if name == "README.md" else ROOT / "docs"
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[name]):
+        path, _, anchor = link.partition("#")
+        target = folder / path if path else folder / name
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_readme_links_every_page_and_is_short():
+    assert all(name == "README.md" or f"docs/{name}" in PAGES["README.md"] for name in PAGES)
+    assert PAGES["README.md"].count("\n") <= 150
+
+
+def test_architecture_names_every_folder():
+    folders = {path.parent.name for path in (ROOT / "aligned_reid").rglob("*.py")}
+    assert [name for name in folders if f"{name}/" not in PAGES["architecture.md"]] == []
+
+
+def test_nothing_is_prepared_into_its_source():
+    commands = [
+        pair
+        for text in PAGES.values()
+        for pair in re.findall(r"script/prepare_\w+\.py --source (\S+) .*--save_dir (\S+)", text)
+    ]
+    assert len(commands) >= 5
+    assert all(source != save_dir for source, save_dir in commands)
+
+
+def test_results_show_the_ablation_table():
+    command = [sys.executable, str(ROOT / "benchmark" / "ablation.py"), "--table"]
+    table = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert table in PAGES["results.md"]
+
+
+def test_readme_shows_a_picture():
+    assert min(cv2.imread(str(ROOT / "docs" / "matches.png")).shape[:2]) > 500
+
+
+def test_example_of_a_custom_split_makes_a_data_set(tmp_path, monkeypatch):
+    drawn = make_synthetic(tmp_path / "drawn", 8, 2, 3, seed=1)
+    (tmp_path / "mine").mkdir()
+    shutil.copytree(drawn / "images", tmp_path / "mine" / "images")
+    for distractor in (tmp_path / "mine" / "images").glob("00000000_*"):
+        distractor.unlink()
+    monkeypatch.chdir(tmp_path)
+    exec(python_example("datasets.md"), {})
+    test = TestImages(open_data(tmp_path / "mine"))
+    check_protocol(test.person_ids, test.cameras, test.marks)
+    assert len(set(test.person_ids)) == 4
+
+
+def test_example_of_inference_reads_a_graph(small_trunk, tiny_data, tmp_path, monkeypatch):
+    graph = InferenceGraph(AlignedReID(None, pretrained="none"), local=False, uint8_input=True, normalize_feature=False)
+    export_onnx(graph, tmp_path / "aligned_reid.onnx", (256, 128), opset=17, batch_size=None)
+    shutil.copy(next((tiny_data / "images").iterdir()), tmp_path / "person.jpg")
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(python_example("evaluation.md"), found)
+    assert found["global_feat"].shape == (1, 2048)
