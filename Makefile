@@ -1,7 +1,7 @@
-# Two commands set up all on a fresh machine: `make demo` and `make test`. `make help` lists the rest.
+# `make demo` and `make test` work on a fresh machine. `make help` lists all targets.
 #
-# PYTHON=  the interpreter to make the environment with (3.11 or newer)
-# VENV=    the environment's folder; empty: no environment, PYTHON as it is (an Ascend host has torch and torch_npu)
+# PYTHON=  the interpreter for the environment (3.11 or newer)
+# VENV=    the environment's folder; if empty, PYTHON is used without one (an Ascend host has torch and torch_npu)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,9 +18,9 @@ endif
 
 .PHONY: help demo test test-slow lint python-version
 help:
-	@echo 'make demo       draw a data set, train, evaluate: prints rank@1, mAP and FPS (at most 6 minutes on 2 cores)'
-	@echo 'make test       lint, types and tests (at most 10 minutes)'
-	@echo 'make test-slow  the slow tests'
+	@echo 'make demo       draw a data set, train, evaluate, print rank@1, mAP and FPS (up to 6 minutes on 2 cores)'
+	@echo 'make test       lint, types and fast tests (up to 10 minutes)'
+	@echo 'make test-slow  slow tests'
 	@echo 'make lint       ruff and mypy only'
 
 demo: python-version $(INSTALLED)
@@ -39,10 +39,10 @@ lint: python-version $(INSTALLED_DEV)
 
 python-version:
 	@$(PYTHON) -c 'import sys, platform; sys.exit(0 if sys.version_info >= (3, 11) else "make: %s is Python %s, \
-	and 3.11 or newer is needed; name one: make PYTHON=python3.11 ..." % (sys.executable, platform.python_version()))'
+	but 3.11 or newer is needed: make PYTHON=python3.11 ..." % (sys.executable, platform.python_version()))'
 
 $(VENV)/bin/python: | python-version
-	$(PYTHON) -m venv $(VENV) || { echo 'make: no environment: install python3-venv, then remove $(VENV)' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo 'make: cannot create the environment: install python3-venv, then remove $(VENV)' >&2; exit 1; }
 
 $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --disable-pip-version-check --quiet -r requirements.txt

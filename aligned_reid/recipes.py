@@ -1,9 +1,9 @@
 """Recipes: what --recipe sets. A flag that is given beside it wins; the log prints the difference from the reference.
 
-`reference` is the defaults. `ascend` is what the wrappers in test/ set. `strong` is the part of the bag of
-tricks (Luo et al., arXiv:1903.07071) that was trained in 128 minutes on two CPU cores with bfloat16 units,
-with the local branch; benchmark/ablation.py trains with each trick in turn. README.md has the flags that make it
-the whole bag, for an accelerator, and a shorter training, for CPUs without such units.
+`reference` is the defaults. `ascend` is what the wrappers in test/ set. `strong` is the part of the bag of tricks
+(Luo et al., arXiv:1903.07071) that trains in 128 minutes on two CPU cores with bfloat16 units, with the local branch.
+benchmark/ablation.py trains each trick in turn. docs/training.md has the complete version for accelerators and shorter
+ones for CPUs.
 """
 
 from typing import Any

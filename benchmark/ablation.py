@@ -3,9 +3,9 @@
     python benchmark/ablation.py --data_path=market1501 --pretrained=model.pth --folder=ablation [--rows=1,2] [--table]
 
 A row adds a trick to the row that it names. Each finished row appends a line with its flags and scores to --results
-(default docs/ablation.jsonl). An interrupted script resumes its row from the checkpoint and skips finished rows. --table
-only prints the table of finished rows. Every row trains --epochs epochs at 128 x 64 pixels in float32, so rows from
-different machines can be compared.
+(default docs/ablation.jsonl). An interrupted script resumes its row from the checkpoint and skips finished rows.
+--table only prints the table of finished rows. Every row trains --epochs epochs at 128 x 64 pixels in float32, so that
+rows from different machines can be compared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The first ten minutes: draw a data set, train on it from nothing, evaluate, and show what the model finds."""
+"""The first ten minutes: draw a data set, train on it from scratch, evaluate, and show what the model finds."""
 
 import sys
 from pathlib import Path
@@ -35,13 +35,13 @@ RECIPE = [
     "--workers=0",
     "--seed=1",
 ]
-PIXELS = (128, 64)  # height and width at which raw pixels are compared
+PIXELS = (128, 64)  # height and width of the raw pixels to compare
 SHOWN = [0, 95, 180, 280, 375]  # queries in the picture
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("--folder", type=parse_path, default=Path("demo"), help="where all of it goes (default: demo)")
+    parser.add_argument("--folder", type=parse_path, default=Path("demo"), help="folder for all files (default: demo)")
     folder = parser.parse_args().folder
     data_path = make_synthetic(folder / "data", **DATA)
     config = Config.from_arguments([f"--data_path={data_path}", f"--exp_dir={folder / 'run'}", *RECIPE])
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def rank_pixels(data: ReidData) -> Ranking:
-    """How far euclidean distance of raw RGB pixels gets."""
+    """The ranking by euclidean distance of raw RGB pixels, as a baseline."""
     images = TestImages(data, size=PIXELS)
     query, gallery = images.marks == QUERY, images.marks == GALLERY
     pixels = torch.from_numpy(np.stack([images[index][0].ravel() for index in range(len(images))])).float()
@@ -67,7 +67,7 @@ def rank_pixels(data: ReidData) -> Ranking:
 
 
 def draw_findings(data: ReidData, config: Config, path: Path) -> None:
-    """Some queries and what the trained model ranks first for them."""
+    """Draw some queries and what the trained model ranks first for them."""
     model = AlignedReID(None, pretrained="none")
     load_weights(model, read_state_dict(config.run_dir), str(config.run_dir), need_local=False)
     images = TestImages(data, size=config.resize_h_w)

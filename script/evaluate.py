@@ -1,9 +1,9 @@
 """Evaluate saved features, without a model or images: python script/evaluate.py --features features.h5
 
-Features are those of script/extract.py, or anybody's .h5, .npz or .mat file with the fields global [N, D], person_id,
-camera, mark (0 query, 1 gallery, 2 multi-query; each [N]) and, optionally, local [N, H, d] and image_name; or with
-those of pytorch_result.mat: query_f, query_label, query_cam, and the same of gallery and mquery. Images of person -1
-are junk and left out.
+--features takes the output of script/extract.py, or any .h5, .npz or .mat file with the fields global [N, D],
+person_id, camera, mark (0 query, 1 gallery, 2 multi-query; each [N]) and, optionally, local [N, H, d] and image_name.
+The fields of pytorch_result.mat work too: query_f, query_label, query_cam, and the same for gallery and mquery. Images
+of person -1 are junk and left out.
 """
 
 import argparse
@@ -26,25 +26,25 @@ def parse_arguments() -> argparse.Namespace:
         "--features",
         type=parse_path,
         required=True,
-        help="file with queries, and gallery images unless --gallery has them",
+        help="file with the queries, and with gallery images unless --gallery has them",
     )
-    add("--gallery", type=parse_path, nargs="+", default=[], help="more files whose gallery images are searched too")
-    add("--save_file", type=parse_path, help="results, JSON (default: beside --features, ending in .results.json)")
+    add("--gallery", type=parse_path, nargs="+", default=[], help="more files with gallery images")
+    add("--save_file", type=parse_path, help="results, as JSON (default: like --features, with .results.json)")
     add(
         "--normalize_feature",
         type=parse_bool,
-        help="bring features to unit length: true or false (default: as trained)",
+        help="scale features to unit length: true or false (default: as trained)",
     )
     add(
         "--use_local_distance",
         type=parse_local_distance,
-        help="true, false or auto (default: where there are features)",
+        help="true, false or auto (default: auto, if all files have local features)",
     )
-    add("--re_ranked", type=parse_bool, default=True, help="measure re-ranked distances too (default: true)")
-    add("--k1", type=int, default=20, help="neighbours of re-ranking (default: 20)")
-    add("--k2", type=int, default=6, help="neighbours averaged in query expansion (default: 6)")
+    add("--re_ranked", type=parse_bool, default=True, help="also evaluate re-ranked distances (default: true)")
+    add("--k1", type=int, default=20, help="neighbors in re-ranking (default: 20)")
+    add("--k2", type=int, default=6, help="neighbors averaged in query expansion (default: 6)")
     add("--lambda_value", type=float, default=0.3, help="weight of the original distance (default: 0.3)")
-    add("--multi_query_pool", choices=["average", "max"], default="", help="measure pooled queries too (default: no)")
+    add("--multi_query_pool", choices=["average", "max"], default="", help="also evaluate pooled queries (default: no)")
     arguments = parser.parse_args()
     if arguments.save_file is None:
         arguments.save_file = arguments.features.with_suffix(".results.json")

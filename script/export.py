@@ -1,4 +1,4 @@
-"""Write a trained model as an ONNX graph, and check the graph against torch; see --help."""
+"""Write a trained model as an ONNX graph and check the graph against torch: python script/export.py --help"""
 
 import argparse
 import sys
@@ -19,21 +19,21 @@ def parse_batch_size(text: str) -> int | None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The flags of export."""
+    """The command line of export.py."""
     parser = OneLineParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--model_weight_file", type=parse_path, required=True, help="weights: a file, or a folder that holds ckpt.pth")
     add("--save_file", type=parse_path, required=True, help="the file to write, e.g. aligned_reid.onnx")
     add("--to", choices=["onnx"], default="onnx", help="the graph's format (default: onnx)")
     add("--features", choices=["global", "global_local"], default="global", help="outputs (default: global)")
-    add("--input", choices=["uint8", "float32"], default="uint8", help="images as uint8 [N, H, W, 3], or as float32 "
-        "[N, 3, H, W] from 0 to 1; RGB, resized; normalised in the graph (default: uint8)")  # fmt: skip
-    add("--batch_size", type=parse_batch_size, default=None, help="images a call, or dynamic (default: dynamic)")
-    add("--resize_h_w", type=parse_height_width, help="height,width (default: as trained, else 256,128)")
-    add("--normalize_feature", type=parse_bool, help="features of unit length: true or false (default: as trained)")
-    add("--opset", type=int, default=17, help="13 to 18 (default: 17)")
-    add("--data_path", type=parse_path, help="a prepared data set: evaluate the graph's features on its test part too")
-    add("--workers", type=int, default=2, help="processes that decode images of --data_path (default: 2)")
+    add("--input", choices=["uint8", "float32"], default="uint8", help="resized RGB images: uint8 [N, H, W, 3], or "
+        "float32 [N, 3, H, W] from 0 to 1; the graph normalizes them (default: uint8)")  # fmt: skip
+    add("--batch_size", type=parse_batch_size, default=None, help="images per call, or dynamic (default: dynamic)")
+    add("--resize_h_w", type=parse_height_width, help="height,width in pixels (default: as trained, or 256,128)")
+    add("--normalize_feature", type=parse_bool, help="scale features to unit length (default: as trained)")
+    add("--opset", type=int, default=17, help="ONNX opset, 13 to 18 (default: 17)")
+    add("--data_path", type=parse_path, help="a prepared data set, to evaluate the graph on its test part")
+    add("--workers", type=int, default=2, help="processes that load images (default: 2)")
     arguments = parser.parse_args()
     if arguments.workers < 0:
         parser.error("--workers is 0 or more")
@@ -70,7 +70,7 @@ def main() -> None:
     print(f"{arguments.save_file} ({arguments.save_file.stat().st_size / 1e6:.1f} MB): {described}")
     print(f"ONNX Runtime's features differ from torch's by at most {difference:.1e} of the largest value")
     if trained.get("flip_test"):
-        print("the weights are to be tested on means with mirror images (--flip_test), which the graph leaves to you")
+        print("the weights were trained for --flip_test; the graph does not average over flips, do that in the caller")
     if images is not None:
         features = OnnxFeatures(arguments.save_file).extract(images, arguments.workers)
         evaluate_features(features, images, print, Measures())

@@ -1,7 +1,7 @@
 """Write the features of a data set's test part to a file: python script/extract.py --save_file features.h5 ...
 
-Takes the flags of script/train.py besides: --data_path and --model_weight_file at least. What it writes is evaluated by
-script/evaluate.py. Interrupted, it goes on where it was when the same command is run again.
+Takes all flags of script/train.py; --data_path and --model_weight_file are needed. script/evaluate.py evaluates the
+file. If interrupted, run the same command again to resume.
 """
 
 import argparse

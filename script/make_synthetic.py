@@ -1,4 +1,4 @@
-"""Draw the embedded data set of generated pedestrians; see --help."""
+"""Draw a data set of synthetic pedestrians: python script/make_synthetic.py --save_dir drawn"""
 
 import argparse
 import shlex
@@ -14,20 +14,20 @@ from aligned_reid.synthetic.make import make_synthetic
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The flags of make_synthetic."""
+    """The command line of make_synthetic.py."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
-        "--save_dir", type=parse_path, required=True, help="a new folder; when interrupted, run again to go on"
+        "--save_dir", type=parse_path, required=True, help="a new folder; if interrupted, run again to resume"
     )
-    parser.add_argument("--num_ids", type=int, default=300, help="identities, three quarters of them for training")
-    parser.add_argument("--num_cameras", type=int, default=6, help="cameras, each of which sees every identity")
-    parser.add_argument("--images_per_camera", type=int, default=4, help="images of an identity under one camera")
-    parser.add_argument("--seed", type=int, default=1, help="the same seed and package versions give the same bytes")
+    parser.add_argument("--num_ids", type=int, default=300, help="identities; three quarters are for training")
+    parser.add_argument("--num_cameras", type=int, default=6, help="cameras; each sees every identity")
+    parser.add_argument("--images_per_camera", type=int, default=4, help="images of each identity under each camera")
+    parser.add_argument("--seed", type=int, default=1, help="same seed and package versions: same bytes")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Draw, print the counts and the command to go on with."""
+    """Draw; print the counts and the next command."""
     save_dir = make_synthetic(**vars(parse_arguments()))
     partitions = read_partitions(save_dir / "partitions.pkl")
     num_marked = Counter(partitions.test_marks)

@@ -15,22 +15,22 @@ from aligned_reid.data.prepare.layout import describe
 
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(
-        allow_abbrev=False, description="Bring CUHK03 into the layout that --data_path takes. The source is only read."
+        allow_abbrev=False, description="Copy CUHK03 into the layout that --data_path takes. The source is only read."
     )
     add = parser.add_argument
     add(
         "--source",
         type=parse_path,
         required=True,
-        help="the folder with cuhk-03.mat (or images_<kind>/) and the protocol's .mat files",
+        help="folder with cuhk-03.mat (or images_<kind>/) and the .mat files of the protocol",
     )
-    add("--save_dir", type=parse_path, required=True, help="a new folder; when interrupted, run again to go on")
-    add("--kind", required=True, choices=KINDS, help="boxes drawn by hand (labeled) or detected")
+    add("--save_dir", type=parse_path, required=True, help="a new folder; if interrupted, run again to resume")
+    add("--kind", required=True, choices=KINDS, help="boxes drawn by hand (labeled) or by a detector")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Prepare, print the counts and the command to go on with."""
+    """Prepare; print the counts and the next command."""
     arguments = parse_arguments()
     save_dir = prepare_cuhk03(**vars(arguments))
     print(describe(read_partitions(save_dir / "partitions.pkl")))

@@ -20,12 +20,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--source", type=parse_path, required=True, help="Market-1501-v15.09.15.zip, or the folder it unpacks to")
-    add("--save_dir", type=parse_path, required=True, help="a new folder; when interrupted, run again to go on")
+    add("--save_dir", type=parse_path, required=True, help="a new folder; if interrupted, run again to resume")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Prepare, print the counts and the command to go on with."""
+    """Prepare; print the counts and the next command."""
     save_dir = prepare_market1501(**vars(parse_arguments()))
     print(describe(read_partitions(save_dir / "partitions.pkl")))
     print(f"next: python script/train.py --data_path={shlex.quote(str(save_dir))}")

@@ -18,16 +18,16 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False, description="Copy MSMT17 into the layout that --data_path takes. The source is only read."
     )
     parser.add_argument(
-        "--source", type=parse_path, required=True, help="the folder with list_train.txt, of MSMT17 version 1 or 2"
+        "--source", type=parse_path, required=True, help="folder with list_train.txt, MSMT17 version 1 or 2"
     )
     parser.add_argument(
-        "--save_dir", type=parse_path, required=True, help="a new folder; when interrupted, run again to go on"
+        "--save_dir", type=parse_path, required=True, help="a new folder; if interrupted, run again to resume"
     )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Prepare, print the counts and the command to go on with."""
+    """Prepare; print the counts and the next command."""
     save_dir = prepare_msmt17(**vars(parse_arguments()))
     print(describe(read_partitions(save_dir / "partitions.pkl")))
     print(f"next: python script/train.py --dataset=msmt17 --data_path={shlex.quote(str(save_dir))}")

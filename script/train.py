@@ -1,4 +1,4 @@
-"""Train AlignedReID and evaluate it, or with --only_test true evaluate only: python script/train.py --data_path=..."""
+"""Train and evaluate AlignedReID, or only evaluate with --only_test true: python script/train.py --data_path=..."""
 
 import sys
 from pathlib import Path
