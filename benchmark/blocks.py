@@ -1,4 +1,4 @@
-"""Work in processes of its own: what one side of a benchmark does in its turn, and the most memory that it takes."""
+"""Runs each side of a benchmark in a new process and measures its peak memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Block(NamedTuple):
-    """What a process measured in its turn: seconds of each step, its largest memory in MB, and what it computed on."""
+    """Measurements of one process: seconds of each step, peak memory in MB, device."""
 
     seconds: list[float]
     megabytes: float
@@ -19,7 +19,7 @@ class Block(NamedTuple):
 
 
 def in_own_processes(work: Callable[..., Any], all_arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """What `work` gives for each of the arguments: one new process each, all at the same time.
+    """The results of `work` for each of the arguments: one new process each, all at the same time.
 
     The processes have ended when this returns, so that their memory and their threads disturb no other turn. Exits
     where one of them ends without a result; it has said why.
@@ -30,12 +30,12 @@ def in_own_processes(work: Callable[..., Any], all_arguments: Sequence[tuple[Any
         ours, theirs = context.Pipe()
         process = context.Process(target=answer, args=(theirs, work, arguments))
         process.start()
-        theirs.close()  # so that the end of the process is noticed
+        theirs.close()  # so that recv() raises EOFError when the process ends
         started.append((process, ours))
     try:
         return [connection.recv() for _, connection in started]
     except EOFError:
-        raise SystemExit("a process of the benchmark has ended without a result") from None
+        raise SystemExit("a process of the benchmark ended without a result") from None
     finally:
         for process, connection in started:
             connection.close()
@@ -47,21 +47,21 @@ def answer(connection: Connection, work: Callable[..., Any], arguments: tuple[An
 
 
 def forget_peak_memory() -> None:
-    """Let peak_memory count from here on, where Linux lets this process do so."""
+    """Reset the peak that peak_memory returns, if Linux allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> float:
-    """MB that this process has held at most (Linux). Its children's are not among them.
+    """Peak memory of this process in MB, without its children (Linux).
 
-    Not getrusage's ru_maxrss, which a process inherits from the one that started it.
+    getrusage's ru_maxrss will not do: a process inherits it from its parent.
     """
     return memory_line("VmHWM")
 
 
 def memory() -> float:
-    """MB that this process holds now."""
+    """Current memory of this process in MB."""
     return memory_line("VmRSS")
 
 

@@ -1,13 +1,12 @@
-"""How fast the evaluation is, against the published code's own algorithm and against good plain numpy, in one run.
+"""Speed of the evaluation, compared with the published code's algorithm and with good plain numpy, in one run.
 
     python benchmark/evaluation.py [--size small|market|500k]
 
-Random features with the structure of a test set: people, cameras, distractors. `market` has Market-1501's size and
-takes about 15 minutes on 2 cores, most of them the published code's, and 12 GB of memory, its re-ranking's. Compilation
-by numba, once in the life of an installation, is not counted. Peak memory is what a function holds at most besides its
-inputs, its result included. A second table has feature extraction, of which extraction.py says more. At `500k`,
-Market-1501 with 500,000 distractors, the published code cannot run; it is what evaluation_large.py measures, re-ranking
-included, and takes more than an hour.
+The features are random but have the structure of a test set: people, cameras, distractors. `market` has Market-1501's
+size; it takes about 15 minutes on 2 cores and 12 GB of memory, mostly for the published code. numba's compilation, once
+per installation, is not counted. Peak memory includes a function's result but not its inputs. A second table shows
+feature extraction (see extraction.py). `500k` is Market-1501 with 500,000 distractors, measured by evaluation_large.py
+with re-ranking; it takes more than an hour, and the published code cannot run at this size.
 """
 
 import argparse
@@ -55,7 +54,7 @@ class TestSet(NamedTuple):
 
 class Measurement(NamedTuple):
     seconds: float
-    peak_bytes: float  # nan where the system does not tell
+    peak_bytes: float  # nan if the system does not report it
     result: Any
 
 
@@ -65,7 +64,7 @@ def make_test_set(num_query: int, num_gallery: int, num_people: int, seed: int =
     gallery_ids = rng.integers(1, num_people + 1, num_gallery)
     gallery_ids[rng.random(num_gallery) < DISTRACTORS] = 0
     cams = [rng.integers(0, NUM_CAMERAS, num) for num in (num_query, num_gallery)]
-    # A distractor is nobody in particular: it gets a centre of its own.
+    # each distractor has its own center
     people = np.concatenate([query_ids, np.where(gallery_ids, gallery_ids, num_people + 1 + np.arange(num_gallery))])
     feats = []
     for shape in ((GLOBAL_WIDTH,), LOCAL_SHAPE):
@@ -94,7 +93,7 @@ def reset_peak() -> None:
 
 
 def measure(function: Callable[..., Any], *inputs: Any) -> Measurement:
-    """The best of up to 3 runs, of one where it takes long."""
+    """The best of up to 3 runs; slow functions run once."""
     best, peak = float("inf"), float("nan")
     begin = time.perf_counter()
     for _ in range(3):
@@ -177,7 +176,7 @@ def compare(data: TestSet) -> None:
 
 
 def warm_up(data: TestSet) -> None:
-    """numba compiles, or reads what it has compiled before."""
+    """Let numba compile, or load its compiled code."""
     rank(global_distance_matrix(data.query_global, data.gallery_global), *data.labels)
     local_distance_matrix(data.query_local, data.gallery_local)
     re_rank_features(data.query_global, data.gallery_global)

@@ -1,13 +1,12 @@
-"""Time and memory of streamed evaluation over the size of the gallery, up to Market-1501 with 500,000 distractors.
+"""Time and memory of streamed evaluation by gallery size, up to Market-1501 with 500,000 distractors.
 
     python benchmark/evaluation_large.py [--galleries=1000,4000,16000,64000,256000,516000] [--re_rank_up_to=64000]
         [--local=true] [--folder=/tmp] [--figure=docs/evaluation_scale.png] [--tables output.txt ...]
 
-Made-up features of Market-1501's 3,368 queries, its 15,913 gallery images and distractors go into features.h5 in a
-temporary folder (6.4 GB with local features at the largest), and from there through what script/evaluate.py does. The
-published code needs the whole matrices and cannot run at these sizes. Memory is what the process holds at most besides
-pages of mapped files, the start of Python and its libraries included. --tables measures nothing: it draws the figure
-from what former runs have printed.
+Random features of 3,368 queries, 15,913 gallery images (Market-1501's numbers) and distractors are written to
+features.h5 in a temporary folder (up to 6.4 GB with local features), and evaluated as script/evaluate.py does. The
+published code needs whole matrices and cannot run at these sizes. Memory is the process's peak without mapped files,
+with Python and its libraries. --tables only draws the figure from the output of earlier runs.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from aligned_reid.evaluation.feature_file import FeatureWriter, load_features, o
 from aligned_reid.evaluation.streaming import LargeSet, rank_streamed, re_rank_streamed
 
 NUM_QUERY, NUM_MARKET, NUM_PEOPLE, NUM_CAMERAS = 3368, 15913, 750, 6
-JUNK_SHARE = 0.17  # of Market-1501's gallery is nobody in particular
+JUNK_SHARE = 0.17  # share of Market-1501's gallery images that are distractors
 NOISE = 4.0
 SHAPES = {"global": (2048,), "local": (8, 128)}
 ROWS_PER_BLOCK = 8192
@@ -41,7 +40,7 @@ SAMPLE_SECONDS = 0.05
 
 
 def write_features(path: Path, num_gallery: int, local: bool) -> None:
-    """Queries, then gallery: people in several views, and distractors that are each somebody else."""
+    """Write queries, then gallery images: people in several views, and distractors that are all different."""
     rng = np.random.default_rng(0)
     num = NUM_QUERY + num_gallery
     ids = rng.integers(1, NUM_PEOPLE + 1, num)
@@ -87,7 +86,7 @@ def measure(function: Callable[..., Any], *given: Any) -> tuple[float, float, An
 
 
 def compare_with_matrices(data: LargeSet, state: Path) -> None:
-    """At the smallest size the streamed scores are held against those of whole matrices."""
+    """Check streamed scores against those of whole matrices; for small galleries."""
     query, *gallery = [piece.get(slice(0, piece.num_images)) for piece in data.pieces()]
     ids, cams = data.gallery_labels()
     whole = rank(re_rank_features(query, torch.cat(gallery)), data.query_ids, ids, data.query_cams, cams)
@@ -96,7 +95,7 @@ def compare_with_matrices(data: LargeSet, state: Path) -> None:
 
 
 def measure_size(folder: Path, num_gallery: int, local: bool, re_rank: bool) -> list[tuple[str, float, float]]:
-    """What was measured at one size of the gallery: name, seconds, megabytes."""
+    """Measurements at one gallery size: name, seconds, megabytes."""
     path, state = folder / "features.h5", folder / "state.npz"
     write_features(path, num_gallery, local)
     rows = []
@@ -113,12 +112,12 @@ def measure_size(folder: Path, num_gallery: int, local: bool, re_rank: bool) -> 
 
 
 def open_set(path: Path, local: bool) -> LargeSet:
-    """As script/evaluate.py opens it: every feature is read once and checked."""
+    """Open features as script/evaluate.py does: each is read once and checked."""
     return LargeSet.of([load_features(open_features(path))], normalize_feature=False, local=local)
 
 
 def read_rows(printed: str) -> list[tuple[int, str, float, float]]:
-    """The rows of tables that measure_sizes has printed."""
+    """The rows of tables printed by measure_sizes."""
     rows = []
     for line in printed.splitlines():
         gallery, *others = [cell.strip() for cell in line.strip("| ").split("|")]
@@ -128,7 +127,7 @@ def read_rows(printed: str) -> list[tuple[int, str, float, float]]:
 
 
 def draw(rows: list[tuple[int, str, float, float]], path: Path) -> None:
-    """Seconds and memory over the gallery's size, a line for each distance."""
+    """Plot seconds and memory by gallery size, one line per distance."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -152,7 +151,7 @@ def draw(rows: list[tuple[int, str, float, float]], path: Path) -> None:
 def measure_sizes(
     galleries: Sequence[int], re_rank_up_to: int, local: bool, parent: str | None = None, figure: Path | None = None
 ) -> None:
-    """Measure each size of the gallery and print a table; draw it into `figure`."""
+    """Measure each gallery size and print a table; plot it to `figure`."""
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {NUM_QUERY} queries")
     print("| gallery | distance | published | ours, s | ours, MB |")
     print("| --- | --- | --- | --- | --- |")
@@ -170,15 +169,15 @@ def measure_sizes(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--galleries", type=parse_ints, default=(1000, 4000, 16000, 64000, 256000, 516000))
-    parser.add_argument("--re_rank_up_to", type=int, default=64000, help="its time grows with the square of the size")
+    parser.add_argument("--re_rank_up_to", type=int, default=64000, help="largest gallery to re-rank; takes quadratic time")
     parser.add_argument("--local", type=parse_bool, default=True)
-    parser.add_argument("--folder", default=None, help="where the features are written")
+    parser.add_argument("--folder", default=None, help="folder for the features (default: a temporary one)")
     parser.add_argument("--figure", type=Path, default=None)
-    parser.add_argument("--tables", type=Path, nargs="+", help="files of what was printed before, for --figure")
+    parser.add_argument("--tables", type=Path, nargs="+", help="output of earlier runs, for --figure")
     arguments = parser.parse_args()
     if arguments.tables:
         if not arguments.figure:
-            parser.error("--tables needs --figure, where to draw them")
+            parser.error("--tables needs --figure")
         draw([row for path in arguments.tables for row in read_rows(path.read_text())], arguments.figure)
         return
     measure_sizes(arguments.galleries, arguments.re_rank_up_to, arguments.local, arguments.folder, arguments.figure)

@@ -1,4 +1,4 @@
-"""The evaluation in plain numpy as well as it is written without compiled loops: the benchmark's second comparison."""
+"""The evaluation in well-written plain numpy, without compiled loops: the benchmark's second baseline."""
 
 import numpy as np
 

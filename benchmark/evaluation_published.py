@@ -1,6 +1,6 @@
-"""The evaluation of the published AlignedReID code, step by step, for benchmark/evaluation.py to compare with.
+"""The evaluation of the published AlignedReID code, step by step: the baseline of benchmark/evaluation.py.
 
-Same numpy calls on the same shapes in the same order; nothing is added that would slow it.
+It makes the same numpy calls on the same shapes in the same order; nothing is added that would slow it down.
 """
 
 import numpy as np

@@ -2,11 +2,11 @@
 
     python benchmark/extraction.py [--data_path=<prepared data set>] [--resize_h_w=256,128] [--images=512] [--rounds=1]
 
-benchmark/evaluation.py prints the same beside its own figures. The published loop takes one batch of 32 after another
-in float32 NCHW; ours the best that the device gives, which its title says. Both run one randomly started ResNet-50 over
-the same images of a test part, a drawn one where none is given. Each has a process of its own, and they take turns; the
-first BATCH_SIZE images, while which workers start and torch.compile compiles, are not timed. The difference is the
-largest between features of ours and published ones, of the largest published value.
+benchmark/evaluation.py prints the same table. The published loop takes batches of 32 in float32 NCHW; ours uses the
+device's best precision, shown in the table. Both run the same randomly initialized ResNet-50 over the same test images,
+drawn ones by default. Each runs in its own process, and they take turns. The first BATCH_SIZE images, during which
+workers start and torch.compile compiles, are not timed. The difference is the largest between our features and the
+published ones, relative to the largest published value.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BATCH_SIZE = extract.BATCH_SIZE
 
 
 class Extraction(NamedTuple):
-    """One turn: images/s, the largest memory in MB, what computed, and global features [N, 2048]."""
+    """One turn: images/s, peak memory in MB, device, and global features [N, 2048]."""
 
     rate: float
     megabytes: float
@@ -117,7 +117,7 @@ def extract_by_turns(
 
 
 def extraction_table(data_path: str | None, size: tuple[int, int], num_images: int, rounds: int = 1) -> str:
-    """All sides as rows of Markdown, from images of `data_path`, None: drawn ones."""
+    """All sides as a Markdown table, on the images of `data_path` (None: drawn ones)."""
     with tempfile.TemporaryDirectory() as folder:
         if data_path is None:  # one person of four is for the test, with 6 x 3 images
             num_ids = 4 * -(-(BATCH_SIZE + num_images) // 18)
@@ -142,7 +142,7 @@ def extraction_table(data_path: str | None, size: tuple[int, int], num_images: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", help="default: a data set is drawn")
+    parser.add_argument("--data_path", help="a prepared data set (default: draw one)")
     parser.add_argument("--resize_h_w", type=parse_height_width, default=(256, 128))
     parser.add_argument("--images", type=int, default=512, help="test images to time")
     parser.add_argument("--rounds", type=int, default=1)

@@ -1,12 +1,11 @@
-"""Host work of a training step without its model, against the published port for Ascend: milliseconds, and the ratio.
+"""Host work of a training step without its model, compared with the published Ascend port: milliseconds and ratio.
 
     python benchmark/host_work.py --data_path=<prepared data set> [--ids_per_batch=128] [--rounds=5]
 
-Both sides make a batch of images from their files, then take ready features through loss, hard samples, backward and
-the log's figures, in the order in which their loops do it; forward and backward of the network and the optimiser are
-what is left out. The sides take turns on one CPU thread. The published port reads 5 figures, the distances and the
-labels back from the device in every step, each of which waits for it; on a CPU these cost nothing, so that what this
-prints is the lesser part of the difference.
+Both sides read a batch of images from their files. Then they take random features through mining, loss, backward and
+the log's figures, in the order of their loops. The network's forward and backward passes and the optimizer are left
+out. The sides take turns on one CPU thread. The published port reads 5 figures, the distances and the labels back from
+the device in every step, and waits each time; a CPU does not show this, so the real difference is larger.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ T = TypeVar("T")
 
 
 class Published:
-    """The port's step around its model: images as float64, a mask for each side of the triplets, figures read back."""
+    """The port's step without its model: float64 images, a mask per side of the triplets, figures read back."""
 
     def __init__(self, images: TrainImages) -> None:
         self.images = images
@@ -71,7 +70,7 @@ class Published:
 
 
 class Ours:
-    """The library's step around its model."""
+    """The library's step without its model."""
 
     def __init__(self, images: TrainImages, sampler: IdentityBatchSampler) -> None:
         loader = make_loader(images, sampler, workers=0, pin_memory=False)

@@ -1,10 +1,10 @@
-"""Images/s of one core from files to a normalised float32 batch: the published way, ours, and ours from the cache.
+"""Images/s of one core from files to a normalized float32 batch: the published way, ours, and ours from the cache.
 
     python benchmark/loader.py --data_path=<prepared data set> [--resize_h_w=256,128] [--images=1024] [--rounds=3]
 
-benchmark/training.py prints the same beside its own figures. Each way has a process of its own with one thread, so that
-none runs with another's memory settings; they take turns, and what counts is processor time, which other work on the
-machine lengthens less than wall time. "uint8 batch" is where our loader ends: normalising belongs to the device.
+benchmark/training.py prints the same table. Each way runs in its own process with one thread, so that none has the
+memory settings of another, and they take turns. Rates are per processor time, which depends less on other load than
+wall time. Our loader ends with the uint8 batch; the device normalizes it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def normalized_batch(images: TrainImages, requests: list[SampleRequest]) -> torc
     return normalize_images(bytes_batch(images, requests))
 
 
-# What the batch is made of, whether from the cache, and how.
+# the function that makes a batch, and whether it uses the cache
 WAYS: dict[str, tuple[bool, Callable[[TrainImages, list[SampleRequest]], torch.Tensor]]] = {
     "published": (False, published_batch),
     "ours live, uint8 batch": (False, bytes_batch),
@@ -68,7 +68,7 @@ WAYS: dict[str, tuple[bool, Callable[[TrainImages, list[SampleRequest]], torch.T
 
 
 def serve(way: str, data_path: str, size: tuple[int, int], num_images: int, folder: str, pipe: Connection) -> None:
-    """One way, in its own process: answers each message with images per second of processor time."""
+    """One way in its own process: answers each message with images per second of processor time."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     cached, make_batch = WAYS[way]
@@ -76,7 +76,7 @@ def serve(way: str, data_path: str, size: tuple[int, int], num_images: int, fold
     if cached:
         images.open_cache([Path(folder)], lambda line: None, show_progress=False)
     if make_batch is not published_batch:
-        keep_freed_memory()  # as a run on a CPU has it
+        keep_freed_memory()  # as in a run on a CPU
     drawn = np.random.RandomState(0).permutation(len(images))[:num_images].tolist()
     requests = [SampleRequest(index, 2**62 + index) for index in drawn]
     batches = [requests[first : first + BATCH] for first in range(0, len(requests), BATCH)]
@@ -88,7 +88,7 @@ def serve(way: str, data_path: str, size: tuple[int, int], num_images: int, fold
 
 
 def loader_rates(data_path: str, size: tuple[int, int], num_images: int = 1024, rounds: int = 3) -> dict[str, float]:
-    """Images/s per core of each way, medians; the first round, which brings files into memory, is not counted."""
+    """Median images/s per core of each way. The first round, which loads the files into memory, is not counted."""
     context = multiprocessing.get_context("spawn")
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ def loader_rates(data_path: str, size: tuple[int, int], num_images: int = 1024, 
 
 
 def loader_table(rates: dict[str, float]) -> str:
-    """The rates as rows of Markdown, each with its ratio to the published way."""
+    """The rates as a Markdown table, each with its ratio to the published way."""
     rows = ["| loading, one core | images/s | ratio |", "| --- | --- | --- |"]
     rows += [f"| {way} | {rate:,.0f} | {rate / rates['published']:.1f} |" for way, rate in rates.items()]
     return "\n".join(rows)

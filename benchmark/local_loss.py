@@ -1,10 +1,10 @@
-"""Time and memory of the local loss, forward and backward: ours against the published form with its 64-step program.
+"""Time and memory of the local loss, forward and backward, compared with the published form and its 64-step program.
 
     python benchmark/local_loss.py [--sizes=128,512] [--rounds=3]
 
-benchmark/training.py prints the same beside its own figures. Batches of `sizes` images, 4 of an identity, with 8 random
-stripes of 128 numbers each; both mine their own hard samples. Each side has a new process for each turn, and its first
-call is not timed. Memory is what the process holds at most above what it held with its inputs.
+benchmark/training.py prints the same table. The batches have `sizes` images, 4 per identity, with 8 random stripes of
+128 numbers each. Both sides mine by local distance. Each turn runs in a new process, and its first call is not timed.
+Memory is the process's peak minus what it held with its inputs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from aligned_reid.losses import TripletLoss, local_loss
 
 STRIPES, CHANNELS = 8, 128
 SIDES = ("published", "ours")
-CALLS = 3  # that are timed in a turn
+CALLS = 3  # timed calls per turn
 WARM_UP_SIZE = 4 * IMS_PER_ID
 
 
@@ -51,11 +51,11 @@ def inputs(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def measure(side: str, size: int) -> LocalTurn:
-    """One side's turn, in its own process."""
+    """One side's turn, in a process of its own."""
     if side == "ours":
-        keep_freed_memory()  # as a run on a CPU has it
+        keep_freed_memory()  # as in a run on a CPU
     small, small_labels = inputs(WARM_UP_SIZE)
-    make_loss(side, small, small_labels).backward()  # loads the library's own code, which is not the loss's memory
+    make_loss(side, small, small_labels).backward()  # loads the library's code, which should not count
     feat, labels = inputs(size)
     before = memory()
     forget_peak_memory()
@@ -70,7 +70,7 @@ def measure(side: str, size: int) -> LocalTurn:
 
 
 def local_turns(sizes: tuple[int, ...], rounds: int) -> dict[tuple[str, int], LocalTurn]:
-    """For each side and size: the loss, median seconds of a call, and the largest memory. Exits where losses differ."""
+    """The loss, median seconds per call and peak memory for each side and size. Exits if the losses differ."""
     turns: dict[tuple[str, int], list[LocalTurn]] = {(side, size): [] for size in sizes for side in SIDES}
     for _ in range(rounds):
         for (side, size), measured in turns.items():

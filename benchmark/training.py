@@ -1,19 +1,18 @@
-"""Training against the published loop, in one run: a table each of training, scaling, loading and the local loss.
+"""Training compared with the published loop, in one run: tables of training, scaling, loading and the local loss.
 
     python benchmark/training.py --data_path=<prepared data set> [--resize_h_w=256,128] [--steps=2] [--rounds=1]
         [--only=training|scaling|loader|local]
 
-Training: images/s of the published loop, of ours, of ours with the flags that save time or memory, and of the bare step
-(forward, backward and optimiser of the same model on random images). Scaling: ours in one process with all cores, and
-in two with half of them each, which share the batch. Loading and the local loss: see benchmark/loader.py and
-local_loss.py, which print theirs alone too.
+Training: images/s of the published loop, of ours, of ours with flags that save time or memory, and of the bare step
+(forward, backward and optimizer of the same model on random images). Scaling: ours in one process with all cores, and
+in two that share cores and batch. Loading and the local loss: see benchmark/loader.py and local_loss.py.
 
-The published loop is the reference's algorithm, line for line, on today's torch: PIL decoding and float64 normalising
-in two threads, float32 NCHW, Adam, hard samples by boolean masks, figures read back in every step. All train ResNet-50
-from a random start on the same images with 32 x 4 images a step, loading included. They take turns in blocks of steps;
-a block has a process of its own, so that none runs with another's memory settings or memory, and its first step is not
-timed. Rates are medians over the steps. Memory is the largest that a process held at any moment (VmHWM, so Linux only),
-without the workers that load images for it.
+The published loop is the reference's algorithm, line for line, on current torch: PIL decoding and float64 normalization
+in two threads, float32 NCHW, Adam, mining by boolean masks, figures read back in every step. All sides train a randomly
+initialized ResNet-50 on the same images with 32 x 4 images per step, loading included. They take turns in blocks of
+steps. Each block runs in its own process, so that none has the memory or memory settings of another, and its first step
+is not timed. Rates are medians over the steps. Memory is the peak of a process (VmHWM, Linux only), without its loading
+workers.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ NUM_RANKS = 2
 
 
 class Side(NamedTuple):
-    """What trains in a block: its row's title, its settings beside those of all, and in how many processes."""
+    """One side of the comparison: its title, its settings, and the number of processes."""
 
     title: str
     settings: dict[str, Any] = {}
     num_ranks: int = 1
-    batch_parts: int = 1  # into which ids_per_batch is divided
+    batch_parts: int = 1  # ids_per_batch is divided by this
 
 
 SHARED = {"id_sampling": "sharded"}
@@ -84,7 +83,7 @@ def config_of(side: Side, arguments: argparse.Namespace) -> Config:
 
 
 def take_turn(name: str, arguments: argparse.Namespace, cache_folder: Path) -> list[Block]:
-    """A block of one side; what each of its processes measured."""
+    """Run a block of one side; return the measurements of each of its processes."""
     side = SIDES[name]
     config = config_of(side, arguments)
     if name == "published":
@@ -99,7 +98,7 @@ def take_turn(name: str, arguments: argparse.Namespace, cache_folder: Path) -> l
 
 
 class Measured(NamedTuple):
-    """All blocks of a side: median seconds of a step, the largest memory of a process in MB, and on which device."""
+    """All blocks of a side: median seconds per step, peak memory of a process in MB, device."""
 
     seconds: float
     megabytes: float
@@ -126,7 +125,7 @@ def train_by_turns(names: list[str], arguments: argparse.Namespace) -> dict[str,
 
 
 def training_table(measured: dict[str, Measured], batch: int) -> str:
-    """Each side of training; ratios are of images/s."""
+    """Images/s, seconds per step, ratios and memory of each side."""
     rows = [
         "| training, loading included | images/s | s a step | to published | of the bare step | MB at most |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -142,7 +141,7 @@ def training_table(measured: dict[str, Measured], batch: int) -> str:
 
 
 def scaling_table(measured: dict[str, Measured], batch: int) -> str:
-    """One process and two, which share a batch of the same size; ratios are of images/s."""
+    """The same for one process and for two that share the batch."""
     rows = [
         "| scaling | device of a process | images/s of all | to published | to one process | MB at most, of each |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -162,11 +161,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", required=True)
     parser.add_argument("--resize_h_w", type=parse_height_width, default=(256, 128))
-    parser.add_argument("--ids_per_batch", type=int, default=32, help=f"identities a step, {IMS_PER_ID} images of each")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of a block")
-    parser.add_argument("--rounds", type=int, default=1, help="blocks of each side")
-    parser.add_argument("--workers", type=int, default=1, help="that load images for a process of ours")
-    parser.add_argument("--only", choices=SUBJECTS, help="one subject; default: all")
+    parser.add_argument("--ids_per_batch", type=int, default=32, help=f"identities per step, {IMS_PER_ID} images each")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per block")
+    parser.add_argument("--rounds", type=int, default=1, help="blocks per side")
+    parser.add_argument("--workers", type=int, default=1, help="loading workers of each process of ours")
+    parser.add_argument("--only", choices=SUBJECTS, help="a single table (default: all)")
     arguments = parser.parse_args()
     if arguments.ids_per_batch < 2 * NUM_RANKS or arguments.ids_per_batch % NUM_RANKS:
         parser.error("--ids_per_batch has to be even and at least 4: two processes share it")

@@ -1,4 +1,4 @@
-"""The library's training and bare step, a block at a time, for benchmark/training.py to compare."""
+"""The library's training and bare step in blocks of steps, for benchmark/training.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from aligned_reid.training.trainer import Trainer
 
 
 class TimedTrainer(Trainer):
-    """The library's loop, whose epoch ends after some steps, each of them timed with the loading of its images."""
+    """The library's loop with an epoch of a few steps, each timed with the loading of its images."""
 
     def __init__(self, num_steps: int, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -43,7 +43,7 @@ class TimedTrainer(Trainer):
 
 
 def our_block(config: Config, steps: int, cache_folder: Path) -> Block:
-    """`steps` timed steps of training as `config` says, after one that is not; the process may be a rank."""
+    """Train `steps` timed steps after an untimed one; the process may be a rank."""
     world = read_world()
     accelerator = open_device(config, world.local_rank)
     open_group(world, accelerator.backend)
@@ -64,7 +64,7 @@ def our_block(config: Config, steps: int, cache_folder: Path) -> Block:
 
 
 def our_rank(config: Config, steps: int, cache_folder: Path, rank: int, num_ranks: int, port: int) -> Block:
-    """our_block as one of several processes, which share the machine's processors."""
+    """our_block as one of several processes that share the processors."""
     torch.set_num_threads(max(1, num_processors() // num_ranks))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -72,9 +72,9 @@ def our_rank(config: Config, steps: int, cache_folder: Path, rank: int, num_rank
 
 
 def bare_block(config: Config, steps: int) -> Block:
-    """Forward, backward and optimiser of the same model on random images: no data, no mining, no log.
+    """Forward, backward and optimizer of the same model on random images: no data, no mining, no log.
 
-    The loss is the mean square of the global features, which costs nothing beside the network.
+    The loss is the mean square of the global features, which costs next to nothing.
     """
     accelerator = open_device(config, 0)
     num_classes = TrainImages(open_data(config.data_path), size=config.resize_h_w).num_classes

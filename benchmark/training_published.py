@@ -1,7 +1,7 @@
-"""The published training, line for line on today's torch, for benchmark/training.py to compare.
+"""The published training, line for line on current torch: the baseline of benchmark/training.py.
 
-PIL decoding and float64 normalising in two threads, float32 NCHW, Adam, hard samples by boolean masks, figures read
-back in every step.
+PIL decoding and float64 normalization in two threads, float32 NCHW, Adam, mining by boolean masks, figures read back in
+every step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PublishedModel(nn.Module):
 def published_batches(
     paths: list[str], ids: np.ndarray, size: tuple[int, int], ids_per_batch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of one epoch, an identity a time from two threads through a queue of 200."""
+    """Batches of one epoch; two threads put identities into a queue of 200."""
     identities = np.random.permutation(np.unique(ids))
     samples: queue.Queue = queue.Queue(maxsize=200)
     stop, pending, lock = threading.Event(), iter(identities), threading.Lock()
@@ -95,7 +95,7 @@ def published_euclidean(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def published_mining(
     dist: torch.Tensor, labels: torch.Tensor, return_inds: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hardest distances of each anchor; the reference finds their indices too where its loop asks for them."""
+    """The hardest distances of each anchor, and their indices if asked for, as in the reference."""
     n = len(dist)
     is_pos = labels.expand(n, n).eq(labels.expand(n, n).t())
     is_neg = labels.expand(n, n).ne(labels.expand(n, n).t())
@@ -132,14 +132,14 @@ def published_local_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def published_local_loss(feat: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The local triplet loss that mines its own hard samples: feat [N, H, d], labels [N] -> scalar."""
+    """The local triplet loss, mined by local distance: feat [N, H, d], labels [N] -> scalar."""
     feat = 1.0 * feat / (torch.norm(feat, 2, -1, keepdim=True).expand_as(feat) + 1e-12)
     dist_ap, dist_an = published_mining(published_local_distance(feat, feat), labels)
     return nn.MarginRankingLoss(margin=MARGIN)(dist_an, dist_ap, torch.ones_like(dist_an))
 
 
 class PublishedTraining:
-    """The reference's loop, a block of steps at a time."""
+    """The reference's loop in blocks of steps."""
 
     def __init__(self, images: TrainImages, ids_per_batch: int) -> None:
         self.images, self.ids_per_batch = images, ids_per_batch
@@ -149,7 +149,7 @@ class PublishedTraining:
         self.criterion = nn.MarginRankingLoss(margin=MARGIN)
 
     def block(self, steps: int) -> list[float]:
-        """Seconds of each of `steps` steps, after one that is not timed."""
+        """Seconds of each of `steps` steps, after an untimed one."""
         seconds = []
         start = time.perf_counter()
         batches = published_batches(self.paths, self.images.person_ids, self.images.size, self.ids_per_batch)
@@ -173,7 +173,7 @@ class PublishedTraining:
 
 
 def published_block(config: Config, steps: int) -> Block:
-    """`steps` timed steps of the published loop, of whose settings `config` gives the data and the sizes."""
+    """Run `steps` timed steps of the published loop with the data and sizes of `config`."""
     images = TrainImages(open_data(config.data_path), size=config.resize_h_w)
     seconds = PublishedTraining(images, config.ids_per_batch).block(steps)
     return Block(seconds, peak_memory(), "")
