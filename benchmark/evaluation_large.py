@@ -169,7 +169,7 @@ def measure_sizes(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--galleries", type=parse_ints, default=(1000, 4000, 16000, 64000, 256000, 516000))
-    parser.add_argument("--re_rank_up_to", type=int, default=64000, help="largest gallery to re-rank; takes quadratic time")
+    parser.add_argument("--re_rank_up_to", type=int, default=64000, help="largest gallery to re-rank (quadratic time)")
     parser.add_argument("--local", type=parse_bool, default=True)
     parser.add_argument("--folder", default=None, help="folder for the features (default: a temporary one)")
     parser.add_argument("--figure", type=Path, default=None)

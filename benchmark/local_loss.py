@@ -51,7 +51,7 @@ def inputs(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def measure(side: str, size: int) -> LocalTurn:
-    """One side's turn, in a process of its own."""
+    """One side's turn, in a new process."""
     if side == "ours":
         keep_freed_memory()  # as in a run on a CPU
     small, small_labels = inputs(WARM_UP_SIZE)

@@ -16,7 +16,7 @@ def main() -> None:
 
         repeat(config)
     else:
-        from aligned_reid.run import run  # torch takes seconds to import; a mistyped flag is told at once
+        from aligned_reid.run import run  # after parsing: torch takes seconds to import
 
         run(config)
 
