@@ -64,7 +64,7 @@ def run(config: Config) -> dict[str, Any]:
     loss is not finite.
     """
     world = read_world()
-    given = check_input(config, has_run_dir=world.is_main)
+    given = check_input(config, has_run_dir=world.is_main, reads_images=world.local_rank == 0)
     accelerator = open_device(config, world.local_rank)
     check_devices(config, world, accelerator)
     with run_lock(config, world), process_group(world, accelerator, config) as world:
@@ -240,8 +240,8 @@ def train_and_evaluate(
     if given.train is None:
         model, local_was_trained = load_for_test(config, given.weights, log)
         models = [model]
-        for line in describe_overlap(given.tests, given.weights):
-            log(line)
+        if overlap := describe_overlap(given.test, given.weights):
+            log(overlap)
     else:
         trainer = train(config, world, accelerator, given, log)
         models = trainer.tested_models()
@@ -279,10 +279,8 @@ def run_extraction(config: Config, save_file: Path) -> None:
 
     Under a launcher every process calls it and extracts a share; rank 0 writes. Raises InputError for a user's mistake.
     """
-    if len(config.dataset_names) > 1:
-        raise InputError(f"--dataset {config.dataset}: features are extracted of one data set at a time; name one")
     world = read_world()
-    given = check_input(config)
+    given = check_input(config, reads_images=world.local_rank == 0)
     check_save_file(save_file)
     accelerator = open_device(config, world.local_rank)
     log = Log(None, is_main=world.is_main)
@@ -404,9 +402,7 @@ def open_image_cache(config: Config, world: World, accelerator: Accelerator, ima
     """Let training images come from their cache. Rank 0 goes first: it builds it where that is due, and says so."""
     if not world.is_main:
         wait_for_all(accelerator.device)
-    for part in images.parts:
-        folders = [Path(part.images_dir).parent / "cache", config.run_dir / "cache"]
-        part.open_cache(folders, log, show_progress=world.is_main)
+    images.open_cache([Path(images.images_dir).parent / "cache", config.run_dir / "cache"], log)
     if world.is_main:
         wait_for_all(accelerator.device)
 

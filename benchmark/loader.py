@@ -74,7 +74,7 @@ def serve(way: str, data_path: str, size: tuple[int, int], num_images: int, fold
     cached, make_batch = WAYS[way]
     images = TrainImages(open_data(data_path), size=size)
     if cached:
-        images.open_cache([Path(folder)], lambda line: None, show_progress=False)
+        images.open_cache([Path(folder)], lambda line: None)
     if make_batch is not published_batch:
         keep_freed_memory()  # as in a run on a CPU
     drawn = np.random.RandomState(0).permutation(len(images))[:num_images].tolist()

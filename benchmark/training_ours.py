@@ -49,7 +49,7 @@ def our_block(config: Config, steps: int, cache_folder: Path) -> Block:
     open_group(world, accelerator.backend)
     images = TrainImages(open_data(config.data_path), size=config.resize_h_w)
     if config.cache:
-        images.open_cache([cache_folder], lambda line: None, show_progress=False)
+        images.open_cache([cache_folder], lambda line: None)
     shards = world.size if config.id_sampling == "sharded" else 1
     batches = (config.ids_per_batch, config.ims_per_id, config.train_final_batch, config.seed or 0)
     sampler = IdentityBatchSampler(images.person_ids, *batches, world.rank, num_shards=shards)

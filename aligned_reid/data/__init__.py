@@ -1,16 +1,9 @@
-"""Data sets: the layout on disk and everything between it and a batch."""
+"""Data sets: the layout on disk, and everything between it and a batch."""
 
-from aligned_reid.data.checks import check_images, check_protocol
-from aligned_reid.data.dataset import (
-    EvaluationBatch,
-    JoinedTrainImages,
-    ReidData,
-    TestImages,
-    TrainBatch,
-    TrainImages,
-    open_data,
-)
-from aligned_reid.data.loader import make_loader
+import importlib
+from typing import Any
+
+from aligned_reid.data.dataset import ReidData, TestImages, TrainImages, open_data
 from aligned_reid.data.partitions import (
     ImageName,
     Partitions,
@@ -21,45 +14,36 @@ from aligned_reid.data.partitions import (
     split_train_val,
     write_partitions,
 )
-from aligned_reid.data.prepare.cuhk03 import prepare_cuhk03
-from aligned_reid.data.prepare.market1501 import is_raw_market1501, prepare_market1501
-from aligned_reid.data.prepare.msmt17 import prepare_msmt17
-from aligned_reid.data.prepare.photos import prepare_photos
 from aligned_reid.data.sampler import IdentityBatchSampler, SampleRequest
-from aligned_reid.data.transforms import IM_MEAN, IM_STD, decode_image, normalize_images, preprocess, resize_image
-from aligned_reid.synthetic.make import make_synthetic
+from aligned_reid.data.transforms import IM_MEAN, IM_STD, normalize_images, preprocess
 
 __all__ = [
     "IM_MEAN",
     "IM_STD",
-    "EvaluationBatch",
     "IdentityBatchSampler",
     "ImageName",
-    "JoinedTrainImages",
     "Partitions",
     "ReidData",
     "SampleRequest",
     "TestImages",
-    "TrainBatch",
     "TrainImages",
     "build_partitions",
-    "check_images",
-    "check_protocol",
-    "decode_image",
     "format_image_name",
-    "is_raw_market1501",
-    "make_loader",
-    "make_synthetic",
+    "make_synthetic",  # noqa: F822  # by __getattr__, as is the next one
     "normalize_images",
     "open_data",
     "parse_image_name",
-    "prepare_cuhk03",
-    "prepare_market1501",
-    "prepare_msmt17",
-    "prepare_photos",
+    "prepare_market1501",  # noqa: F822
     "preprocess",
     "read_partitions",
-    "resize_image",
     "split_train_val",
     "write_partitions",
 ]
+
+_LAZY = {"prepare_market1501": "aligned_reid.data.prepare.market1501", "make_synthetic": "aligned_reid.synthetic.make"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The loader that brings batches of a data set's images, from this process or from workers."""
+"""The loader of batches of images, from this process or from worker processes."""
 
 import contextlib
 import functools
@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader
 from aligned_reid.data.dataset import TestImages, TrainImages
 from aligned_reid.errors import InputError, RunStopped
 
-SECONDS_BETWEEN_LOOKS = 2.0  # of a worker for its main process
-SECONDS_TO_DIE = 1.0  # of a worker, until its end is seen
-BATCHES_PER_WORKER = 2  # that wait in shared memory, of a worker
-FILES_PER_WORKER, OTHER_FILES = 10, 16  # that a process opens: pipes and shared memory of each worker, and all else
-SOCKET_PATH_BYTES = 60  # of a temporary folder; a socket's path has at most 107 bytes, and multiprocessing's adds 40
+SECONDS_BETWEEN_LOOKS = 2.0  # at which a worker checks that its main process is alive
+SECONDS_TO_DIE = 1.0  # that the main process waits for the exit status of a dead worker
+BATCHES_PER_WORKER = 2  # that wait in shared memory
+FILES_PER_WORKER, OTHER_FILES = 10, 16  # open files: pipes and shared memory of each worker, and everything else
+SOCKET_PATH_BYTES = 60  # of the temporary folder; a socket's path has at most 107, and multiprocessing adds 40
 USUAL_CAUSES = {
     signal.SIGKILL: ", as the system does when memory runs out",
     signal.SIGBUS: ", as happens when shared memory (/dev/shm) is full",
@@ -36,16 +36,11 @@ USUAL_CAUSES = {
 
 
 class WorkerDied(RunStopped):
-    """A loading worker has ended before its work; the message has its signal or status, and the usual cause."""
-
-
-def _as_it_is(batch: Any) -> Any:
-    """The collate function of batches that are whole when they are loaded."""
-    return batch
+    """A loading worker died; the message has its signal or exit status and the usual cause."""
 
 
 class Flag:
-    """An event of several processes without a lock, which a killed worker would keep: torch then waits forever."""
+    """An event shared by processes, without a lock: torch would wait forever for the lock of a killed worker."""
 
     def __init__(self, context: multiprocessing.context.BaseContext) -> None:
         self.value = context.RawValue("b", 0)
@@ -58,9 +53,9 @@ class Flag:
 
 
 class LoaderContext(multiprocessing.context.ForkServerContext):
-    """Forking a process whose threads compute (torch's, a device driver's) can hang the child.
+    """Starts workers from a fork server, which imports torch once for all of them.
 
-    A fork server is forked from nothing; it imports torch once for all workers.
+    Forking the main process can hang the child, because torch and device drivers compute in threads.
     """
 
     def Event(self) -> Flag:  # type: ignore[override]  # noqa: N802
@@ -68,16 +63,16 @@ class LoaderContext(multiprocessing.context.ForkServerContext):
 
 
 class ImageLoader(DataLoader[Any]):
-    """A DataLoader whose workers' InputErrors are raised here as they are; a worker's death is a WorkerDied."""
+    """A DataLoader that raises its workers' InputErrors unchanged, and a WorkerDied when a worker dies."""
 
     processes: Sequence[Any] = ()  # of the workers
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # Not itself a generator: workers start now, not at the first batch. They, and what multiprocessing starts for
-        # them, inherit what is blocked: a closing terminal signals all, and the main process has yet to save.
+        # Not a generator, so that workers start now. They inherit blocked signals: a closing terminal sends SIGHUP to
+        # all processes, and the main process still has to save.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
         try:
-            with self._deaths_named():
+            with self._explain_deaths():
                 batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -85,30 +80,26 @@ class ImageLoader(DataLoader[Any]):
         return self._raise_errors(batches)
 
     def _raise_errors(self, batches: Iterable[Any]) -> Iterator[Any]:
-        with self._deaths_named():
+        with self._explain_deaths():
             for batch in batches:
                 if isinstance(batch, InputError):
                     raise batch
                 yield batch
 
     @contextlib.contextmanager
-    def _deaths_named(self) -> Iterator[None]:
+    def _explain_deaths(self) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, OSError, EOFError) as error:  # torch's, or of a batch that died on its way
+        except (RuntimeError, OSError, EOFError) as error:  # from torch, or from a batch that was not sent completely
             multiprocessing.connection.wait([process.sentinel for process in self.processes], SECONDS_TO_DIE)
             dead = [process.exitcode for process in self.processes if process.exitcode]
             if not dead:
                 raise
-            raise WorkerDied(f"a loading worker {_describe_end(dead[0])}; fewer --workers may help)") from error
-
-
-def _describe_end(exit_code: int) -> str:
-    """What ended a worker, and in a bracket that stays open the usual cause."""
-    if exit_code > 0:
-        return f"ended (status {exit_code}"
-    number = signal.Signals(-exit_code)
-    return f"was killed ({number.name}{USUAL_CAUSES.get(number, '')}"
+            end = f"ended (status {dead[0]}"
+            if dead[0] < 0:
+                number = signal.Signals(-dead[0])
+                end = f"was killed ({number.name}{USUAL_CAUSES.get(number, '')}"
+            raise WorkerDied(f"a loading worker {end}; fewer --workers may help)") from error
 
 
 def make_loader(
@@ -123,36 +114,36 @@ def make_loader(
 ) -> ImageLoader:
     """The loader of TrainBatch or EvaluationBatch.
 
-    batches: what each batch holds, `batch_size` images at most: an IdentityBatchSampler for TrainImages, lists of
-    indices for TestImages (None: all of them in order, `batch_size` at a time). `workers` processes, but no more than
-    there are processors, stay for the loader's life; 0 loads in this process, as do images that a cache holds resized:
-    a batch of those costs less than its way from another process. There are fewer if shared memory or open files are
-    short, and `say` gets a line about it. num_held: batches that the caller keeps at a time.
+    batches: the requests of each batch, at most `batch_size` each: an IdentityBatchSampler for TrainImages, lists of
+    indices for TestImages (None: all images in order). `workers` processes, at most one per processor, live as long as
+    the loader; 0 loads in this process. There are fewer if shared memory or open files are short, which `say` gets a
+    line about, and none if a cache holds the images resized: copying those costs less than sending them from another
+    process. num_held: number of batches that the caller keeps at a time.
     """
     workers = min(workers, num_processors())
-    if images.comes_resized():
+    if images.cache is not None and images.cache.resized:
         workers = 0
+    context = None
     if workers > 0:
         height, width = images.size
         workers, reason = fit_workers(workers, batch_size * height * width * 3, num_held, *free_resources())
         if reason and say:
             say(reason)
-    if batches is None:
-        batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
-    context = None
     if workers > 0:
         context = LoaderContext()
-        context.set_forkserver_preload(["__main__", "aligned_reid.data"])
+        context.set_forkserver_preload(["__main__", "aligned_reid.data.dataset"])
         _shorten_temp_dir()
+    if batches is None:
+        batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     return ImageLoader(
         images,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences will do
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_return_batch,
         pin_memory=pin_memory,
         worker_init_fn=functools.partial(_start_worker, os.getpid()),
         multiprocessing_context=context,
-        generator=torch.Generator(),  # else it draws from the global one, and more often with workers than without
+        generator=torch.Generator(),  # else it draws from the global one, more often with workers than without
         persistent_workers=workers > 0,
     )
 
@@ -160,10 +151,10 @@ def make_loader(
 def fit_workers(
     workers: int, batch_bytes: int, num_held: int, shared_bytes: float, num_files: float
 ) -> tuple[int, str]:
-    """As many of `workers` as there is room for, and a line that says why they are fewer (empty: they are not).
+    """How many of `workers` the machine has room for, and a line that gives the reason if not all ("" otherwise).
 
-    shared_bytes: free ones of shared memory, where each worker's next batches wait beside those that the main process
-    holds: `num_held`, one on its way to the device, one that has arrived. num_files: how many more it may open.
+    shared_bytes: free shared memory, for each worker's next batches and those of the main process: `num_held`, one on
+    its way to the device, one received. num_files: number of files that the process can still open.
     """
     by_memory = (shared_bytes / batch_bytes - num_held - 2) / BATCHES_PER_WORKER
     by_files = (num_files - OTHER_FILES) / FILES_PER_WORKER
@@ -177,7 +168,7 @@ def fit_workers(
 
 
 def free_resources() -> tuple[float, float]:
-    """Bytes of shared memory that are free for this process, a share of the machine's, and files it may yet open."""
+    """This rank's share of free shared memory in bytes, and the number of files that the process can still open."""
     if sys.platform != "linux":
         return math.inf, math.inf
     try:
@@ -190,28 +181,33 @@ def free_resources() -> tuple[float, float]:
 
 
 def num_processors() -> int:
-    """Those that this process may use, which a container or taskset may limit."""
+    """The number of processors that this process may use, which a container or taskset can limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _return_batch(batch: Any) -> Any:
+    """The collate function: images are loaded as whole batches."""
+    return batch
+
+
 def _shorten_temp_dir() -> None:
-    """Main process and workers reach each other through sockets in the temporary folder."""
+    """Keep the paths of the sockets between main process and workers, in the temporary folder, short enough."""
     if len(os.fsencode(tempfile.gettempdir())) > SOCKET_PATH_BYTES:
         tempfile.tempdir = "/tmp"
 
 
 def _start_worker(main_process: int, _: int) -> None:
-    """One core a worker, signals are the main process's to answer, and no worker outlives it."""
+    """Use one core, leave Ctrl-C to the main process, and exit when that exits."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _shorten_temp_dir()
-    # torch's workers watch their parent, which here is the fork server; that lives as long as one of them does.
-    threading.Thread(target=_end_with, args=(main_process,), daemon=True).start()
+    # torch's workers watch their parent, but theirs is the fork server, which lives as long as they do.
+    threading.Thread(target=_exit_with, args=(main_process,), daemon=True).start()
 
 
-def _end_with(process: int) -> None:
-    """End this process once another one, which may be killed, is gone."""
+def _exit_with(process: int) -> None:
+    """Exit this process once another one, which may be killed, is gone."""
     while True:
         try:
             os.kill(process, 0)

@@ -1,4 +1,4 @@
-"""partitions.pkl, which says what image is in what part: reading (from anywhere, not trusted), writing, splitting."""
+"""partitions.pkl, which assigns images to the parts of a data set: reading, writing, splitting."""
 
 import dataclasses
 import os
@@ -13,21 +13,21 @@ import numpy as np
 from aligned_reid.data.plain_pickle import RefusedPickleError, load_plain
 from aligned_reid.errors import InputError
 
-QUERY, GALLERY, MULTI_QUERY = 0, 1, 2  # the marks of val_marks and test_marks
+QUERY, GALLERY, MULTI_QUERY = 0, 1, 2  # values in val_marks and test_marks
 
 _IMAGE_NAME = re.compile(r"([0-9]{8})_([0-9]{4})_([0-9]{8})\.jpg")
 
 
 class ImageName(NamedTuple):
-    """What an image's name says: the person, the camera, and which of their images it is (from 0)."""
+    """The numbers in an image's name: person, camera, and index among the images of both (from 0)."""
 
     person_id: int
     camera: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not needed
 
 
 def parse_image_name(name: str) -> ImageName:
-    """`00000002_0001_00000000.jpg` -> ImageName(2, 1, 0). Raises InputError naming the file when it does not parse."""
+    """`00000002_0001_00000000.jpg` -> ImageName(2, 1, 0). Raises InputError with the name if it does not parse."""
     match = _IMAGE_NAME.fullmatch(name)
     if match is None:
         raise InputError(f"image name {ascii(name)[:100]} is not {{person:08d}}_{{camera:04d}}_{{index:08d}}.jpg")
@@ -35,7 +35,7 @@ def parse_image_name(name: str) -> ImageName:
 
 
 def format_image_name(person_id: int, camera: int, index: int) -> str:
-    """(2, 1, 0) -> `00000002_0001_00000000.jpg`. Raises InputError when a number does not fit into its digits."""
+    """(2, 1, 0) -> `00000002_0001_00000000.jpg`. Raises InputError if a number has too many digits."""
     name = f"{person_id:08d}_{camera:04d}_{index:08d}.jpg"
     parse_image_name(name)
     return name
@@ -43,10 +43,10 @@ def format_image_name(person_id: int, camera: int, index: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Partitions:
-    """The parts of a data set, with the names that partitions.pkl gives them.
+    """The parts of a data set, under the keys of partitions.pkl.
 
-    trainval is for the final model; train and val are trainval split by identity; test is apart. `*_ids2labels` maps
-    person id -> class label (0 ... number of identities - 1). A mark is 0 for query, 1 for gallery, 2 for multi-query.
+    train and val are trainval split by identity; test has other identities. `*_ids2labels` maps person id -> class
+    label (0 ... number of identities - 1). Marks: 0 query, 1 gallery, 2 multi-query.
     """
 
     trainval_im_names: list[str]
@@ -69,7 +69,7 @@ def build_partitions(
     multi_query: Sequence[str] = (),
     num_val_ids: int = 100,
 ) -> Partitions:
-    """The partitions of a new data set from its image names; test_im_names in the order query, multi-query, gallery."""
+    """Partitions of a new data set from its image names; test_im_names has the order query, multi-query, gallery."""
     train, val_query, val_gallery = split_train_val(trainval, num_val_ids)
     return Partitions(
         trainval_im_names=list(trainval),
@@ -93,9 +93,9 @@ def split_train_val(
 ) -> tuple[list[str], list[str], list[str]]:
     """Split by identity: `num_val_ids` random identities that have a query become the validation set.
 
-    Of each validation identity one random image per camera is a query, unless the gallery would then hold no image of
-    that identity under another camera. The result is the reference implementation's to the letter, for figures on val
-    to be comparable. Returns (train_im_names, val_query_im_names, val_gallery_im_names), each in shuffled order.
+    For each validation identity, one random image per camera becomes a query, unless that leaves no image of another
+    camera in the gallery. The split is exactly the reference implementation's, so that scores on val are comparable.
+    Returns (train_im_names, val_query_im_names, val_gallery_im_names), each in shuffled order.
     """
     random_state = np.random.RandomState(seed)
     names = np.array(image_names, dtype=str)
@@ -124,14 +124,14 @@ def split_train_val(
 
 
 def _query_and_gallery(images: list[int], cameras: np.ndarray) -> tuple[list[int], list[int]]:
-    """Divide one identity's images (indices into `cameras`): the first of each camera is a query, the rest gallery."""
+    """Split one identity's images (indices into `cameras`): the first of each camera is a query, the rest gallery."""
     first_of_camera: dict[int, int] = {}
     for image in images:
         first_of_camera.setdefault(int(cameras[image]), image)
     query = [first_of_camera[camera] for camera in sorted(first_of_camera)]
     gallery = [image for image in images if image not in query]
-    # A query without a match goes to the gallery. The position moves on also when a query is taken out, so the one
-    # after it is passed over: the reference removes from the list it iterates over, and published splits show it.
+    # A query without a match moves to the gallery. The query after it is then skipped: the reference removes from the
+    # list that it iterates over, and the published splits depend on that.
     position = 0
     while position < len(query):
         if all(cameras[image] == cameras[query[position]] for image in gallery):
@@ -141,18 +141,18 @@ def _query_and_gallery(images: list[int], cameras: np.ndarray) -> tuple[list[int
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment it is either not there (or as before) or complete. Raises OSError."""
+    """Write a file so that it is complete or as before at any moment. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except BaseException:  # Ctrl-C too: nothing half-written stays behind
+    except BaseException:  # also Ctrl-C
         temporary.unlink(missing_ok=True)
         raise
 
 
 def write_partitions(path: str | Path, partitions: Partitions) -> None:
-    """Write partitions.pkl, whole or not at all. Protocol 2, which Python 2 and the reference implementation read."""
+    """Write partitions.pkl atomically, in protocol 2, which Python 2 and the reference implementation can read."""
     content = pickle.dumps({key: getattr(partitions, key) for key in _KEYS}, protocol=2)
     try:
         write_atomically(Path(path), content)
@@ -161,10 +161,10 @@ def write_partitions(path: str | Path, partitions: Partitions) -> None:
 
 
 def read_partitions(path: str | Path) -> Partitions:
-    """Read a partition file that any Python wrote.
+    """Read a partition file written by any version of Python. The file need not be trusted: nothing in it is run.
 
-    Raises InputError when it cannot be read, is cut off, names a function or class (nothing is run), misses a key,
-    holds values of another type, an image name that does not parse, other marks than 0, 1, 2 or an unlabelled identity.
+    Raises InputError if it cannot be read, is damaged, contains anything but plain data, lacks a key, or holds values
+    that do not fit together.
     """
     try:
         value = load_plain(Path(path).read_bytes())
@@ -172,58 +172,54 @@ def read_partitions(path: str | Path) -> Partitions:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except RefusedPickleError as error:
         raise InputError(
-            f"{path} names {error.what}; a partition file holds only containers, numbers, strings and numpy arrays of "
-            "them, so it was refused and nothing in it was run: take one that you trust or prepare the data again"
+            f"{path} contains {error}, which is not plain data: it was refused and nothing in it was run; use a file "
+            "that you trust or prepare the data again"
         ) from error
     except ValueError as error:
-        raise InputError(f"{path} is cut off or no pickle file; prepare the data again") from error
+        raise InputError(f"{path} is {error}; prepare the data again") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, not a dict with {', '.join(_KEYS)}")
     missing = [key for key in _KEYS if key not in value]
     if missing:
         raise InputError(f"{path} has no {', '.join(missing)}; prepare the data again")
-    partitions = Partitions(**{key: _field(path, key, value[key]) for key in _KEYS})
-    _check(path, partitions)
+    partitions = Partitions(**{key: _check_field(path, key, value[key]) for key in _KEYS})
+    for part in ("trainval", "train", "val", "test"):
+        _check_part(path, partitions, part)
     return partitions
 
 
-def _field(path: str | Path, key: str, value: Any) -> Any:
-    """The value of one key as Partitions holds it; InputError when it is of another type."""
+def _check_field(path: str | Path, key: str, value: Any) -> Any:
+    """The value of one key as Partitions holds it. Raises InputError if it has the wrong type."""
     if key.endswith("_im_names"):
         if isinstance(value, list | tuple):
-            names = [name.decode("latin-1") if isinstance(name, bytes) else name for name in value]
+            names = [name.decode("latin1") if isinstance(name, bytes) else name for name in value]
             if all(isinstance(name, str) for name in names):
                 return names
         raise InputError(f"{path}: {key} is not a list of image names")
     if key.endswith("_marks"):
-        if isinstance(value, list | tuple) and all(_is_int(mark) and mark in (0, 1, 2) for mark in value):
+        if isinstance(value, list | tuple) and all(type(mark) is int and mark in (0, 1, 2) for mark in value):
             return list(value)
         raise InputError(f"{path}: {key} is not a list of 0 (query), 1 (gallery) and 2 (multi-query)")
-    if isinstance(value, dict) and all(_is_int(number) for pair in value.items() for number in pair):
+    if isinstance(value, dict) and all(type(number) is int for pair in value.items() for number in pair):
         return value
     raise InputError(f"{path}: {key} is not a dict of person id to label")
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check(path: str | Path, partitions: Partitions) -> None:
-    """Raise InputError unless names parse, marks go with names and labels with identities."""
-    for part in ("trainval", "train", "val", "test"):
-        names = getattr(partitions, f"{part}_im_names")
-        try:
-            ids = {parse_image_name(name).person_id for name in names}
-        except InputError as error:
-            raise InputError(f"{path}: {part}_im_names: {error}") from error
-        if part in ("val", "test"):
-            marks = getattr(partitions, f"{part}_marks")
-            if len(marks) != len(names):
-                raise InputError(f"{path}: {len(marks)} {part}_marks for {len(names)} {part}_im_names")
-            continue
-        labels = getattr(partitions, f"{part}_ids2labels")
-        unlabelled = sorted(ids - labels.keys())
-        if unlabelled:
-            raise InputError(f"{path}: {part}_ids2labels has no label for person {unlabelled[0]}")
-        if sorted(labels.values()) != list(range(len(labels))):
-            raise InputError(f"{path}: the labels in {part}_ids2labels are not 0 to {len(labels) - 1}, each once")
+def _check_part(path: str | Path, partitions: Partitions, part: str) -> None:
+    """Raise InputError unless names parse, each has a mark, and each person has one of the labels 0, 1, 2, ..."""
+    names = getattr(partitions, f"{part}_im_names")
+    try:
+        ids = {parse_image_name(name).person_id for name in names}
+    except InputError as error:
+        raise InputError(f"{path}: {part}_im_names: {error}") from error
+    if part in ("val", "test"):
+        marks = getattr(partitions, f"{part}_marks")
+        if len(marks) != len(names):
+            raise InputError(f"{path}: {len(marks)} {part}_marks for {len(names)} {part}_im_names")
+        return
+    labels = getattr(partitions, f"{part}_ids2labels")
+    unlabelled = sorted(ids - labels.keys())
+    if unlabelled:
+        raise InputError(f"{path}: {part}_ids2labels has no label for person {unlabelled[0]}")
+    if sorted(labels.values()) != list(range(len(labels))):
+        raise InputError(f"{path}: the labels in {part}_ids2labels are not 0 to {len(labels) - 1}, each once")

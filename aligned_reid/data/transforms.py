@@ -40,7 +40,7 @@ def decode_image(path: str | Path, check_size: bool = False) -> np.ndarray:
     if not content:
         raise InputError(f"image {path} is empty")
     if content[:2] != JPEG_START:
-        raise InputError(f"image {path} is no JPEG file")
+        raise InputError(f"image {path} is not a JPEG file")
     return decode_jpeg(path, content, check_size)
 
 

@@ -27,7 +27,6 @@ from aligned_reid.model import AlignedReID
 from aligned_reid.objective import Figures, Shown, mutual_loss, show
 from aligned_reid.stop import StopSignals
 from aligned_reid.training.apart import Apart
-from aligned_reid.training.bad_images import BadImages
 from aligned_reid.training.checkpoint import Checkpoints
 from aligned_reid.training.learner import Learner
 from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
@@ -91,7 +90,6 @@ class Trainer:
             folder, self.apart.learners if self.apart else self.learners, self.accelerator, writes=world.is_main
         )
         self.checkpoints.job = dict(world.job)
-        self.bad_images = BadImages(images, config.max_bad_images, world, log)
         self.loader = make_loader(
             images,
             sampler,
@@ -165,7 +163,6 @@ class Trainer:
                 learner.set_learning_rate(rate)
                 learner.optimizer.zero_grad()
             for number, batch in enumerate(batches, start=1):
-                self.bad_images.note(batch.replaced, self.last_checkpoint)
                 check_batch_labels(batch.labels)  # on the host's copy: no wait for the device
                 loss, figures = self.learn(batch, 1 / len(batches), is_last=number == len(batches))
                 watch.add(step, loss, batch.indices)

@@ -1,16 +1,14 @@
-"""Data sets as a user prepares them and trains on them: script/prepare_*.py, and --dataset a+b."""
+"""Data sets as a user prepares them and trains on them: script/prepare_*.py."""
 
 import json
-import math
 import shutil
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, TINY, run_script
+from conftest import TINY
 from PIL import Image
 
-from aligned_reid.data import make_synthetic, parse_image_name, read_partitions
+from aligned_reid.data import parse_image_name, read_partitions
 
 SCORES = {"mAP", "mAP_step", "mINP", "cmc1", "cmc5", "cmc10"}
 
@@ -24,11 +22,6 @@ def photos(tiny_data, tmp_path):
         place.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, place / f"c{image.camera}_{image.index}.jpg")
     return tmp_path / "photos"
-
-
-@pytest.fixture(scope="session")
-def other_data(tmp_path_factory):
-    return make_synthetic(tmp_path_factory.mktemp("data") / "other", 12, 3, 2, seed=2)
 
 
 def assert_refused(finished, *reasons):
@@ -166,67 +159,3 @@ def test_cuhk03_from_extracted_images(command, tmp_path):
     assert_refused(
         command("prepare_cuhk03.py", *source, "--kind=detected"), "has no cuhk03_new_protocol_config_detected"
     )
-
-
-def test_training_on_two_sets_and_testing_on_each(command, tiny_data, other_data, tmp_path, small_trunk):
-    folder = tmp_path / "run"
-    flags = ("--dataset=drawn+other", f"--data_path={tiny_data}+{other_data}", *TINY)
-    done = command("train.py", *flags, "--total_epochs=1", "--seed=1", "-idlw=1", f"--exp_dir={folder}")
-    assert done.status == 0, done.err
-    assert "trainval: 126 images of 21 identities" in done.out  # 12 x 2 x 3 and 9 x 3 x 2
-    assert "test of drawn: " in done.out and "test of other: " in done.out
-    state = torch.load(folder / "ckpt.pth", weights_only=True)["model"]
-    assert len(state["fc.weight"]) == 21
-    (epoch,) = [line for line in done.out.splitlines() if line.startswith("Ep ")]
-    assert math.isfinite(float(epoch.split("loss")[1]))
-    results = json.loads((folder / "results.json").read_text())
-    assert list(results["datasets"]) == ["drawn", "other"]
-    assert results["global"] == results["datasets"]["drawn"]["global"] != results["datasets"]["other"]["global"]
-    assert set(results["datasets"]["other"]["global"]) == SCORES
-    assert results["datasets"]["other"]["local"] is None
-    lines = done.out.splitlines()
-    headings = [line for line in lines if line.startswith("Data set")]
-    assert headings == ["Data set other", "Data set drawn"]
-    assert lines[-1].split()[3] == f"{results['global']['cmc1']:.2%}],"
-
-    # The same weights, tested on each set together and alone.
-    test = ("--only_test=true", f"--model_weight_file={folder}")
-    assert command("train.py", *flags, *test, f"--exp_dir={tmp_path / 'both'}").status == 0
-    both = json.loads((tmp_path / "both" / "results.json").read_text())
-    assert both["datasets"] == results["datasets"]
-    alone = command("train.py", f"--data_path={other_data}", *TINY, *test, f"--exp_dir={tmp_path / 'alone'}")
-    assert alone.status == 0
-    alone = json.loads((tmp_path / "alone" / "results.json").read_text())
-    assert alone["global"] == results["datasets"]["other"]["global"]
-    assert "datasets" not in alone
-
-
-def test_mistakes_with_several_sets_are_one_line(command, tiny_data, other_data, tmp_path):
-    both = f"--data_path={tiny_data}+{other_data}"
-    for script, flags, reason in (
-        ("train.py", ("--dataset=a+b", f"--data_path={tiny_data}"), "--data_path has 1 folder and --dataset 2 names"),
-        ("train.py", (both,), "--data_path has 2 folders and --dataset 1 name"),
-        ("train.py", ("--dataset=a+a", both), "names a data set twice"),
-        ("train.py", ("--dataset=a+b", f"--data_path={tiny_data}+{tmp_path}/none"), "/none does not exist"),
-        ("train.py", ("--dataset=a+b", both, "--ids_per_batch=22"), "more than the 21 identities"),
-        ("train.py", ("--dataset=a+b", both, "--partition_file=x"), "--partition_file is for one data set"),
-        ("extract.py", ("--dataset=a+b", both, "--save_file=f.h5"), "one data set at a time"),
-    ):
-        assert_refused(command(script, *TINY, *flags), reason)
-
-
-@pytest.mark.slow
-def test_two_processes_train_on_two_sets(tiny_data, other_data, tmp_path):
-    flags = ("--dataset=drawn+other", f"--data_path={tiny_data}+{other_data}", *TINY, "--seed=1")
-    script = ("launch.py", "--nproc=2", f"--log_dir={tmp_path / 'logs'}", ROOT / "script" / "train.py")
-    run = ("--total_epochs=1", "--id_sampling=sharded", f"--exp_dir={tmp_path / 'run'}")
-    done = run_script(*script, *flags, *run)
-    assert done.status == 0, done.err
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["num_processes"] == 2
-    test = ("--only_test=true", f"--model_weight_file={tmp_path / 'run'}", f"--exp_dir={tmp_path / 'test'}")
-    assert run_script("train.py", *flags, *test).status == 0
-    alone = json.loads((tmp_path / "test" / "results.json").read_text())
-    assert set(results["datasets"]) == {"drawn", "other"}
-    for name, scores in results["datasets"].items():
-        assert alone["datasets"][name]["global"] == pytest.approx(scores["global"], abs=1e-6)

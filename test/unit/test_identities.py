@@ -1,4 +1,4 @@
-"""Who was trained on: told by photos, whatever number or part another preparation gives a person."""
+"""Trained identities are recognised by photos, whatever number or part another preparation gives a person."""
 
 import os
 import shutil
@@ -7,7 +7,6 @@ import pytest
 
 from aligned_reid import InputError
 from aligned_reid.data import Partitions, TestImages, TrainImages, open_data, read_partitions, write_partitions
-from aligned_reid.data.dataset import JoinedTrainImages
 from aligned_reid.data.identities import check_identities, describe_overlap, identities_of, identity_record
 
 
@@ -17,7 +16,7 @@ def data(tiny_data, tmp_path):
 
 
 def renumber(data, shift):
-    """Give every person a number that is larger by `shift`, as a preparation with more persons does."""
+    """Add `shift` to every person's number, as a preparation with more persons does."""
     new_name = {name: f"{int(name[:8]) + shift:08d}{name[8:]}" for name in os.listdir(data / "images")}
     for old in sorted(new_name, reverse=True):
         (data / "images" / old).rename(data / "images" / new_name[old])
@@ -34,7 +33,7 @@ def renumber(data, shift):
 
 
 def swap_labels(data, first, second):
-    """Let two persons change labels."""
+    """Exchange the labels of two persons."""
     path = data / "partitions.pkl"
     partitions = read_partitions(path)
     labels = {label: person for person, label in partitions.trainval_ids2labels.items()}
@@ -43,7 +42,7 @@ def swap_labels(data, first, second):
     write_partitions(path, Partitions(**fields))
 
 
-def test_each_label_has_its_person(data):
+def test_identities_follow_the_labels_and_not_the_numbers(data):
     before = identities_of(TrainImages(open_data(data)))
     assert len(set(before)) == len(before) == 12
     renumber(data, 3)
@@ -53,7 +52,7 @@ def test_each_label_has_its_person(data):
     assert (after[0], after[5], after[1:5]) == (before[5], before[0], before[1:5])
 
 
-def test_other_persons_under_the_labels_are_refused(data):
+def test_resuming_with_other_persons_under_the_labels_is_refused(data):
     content = {"trained_on": identity_record(TrainImages(open_data(data)), None)}
     check_identities(content, data / "ckpt.pth", TrainImages(open_data(data)))
     swap_labels(data, 0, 5)
@@ -66,27 +65,20 @@ def test_other_persons_under_the_labels_are_refused(data):
     check_identities({}, data / "ckpt.pth", part)  # a checkpoint of an older version
 
 
-def test_joined_sets_have_the_labels_of_each(data, tiny_data):
-    first, second = TrainImages(open_data(tiny_data)), TrainImages(open_data(data), "train")
-    assert identities_of(JoinedTrainImages({"a": first, "b": second})) == identities_of(first) + identities_of(second)
-
-
-def test_persons_of_the_test_who_were_trained_on_are_counted(data, tiny_data):
-    tests = {"drawn": TestImages(open_data(data))}
+def test_test_persons_who_were_trained_on_are_counted(data, tiny_data):
     own = {"trained_on": identity_record(TrainImages(open_data(tiny_data)), None)}
-    assert describe_overlap(tests, None) == describe_overlap(tests, {"config": {}}) == []
-    assert [line.split()[5:9] for line in describe_overlap(tests, own)] == [["0", "of", "the", "4"]]
+    test = TestImages(open_data(data))
+    assert describe_overlap(test, None) == describe_overlap(test, {"config": {}}) == ""
+    assert "on 0 of the 4 persons" in describe_overlap(test, own)
     renumber(data, 3)
     path = data / "partitions.pkl"
     fields = vars(read_partitions(path))
     tested = fields["trainval_im_names"][:6] + fields["test_im_names"]  # one person of the training in the test
     write_partitions(path, Partitions(**{**fields, "test_im_names": tested, "test_marks": [0] * len(tested)}))
-    tests = {"drawn": TestImages(open_data(data)), "other": TestImages(open_data(tiny_data))}
-    first, second = describe_overlap(tests, own)
-    assert " 1 of " in first and "drawn" in first and " 0 of " in second and "other" in second
+    assert "on 1 of the" in describe_overlap(TestImages(open_data(data)), own)
 
 
-def test_weights_trained_on_remember_whom_they_started_from(data, tiny_data):
+def test_the_record_includes_the_persons_of_the_start_weights(data, tiny_data):
     start = {"trained_on": identity_record(TrainImages(open_data(tiny_data)), None)}
     record = identity_record(TrainImages(open_data(data), "train"), start)
     assert {*record["identities"], *record["before"]} == set(start["trained_on"]["identities"])

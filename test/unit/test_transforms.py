@@ -220,10 +220,10 @@ def test_missing_empty_and_other_files_are_named(write, tmp_path):
     assert "is missing" in refusal(tmp_path / "none.jpg")
     assert "cannot be read" in refusal(tmp_path)
     assert "is empty" in refusal(write(b""))
-    assert "is no JPEG file" in refusal(write(b"<html>404</html>"))
+    assert "is not a JPEG file" in refusal(write(b"<html>404</html>"))
     png = io.BytesIO()
     Image.fromarray(scene()).save(png, "PNG")
-    assert "is no JPEG file" in refusal(write(png.getvalue()))
+    assert "is not a JPEG file" in refusal(write(png.getvalue()))
     assert "cannot be decoded" in refusal(write(b"\xff\xd8" + b"nothing of a JPEG" * 20))
 
 
