@@ -1,18 +1,17 @@
-"""Read the plain data in a pickle from an untrusted source; nothing that the pickle names is imported or called.
+"""Read plain data from an untrusted pickle; nothing that the pickle names is imported or called.
 
-The base class is pickle's Python unpickler. The C one would allocate its memo by the largest index in the file, and
-hash any key: the hash of nested tuples can take forever.
+The base class is pickle's Python unpickler: the C one allocates its memo by the largest index in the file.
 """
 
 import io
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-MAX_BYTES = 2**28  # partitions of three million images take about this much
+MAX_BYTES = 2**28  # enough for the partitions of three million images
 
 
 class RefusedPickleError(ValueError):
@@ -25,8 +24,8 @@ class RefusedPickleError(ValueError):
 def load_plain(content: bytes) -> Any:
     """The value in a pickle of any protocol: containers, numbers, strings, and numpy arrays and scalars as these.
 
-    Python 2's strings and numpy's byte strings become `str`; numpy arrays (0 or 1 dimension) become lists. Raises
-    RefusedPickleError if the pickle names anything else, ValueError if it is too large, cut off or not a pickle.
+    Tuples and numpy arrays (of 0 or 1 dimension) become lists; Python 2's strings and numpy's byte strings become str.
+    Raises RefusedPickleError if the pickle names anything else, ValueError if it is too large, cut off or not a pickle.
     """
     if len(content) > MAX_BYTES:
         raise ValueError(f"larger than {MAX_BYTES // 2**20} MB")
@@ -38,88 +37,25 @@ def load_plain(content: bytes) -> Any:
         raise ValueError("cut off, or not a pickle") from error
 
 
-_Unpickler: Any = pickle._Unpickler
-
-
-def _checking_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
-    """The method of an opcode, after a check of the values on the stack (since the last mark) that it will hash."""
-
-    def load(unpickler: Any) -> None:
-        _check_keys(unpickler.stack[keys])
-        _Unpickler.dispatch[opcode[0]](unpickler)
-
-    return load
-
-
-class _PlainUnpickler(_Unpickler):
-    """Builds containers, numbers and strings; names become stand-ins."""
-
-    dispatch = {  # noqa: RUF012  # opcode -> method
-        **_Unpickler.dispatch,
-        pickle.SETITEM[0]: _checking_keys(pickle.SETITEM, slice(-2, -1)),
-        pickle.SETITEMS[0]: _checking_keys(pickle.SETITEMS, slice(0, None, 2)),
-        pickle.DICT[0]: _checking_keys(pickle.DICT, slice(0, None, 2)),
-        pickle.ADDITEMS[0]: _checking_keys(pickle.ADDITEMS, slice(None)),
-        pickle.FROZENSET[0]: _checking_keys(pickle.FROZENSET, slice(None)),
-        pickle.BYTEARRAY8[0]: _Unpickler.load_binbytes8,  # a bytearray would be allocated at the length declared
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        maker = _MAKERS.get((re.sub(r"^numpy\._core\b", "numpy.core", module), name))
-        if maker is None:
-            raise RefusedPickleError(f"{module}.{name}")
-        return _StandIn(maker)
-
-
-def _check_keys(keys: Iterable[Any]) -> list[Any]:
-    """The keys, if each is a number, a string or None."""
-    keys = list(keys)
-    if not all(key is None or isinstance(key, str | bytes | int | float) for key in keys):
-        raise TypeError("a key is not a number or string")
-    return keys
-
-
-class _StandIn:
-    """What a name becomes: a call of it builds plain data, and nothing in the file can change it."""
-
-    __slots__ = ("_make",)
-
-    def __init__(self, make: Callable[..., Any]) -> None:
-        self._make = make
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._make(*arguments)
-
-    def __setstate__(self, state: Any) -> None:
-        raise RefusedPickleError("a change to a name")
-
-
 class _Array(list[Any]):
     """A numpy array as a list; it is empty until the pickle sets its state."""
 
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, element_type, _, data = state
+    def set_state(self, _: Any, shape: Any, element_type: Any, __: Any, data: Any) -> None:
         self[:] = _elements(element_type, shape, data)
 
 
 class _ElementType:
     """A numpy dtype: its code ("i8", "S26", "U26", "O8") and, once the pickle sets its state, its byte order."""
 
-    __slots__ = ("byte_order", "code")
-
     def __init__(self, code: str, *_: Any) -> None:
         self.code, self.byte_order = code, "|"
 
-    def __setstate__(self, state: Any) -> None:
-        self.byte_order = state[1]
+    def set_state(self, _: Any, byte_order: Any, *__: Any) -> None:
+        self.byte_order = byte_order
 
 
-def _elements(element_type: Any, shape: Any, data: Any) -> list[Any]:
-    """The elements of an array; their number must be what the data holds, so no shape can allocate memory."""
-    if not isinstance(element_type, _ElementType) or not isinstance(shape, tuple) or len(shape) > 1:
-        raise TypeError("not an array of 0 or 1 dimension")
+def _elements(element_type: _ElementType, shape: list[int], data: Any) -> list[Any]:
+    """The elements of an array; their number must be that in the data, so that no shape allocates memory."""
     code, byte_order = element_type.code, element_type.byte_order
     if re.fullmatch("O[48]?", code):
         elements = list(data) if isinstance(data, list) else []
@@ -132,8 +68,8 @@ def _elements(element_type: Any, shape: Any, data: Any) -> list[Any]:
         elements = np.frombuffer(content, dtype=np.dtype(byte_order.replace("|", "=") + code)).tolist()
         if code[0] == "S":
             elements = [element.decode("latin1") for element in elements]
-    if len(elements) != (shape[0] if shape else 1):
-        raise ValueError("the length of an array is not that of its data")
+    if [len(elements)] != (shape or [1]):
+        raise ValueError("not an array of 0 or 1 dimension, or of another length than its data")
     return elements
 
 
@@ -143,17 +79,51 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-_MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy", "ndarray"): _Array,  # only named, as an argument of _reconstruct
-    ("numpy", "dtype"): _ElementType,
-    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
-    ("numpy.core.multiarray", "scalar"): lambda element_type, data: _elements(element_type, (1,), data)[0],
-    ("numpy.core.numeric", "_frombuffer"): lambda data, element_type, shape, *_: _Array(
-        _elements(element_type, shape, data)
-    ),
-    ("_codecs", "encode"): _encode,  # protocol 2 writes Python 3's bytes with it
-    ("collections", "OrderedDict"): lambda pairs=(): {_check_keys([key])[0]: value for key, value in pairs},
+# Stand-ins for the names in pickles of plain data, called with the arguments in the file.
+_STAND_INS: dict[str, Callable[..., Any]] = {
+    "numpy.ndarray": _Array,  # only as an argument of _reconstruct
+    "numpy.dtype": _ElementType,
+    "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
+    "numpy.core.multiarray.scalar": lambda element_type, data: _elements(element_type, [1], data)[0],
+    "numpy.core.numeric._frombuffer": lambda data, element_type, shape, *_: _elements(element_type, shape, data),
+    "_codecs.encode": _encode,  # protocol 2 writes Python 3's bytes with it
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
+    "collections.OrderedDict": dict,
 }
-for _module in ("builtins", "__builtin__"):
-    _MAKERS[_module, "set"] = lambda values=(): set(_check_keys(values))
-    _MAKERS[_module, "frozenset"] = lambda values=(): frozenset(_check_keys(values))
+_Unpickler: Any = pickle._Unpickler
+
+
+def _load_list(length: int) -> Callable[[Any], None]:
+    """The method of an opcode that replaces the last values on the stack with a list of them."""
+
+    def load(unpickler: Any) -> None:
+        unpickler.stack[-length:] = [unpickler.stack[-length:]]
+
+    return load
+
+
+def _load_build(unpickler: Any) -> None:
+    """Set the state of an array or an element type; nothing else has the method."""
+    state = unpickler.stack.pop()
+    unpickler.stack[-1].set_state(*state)
+
+
+class _PlainUnpickler(_Unpickler):
+    dispatch = {  # noqa: RUF012  # opcode -> method
+        **_Unpickler.dispatch,
+        # Lists in place of tuples, as a key of nested tuples can take forever to hash.
+        pickle.EMPTY_TUPLE[0]: _Unpickler.load_empty_list,
+        pickle.TUPLE[0]: _Unpickler.load_list,
+        pickle.TUPLE1[0]: _load_list(1),
+        pickle.TUPLE2[0]: _load_list(2),
+        pickle.TUPLE3[0]: _load_list(3),
+        pickle.BUILD[0]: _load_build,
+        pickle.BYTEARRAY8[0]: _Unpickler.load_binbytes8,  # a bytearray would be allocated at the length declared
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = {"__builtin__": "builtins"}.get(module, module.replace("numpy._core.", "numpy.core."))
+        if f"{module}.{name}" not in _STAND_INS:
+            raise RefusedPickleError(f"{module}.{name}")
+        return _STAND_INS[f"{module}.{name}"]

@@ -1,8 +1,7 @@
-"""From a JPEG file to the network's input: decode, crop, resize (uint8, in workers), normalise (on the device)."""
+"""From a JPEG file to the network's input: decode, crop, resize (uint8, in workers), normalize (on the device)."""
 
 import io
 import math
-import re
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -16,21 +15,21 @@ from torch import Tensor
 
 from aligned_reid.errors import InputError
 
-IM_MEAN = (0.486, 0.459, 0.408)  # R, G, B of images in [0, 1]; ImageNet's as the reference rounds it
+IM_MEAN = (0.486, 0.459, 0.408)  # ImageNet's, as rounded by the reference; R, G, B of images in [0, 1]
 IM_STD = (0.229, 0.224, 0.225)
-MEAN_COLOUR = tuple(round(255 * value) for value in IM_MEAN)
+MEAN_COLOR = tuple(round(255 * value) for value in IM_MEAN)
 JPEG_START = b"\xff\xd8"
-MAX_PIXELS = 100_000_000  # of an image: 300 MB of memory
+MAX_PIXELS = 100_000_000  # per image: 300 MB of memory
 
 
 def decode_image(path: str | Path, check_size: bool = False) -> np.ndarray:
-    """Decode a JPEG file to uint8 [h, w, 3], RGB: the same bytes as PIL gives. Gray images become RGB.
+    """Decode a JPEG file to uint8 [h, w, 3], RGB, with the same pixels as PIL. Gray images become RGB.
 
-    Raises InputError with the path when the file is missing, empty, cut off or no JPEG; with `check_size`, which costs
-    4 % of a small image, also when it has more than MAX_PIXELS.
+    Raises InputError with the path if the file is missing, empty, cut off or not a JPEG; with `check_size`, which adds
+    4 % for a small image, also if it has more than MAX_PIXELS.
     """
     try:
-        # Path.open costs as much as decoding a small image does, and a buffer is no use where all is read at once.
+        # Path.open takes as long as decoding a small image; a buffer has no use for a file that is read at once.
         with open(path, "rb", buffering=0) as file:
             content = file.read()
     except FileNotFoundError:
@@ -45,18 +44,16 @@ def decode_image(path: str | Path, check_size: bool = False) -> np.ndarray:
 
 
 def decode_jpeg(path: str | Path, content: bytes, check_size: bool = False) -> np.ndarray:
-    """`decode_image` of a file that was read already; `path` is for the message."""
+    """`decode_image` for a file that was already read; `path` is for the message."""
     if check_size:
         _check_size(path, content)
-    # simplejpeg decodes 1.5 times as fast as OpenCV and, like PIL and unlike OpenCV, does not turn by EXIF orientation.
+    # simplejpeg decodes 1.5 times as fast as OpenCV. Like PIL and unlike OpenCV, it ignores the EXIF orientation.
     try:
         return simplejpeg.decode_jpeg(content, colorspace="RGB")
     except ValueError as error:
         reason = str(error)
     pixels_lost = "premature end" in reason.lower() or ("Corrupt" in reason and "extraneous bytes" not in reason)
-    if not (
-        pixels_lost or _is_segment_lost(content, reason)
-    ):  # simplejpeg refuses what other decoders accept, such as stray bytes between the header's parts
+    if not pixels_lost:  # simplejpeg refuses what other decoders accept, such as stray bytes between header segments
         try:
             with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
                 return np.array(image.convert("RGB"))
@@ -67,25 +64,11 @@ def decode_jpeg(path: str | Path, content: bytes, check_size: bool = False) -> n
     raise InputError(f"image {path} cannot be decoded: {' '.join(reason.split())[:100]}")
 
 
-def _is_segment_lost(content: bytes, reason: str) -> bool:
-    """Whether the extraneous bytes of libjpeg's `reason` are a part of the header without its marker, such as a table.
-
-    Decoders fill in standard tables, and give wrong pixels. Such a part begins with two bytes and then its own length.
-    """
-    match = re.search(r"(\d+) extraneous bytes before marker 0x(\w\w)", reason)
-    if match is None:
-        return False
-    num_bytes, marker = int(match[1]), bytes([0xFF, int(match[2], 16)])
-    length = (num_bytes - 2).to_bytes(4, "big", signed=True)[2:]
-    ends = [found.start() for found in re.finditer(re.escape(marker), content)]
-    return any(content[end - num_bytes :][2:4] == length for end in ends if end >= num_bytes)
-
-
 def _check_size(path: str | Path, content: bytes) -> None:
     try:
         height, width = simplejpeg.decode_jpeg_header(content)[:2]
     except ValueError:
-        return  # decoding says what is wrong
+        return  # decoding reports the reason
     if height * width > MAX_PIXELS:
         raise InputError(too_large(path))
 
@@ -95,7 +78,7 @@ def too_large(path: str | Path) -> str:
 
 
 def random_crop(image: np.ndarray, crop_ratio: float, random: Random) -> np.ndarray:
-    """A random part of an image [h, w, 3], a view: its height and width are random shares of it in [crop_ratio, 1]."""
+    """A random part of an image [h, w, 3], as a view; its height and width are random shares in [crop_ratio, 1]."""
     height, width = image.shape[:2]
     crop_height = max(1, int(height * random.uniform(crop_ratio, 1)))
     crop_width = max(1, int(width * random.uniform(crop_ratio, 1)))
@@ -105,7 +88,7 @@ def random_crop(image: np.ndarray, crop_ratio: float, random: Random) -> np.ndar
 
 
 def pad_and_crop(image: np.ndarray, pixels: int, random: Random) -> None:
-    """Move an image [h, w, 3] in place by up to `pixels` down or up and right or left; what comes into it is black."""
+    """Shift an image [h, w, 3] in place by up to `pixels` in each direction; the uncovered border becomes black."""
     height, width = image.shape[:2]
     down, right = random.randint(-pixels, pixels), random.randint(-pixels, pixels)
     kept = image[max(0, -down) : height - max(0, down), max(0, -right) : width - max(0, right)].copy()
@@ -114,10 +97,10 @@ def pad_and_crop(image: np.ndarray, pixels: int, random: Random) -> None:
 
 
 def erase_rectangle(image: np.ndarray, random: Random) -> None:
-    """Fill a random rectangle of an image [h, w, 3] with the mean colour, in place: 2 to 40 % of it, aspect 0.3 to 3.3.
+    """Fill a random rectangle of an image [h, w, 3] with the mean color, in place: 2 to 40 % of it, aspect 0.3 to 3.3.
 
-    Zhong et al., "Random Erasing Data Augmentation", arXiv:1708.04896, algorithm 1. An image in which a hundred
-    rectangles do not fit stays whole.
+    Zhong et al., "Random Erasing Data Augmentation", arXiv:1708.04896, algorithm 1. After a hundred rectangles that do
+    not fit, the image is left unchanged.
     """
     height, width = image.shape[:2]
     for _ in range(100):
@@ -126,12 +109,12 @@ def erase_rectangle(image: np.ndarray, random: Random) -> None:
         high, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < high < height and 0 < wide < width:
             top, left = random.randint(0, height - high), random.randint(0, width - wide)
-            image[top : top + high, left : left + wide] = MEAN_COLOUR
+            image[top : top + high, left : left + wide] = MEAN_COLOR
             return
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize uint8 [h, w, 3] to [height, width, 3]: bilinear without antialiasing, as the reference does."""
+    """Resize uint8 [h, w, 3] to [height, width, 3], bilinear without antialiasing as in the reference."""
     height, width = size
     if image.shape[:2] == (height, width):
         return image
@@ -139,7 +122,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_into(slot: np.ndarray, image: np.ndarray, mirror: bool = False) -> None:
-    """Write an image [h, w, 3] into `slot` [height, width, 3], contiguous memory of a batch: resized, then mirrored."""
+    """Write an image [h, w, 3], resized and then mirrored, into `slot` [height, width, 3], contiguous memory."""
     if image.shape == slot.shape:
         if mirror:
             cv2.flip(image, 1, dst=slot)
@@ -151,15 +134,10 @@ def resize_into(slot: np.ndarray, image: np.ndarray, mirror: bool = False) -> No
         cv2.resize(image, slot.shape[1::-1], dst=slot, interpolation=cv2.INTER_LINEAR)
 
 
-def mirror_image(image: np.ndarray) -> np.ndarray:
-    """Left and right exchanged, [h, w, 3] in new memory."""
-    return cv2.flip(image, 1)
-
-
 def normalize_images(images: Tensor, memory_format: torch.memory_format = torch.channels_last) -> Tensor:
     """(image / 255 - IM_MEAN) / IM_STD for uint8 [N, H, W, 3] on any device -> float32 [N, 3, H, W].
 
-    A row of W * 3 values is one vector: broadcasting over an innermost axis of 3 is several times slower on a CPU.
+    Rows are processed as vectors of W * 3 values: broadcasting over an innermost axis of 3 is several times slower.
     """
     num_images, height, width, _ = images.shape
     mean, inverse_std = _mean_and_inverse_std(width, images.device)
@@ -170,16 +148,14 @@ def normalize_images(images: Tensor, memory_format: torch.memory_format = torch.
 
 @lru_cache(maxsize=8)
 def _mean_and_inverse_std(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """255 * IM_MEAN and 1 / (255 * IM_STD), each repeated for a row of pixels [W * 3]."""
+    """255 * IM_MEAN and 1 / (255 * IM_STD), repeated for a row of pixels [W * 3]."""
     mean = 255 * torch.tensor(IM_MEAN, dtype=torch.float64).repeat(width)
     inverse_std = 1 / (255 * torch.tensor(IM_STD, dtype=torch.float64).repeat(width))
     return mean.to(device, torch.float32), inverse_std.to(device, torch.float32)
 
 
 def preprocess(image: np.ndarray, size: tuple[int, int] = (256, 128), mirror: bool = False) -> Tensor:
-    """One image as the network sees it: uint8 [h, w, 3], RGB -> float32 [3, height, width]."""
+    """One image as the network's input: uint8 [h, w, 3], RGB -> float32 [3, height, width]."""
     resized = resize_image(image, size)
-    if mirror:
-        resized = mirror_image(resized)
-    batch = torch.from_numpy(np.ascontiguousarray(resized)[None])
+    batch = torch.from_numpy(np.ascontiguousarray(resized[:, ::-1] if mirror else resized)[None])
     return normalize_images(batch)[0].contiguous()
