@@ -7,7 +7,6 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -27,7 +26,6 @@ from aligned_reid.errors import InputError, RunStopped
 SECONDS_BETWEEN_LOOKS = 2.0  # at which a worker checks that its main process is alive
 SECONDS_TO_DIE = 1.0  # that the main process waits for the exit status of a dead worker
 BATCHES_PER_WORKER = 2  # that wait in shared memory
-FILES_PER_WORKER, OTHER_FILES = 10, 16  # open files: pipes and shared memory of each worker, and everything else
 SOCKET_PATH_BYTES = 60  # of the temporary folder; a socket's path has at most 107, and multiprocessing adds 40
 USUAL_CAUSES = {
     signal.SIGKILL: ", as the system does when memory runs out",
@@ -116,19 +114,20 @@ def make_loader(
 
     batches: the requests of each batch, at most `batch_size` each: an IdentityBatchSampler for TrainImages, lists of
     indices for TestImages (None: all images in order). `workers` processes, at most one per processor, live as long as
-    the loader; 0 loads in this process. There are fewer if shared memory or open files are short, which `say` gets a
-    line about, and none if a cache holds the images resized: copying those costs less than sending them from another
-    process. num_held: number of batches that the caller keeps at a time.
+    the loader; 0 loads in this process. There are fewer if shared memory is short, which `say` gets a line about, and
+    none if a cache holds the images resized: copying those costs less than sending them from another process. num_held:
+    number of batches that the caller keeps at a time.
     """
     workers = min(workers, num_processors())
     if images.cache is not None and images.cache.resized:
         workers = 0
     context = None
     if workers > 0:
-        height, width = images.size
-        workers, reason = fit_workers(workers, batch_size * height * width * 3, num_held, *free_resources())
-        if reason and say:
-            say(reason)
+        wanted, free = workers, free_shared_memory()
+        workers = fit_workers(wanted, batch_size * math.prod(images.size) * 3, num_held, free)
+        if workers < wanted and say:
+            short = f"/dev/shm has {free / 2**20:.0f} MB free; docker run --shm-size raises it"
+            say(f"loading with {workers} workers instead of {wanted}: {short}")
     if workers > 0:
         context = LoaderContext()
         context.set_forkserver_preload(["__main__", "aligned_reid.data.dataset"])
@@ -148,36 +147,19 @@ def make_loader(
     )
 
 
-def fit_workers(
-    workers: int, batch_bytes: int, num_held: int, shared_bytes: float, num_files: float
-) -> tuple[int, str]:
-    """How many of `workers` the machine has room for, and a line that gives the reason if not all ("" otherwise).
-
-    shared_bytes: free shared memory, for each worker's next batches and those of the main process: `num_held`, one on
-    its way to the device, one received. num_files: number of files that the process can still open.
+def fit_workers(workers: int, batch_bytes: int, num_held: int, free_bytes: float) -> int:
+    """How many of `workers` there is shared memory for: `free_bytes`, for the batches of all workers and those of the
+    main process, which are `num_held`, one on its way to the device, and one received.
     """
-    by_memory = (shared_bytes / batch_bytes - num_held - 2) / BATCHES_PER_WORKER
-    by_files = (num_files - OTHER_FILES) / FILES_PER_WORKER
-    fitting = max(0, int(min(workers, by_memory, by_files)))
-    if fitting == workers:
-        return workers, ""
-    short = f"shared memory (/dev/shm) has {shared_bytes / 2**20:.0f} MB free; docker run --shm-size raises it"
-    if by_files < by_memory:
-        short = f"{num_files:.0f} more files may be opened; ulimit -n raises it"
-    return fitting, f"loading with {fitting} workers instead of {workers}: {short}"
+    return max(0, min(workers, int((free_bytes / batch_bytes - num_held - 2) / BATCHES_PER_WORKER)))
 
 
-def free_resources() -> tuple[float, float]:
-    """This rank's share of free shared memory in bytes, and the number of files that the process can still open."""
-    if sys.platform != "linux":
-        return math.inf, math.inf
+def free_shared_memory() -> int:
+    """This rank's share of the free shared memory of the machine, in bytes."""
     try:
-        free = shutil.disk_usage("/dev/shm").free
-    except OSError:
-        free = 0
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return free / num_ranks, limit - len(os.listdir("/proc/self/fd")) if limit >= 0 else math.inf
+        return shutil.disk_usage("/dev/shm").free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    except OSError:  # systems other than Linux do not have it as a folder
+        return sys.maxsize
 
 
 def num_processors() -> int:

@@ -49,10 +49,8 @@ class IdentityBatchSampler:
         self.ids, identity = np.unique(np.asarray(person_ids, dtype=np.int64), return_inverse=True)
         self.num_ids = len(self.ids) // num_shards  # in an epoch of this rank
         if self.num_ids < ids_per_batch:
-            share = f" ({self.num_ids} in each of {num_shards} processes)" if num_shards > 1 else ""
-            raise InputError(
-                f"--ids_per_batch {ids_per_batch} is more than the {len(self.ids)} identities in the training data{share}"
-            )
+            share = f", {self.num_ids} in each of {num_shards} processes" if num_shards > 1 else ""
+            raise InputError(f"--ids_per_batch {ids_per_batch} is more than the {len(self.ids)} identities{share}")
         by_identity = np.argsort(identity, kind="stable")
         self.images_of_id = np.split(by_identity, np.cumsum(np.bincount(identity, minlength=len(self.ids)))[:-1])
         num_images = np.array([len(images) for images in self.images_of_id])

@@ -18,7 +18,7 @@ from aligned_reid.data.dataset import ReidData, TestImages, TrainImages, open_da
 from aligned_reid.data.loader import WorkerDied, fit_workers, make_loader
 from aligned_reid.data.partitions import build_partitions, format_image_name, read_partitions, write_partitions
 from aligned_reid.data.sampler import IdentityBatchSampler, SampleRequest
-from aligned_reid.data.transforms import decode_image, mirror_image, random_crop, resize_image
+from aligned_reid.data.transforms import decode_image, random_crop, resize_image
 
 SIZE = (64, 32)
 
@@ -228,7 +228,7 @@ def samples_of(images: TrainImages, requests: list[SampleRequest]) -> list[np.nd
         if random.random() < images.crop_prob:
             image = random_crop(image, images.crop_ratio, random)
         image = resize_image(image, images.size)
-        samples.append(mirror_image(image) if random.random() < 0.5 else image)
+        samples.append(image[:, ::-1] if random.random() < 0.5 else image)
     return samples
 
 
@@ -329,13 +329,11 @@ def test_shifts_and_erasing_are_functions_of_the_seed(tiny_data):
 
 
 @pytest.mark.parametrize(
-    ("shared_mb", "num_files", "fitting", "short"),
-    [(1000, 1000, 4, ""), (64, 1000, 1, "/dev/shm"), (20, 1000, 0, "/dev/shm"), (1000, 24, 0, "ulimit -n")],
+    ("shared_mb", "fitting"),
+    [(1000, 4), (64, 1), (20, 0)],
 )
-def test_workers_are_limited_by_shared_memory_and_open_files(shared_mb, num_files, fitting, short):
-    num_workers, reason = fit_workers(4, 128 * 256 * 128 * 3, 1, shared_mb * 2**20, num_files)
-    assert num_workers == fitting
-    assert short in reason and bool(reason) == bool(short)
+def test_workers_are_limited_by_shared_memory(shared_mb, fitting):
+    assert fit_workers(4, 128 * 256 * 128 * 3, 1, shared_mb * 2**20) == fitting
 
 
 def test_a_killed_worker_is_reported_with_its_signal(tiny_data):

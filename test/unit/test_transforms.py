@@ -1,4 +1,4 @@
-"""From JPEG to the network's input: golden vectors, PIL's bytes, and files that are no whole JPEG."""
+"""From a JPEG to the network's input: golden vectors, the same pixels as PIL, and damaged files."""
 
 import io
 from pathlib import Path
@@ -6,7 +6,6 @@ from random import Random
 
 import numpy as np
 import pytest
-import simplejpeg
 import torch
 from PIL import Image
 
@@ -14,10 +13,9 @@ from aligned_reid import InputError
 from aligned_reid.data.transforms import (
     IM_MEAN,
     IM_STD,
-    MEAN_COLOUR,
+    MEAN_COLOR,
     decode_image,
     erase_rectangle,
-    mirror_image,
     normalize_images,
     pad_and_crop,
     preprocess,
@@ -56,7 +54,7 @@ def write(tmp_path):
 
 @pytest.mark.parametrize("name", GOLDEN_IMAGES)
 @pytest.mark.parametrize(("mirror", "suffix"), [(False, "_processed"), (True, "_processed_mirrored")])
-def test_preprocess_is_the_references(name, mirror, suffix):
+def test_preprocess_equals_the_reference(name, mirror, suffix):
     image = GOLDEN[name]
     before = image.copy()
     result = preprocess(image, size=(256, 128), mirror=mirror)
@@ -65,12 +63,8 @@ def test_preprocess_is_the_references(name, mirror, suffix):
     assert np.array_equal(image, before)
 
 
-def test_there_are_golden_images_of_another_size():
-    assert {GOLDEN[name].shape for name in GOLDEN_IMAGES} == {(128, 64, 3), (91, 53, 3)}
-
-
 @pytest.mark.parametrize("size", [(256, 128), (128, 64), (7, 5)])
-def test_normalize_images_is_the_formula_in_channels_last(size):
+def test_normalize_images_follows_the_formula_in_channels_last(size):
     images = torch.from_numpy(np.random.RandomState(1).randint(0, 256, (3, *size, 3)).astype(np.uint8))
     before = images.clone()
     result = normalize_images(images)
@@ -81,7 +75,7 @@ def test_normalize_images_is_the_formula_in_channels_last(size):
     assert torch.equal(images, before)
 
 
-def test_normalize_images_after_inference_mode_still_trains():
+def test_normalize_images_can_train_after_inference_mode():
     images = torch.zeros(2, 9, 11, 3, dtype=torch.uint8)
     with torch.inference_mode():
         normalize_images(images)
@@ -97,11 +91,10 @@ def test_preprocess_and_normalize_images_agree_to_the_bit():
         assert torch.equal(preprocess(GOLDEN[name]), result)
 
 
-def test_resize_and_mirror():
+def test_resize():
     image = scene(20, 10)
     assert resize_image(image, (20, 10)) is image
     assert resize_image(image, (40, 30)).shape == (40, 30, 3)
-    assert np.array_equal(mirror_image(image), image[:, ::-1])
 
 
 def test_random_crop_keeps_its_bounds_and_reaches_the_edges():
@@ -127,7 +120,7 @@ def test_random_crop_keeps_its_bounds_and_reaches_the_edges():
     [{}, {"quality": 30}, {"subsampling": 0, "quality": 95}, {"progressive": True}, {"restart_marker_rows": 1}],
 )
 @pytest.mark.parametrize("size", [(128, 64), (91, 53)])
-def test_decoded_bytes_are_pils(write, options, size):
+def test_decoded_pixels_are_pils(write, options, size):
     path = write(jpeg(scene(*size), **options))
     decoded = decode_image(path)
     assert decoded.dtype == np.uint8 and decoded.shape == (*size, 3)
@@ -135,7 +128,7 @@ def test_decoded_bytes_are_pils(write, options, size):
     assert np.array_equal(decode_image(str(path)), decoded)
 
 
-def test_colours_are_in_rgb_order(write):
+def test_colors_are_in_rgb_order(write):
     red = np.zeros((16, 16, 3), dtype=np.uint8)
     red[..., 0] = 255
     assert (decode_image(write(jpeg(red, quality=95)))[8, 8] > (200, -1, -1)).all()
@@ -155,14 +148,14 @@ def test_exif_orientation_is_ignored_as_in_pil(write):
     assert np.array_equal(decode_image(path), np.asarray(Image.open(path)))
 
 
-def test_bytes_after_the_end_of_the_image_do_no_harm(write):
+def test_bytes_after_the_image_are_ignored(write):
     content = jpeg(scene())
     expected = decode_image(write(content))
     assert np.array_equal(decode_image(write(content + b"\0" * 3)), expected)
     assert np.array_equal(decode_image(write(content + b"camera maker's note" * 10)), expected)
 
 
-def test_padding_before_a_marker_does_no_harm(write):
+def test_padding_before_a_marker_is_ignored(write):
     content = jpeg(scene())
     path = write(content[:-2] + b"\0\0\0\0" + content[-2:])
     assert np.array_equal(decode_image(path), np.asarray(Image.open(path)))
@@ -174,14 +167,14 @@ def with_stray_bytes(content: bytes, marker: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("marker", [b"\xff\xdb", b"\xff\xc0", b"\xff\xc4", b"\xff\xda"])
-def test_stray_bytes_in_the_header_do_no_harm(write, marker):
+def test_stray_bytes_in_the_header_are_ignored(write, marker):
     content = jpeg(scene())
     expected = decode_image(write(content))
     decoded = decode_image(write(with_stray_bytes(content, marker)))
     assert np.array_equal(decoded, expected) and decoded.flags.writeable
 
 
-def test_an_unknown_revision_of_the_format_does_no_harm(write):
+def test_an_unknown_revision_of_the_format_is_accepted(write):
     content = jpeg(scene())
     expected = decode_image(write(content))
     assert np.array_equal(decode_image(write(content.replace(b"JFIF\0\1", b"JFIF\0\7"))), expected)
@@ -192,13 +185,6 @@ def test_stray_bytes_do_not_hide_other_damage(write):
     assert "is cut off" in refusal(write(content[: len(content) - 40]))
     place = content.index(b"\xff\xdb")  # without its quantization table nothing decodes it
     assert "cannot be decoded" in refusal(write(content[:place] + b"\0" + content[place + 1 :]))
-
-
-def test_a_lost_huffman_table_is_not_filled_in(write):
-    content = bytearray(jpeg(scene()))
-    content[content.rindex(b"\xff\xc4")] = 0
-    with pytest.raises(InputError, match="cannot be decoded"):
-        decode_image(write(bytes(content)))
 
 
 def test_huge_dimensions_are_refused_before_decoding(write):
@@ -235,24 +221,18 @@ def test_cmyk_becomes_rgb(write):
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_image_cut_off_anywhere_is_named(write, share, progressive):
+def test_a_truncated_image_is_named(write, share, progressive):
     content = jpeg(scene(), progressive=progressive, quality=90)
     refusal(write(content[: int(len(content) * share)]))
     assert "is cut off" in refusal(write(content[: len(content) - 40]))
 
 
-def test_image_with_a_hole_is_refused(write):
+def test_an_image_that_ends_early_is_refused(write):
     content = jpeg(np.random.RandomState(0).randint(0, 256, (128, 64, 3)).astype(np.uint8), quality=90)
     refusal(write(content[: len(content) // 2] + b"\xff\xd9"))
 
 
-def test_the_decoder_takes_what_simplejpeg_encodes(write):
-    image = scene()
-    path = write(simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=95))
-    assert np.abs(decode_image(path).astype(int) - image).mean() < 3
-
-
-def test_pad_and_crop_moves_within_its_pixels():
+def test_pad_and_crop_shifts_by_at_most_its_pixels():
     image = scene(32, 16)
     moved = set()
     for seed in range(200):
@@ -268,7 +248,7 @@ def test_pad_and_crop_moves_within_its_pixels():
     assert len(moved) > 40  # of 49
 
 
-def test_erasing_fills_one_rectangle_of_the_size_asked_for():
+def test_erasing_fills_one_rectangle_within_the_limits():
     image = np.full((64, 32, 3), 7, dtype=np.uint8)
     for seed in range(50):
         erased = image.copy()
@@ -280,4 +260,4 @@ def test_erasing_fills_one_rectangle_of_the_size_asked_for():
         assert height * width == changed.sum()
         assert 0.01 < height * width / (64 * 32) < 0.45
         assert 0.2 < height / width < 5
-        assert (erased[changed] == MEAN_COLOUR).all()
+        assert (erased[changed] == MEAN_COLOR).all()
