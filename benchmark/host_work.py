@@ -29,9 +29,10 @@ from loader import published_image
 from training_published import IMS_PER_ID, published_triplets
 
 from aligned_reid.config import Config
-from aligned_reid.data import IdentityBatchSampler, TrainImages, open_data
+from aligned_reid.data import TrainImages, open_data
 from aligned_reid.data.dataset import TrainBatch
 from aligned_reid.data.loader import make_loader
+from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.device.base import Accelerator
 from aligned_reid.flags import parse_height_width
 from aligned_reid.losses import check_batch_labels

@@ -33,7 +33,8 @@ from training_ours import bare_block, our_block, our_rank
 from training_published import IMS_PER_ID, published_block
 
 from aligned_reid.config import Config
-from aligned_reid.data import IdentityBatchSampler, TrainImages, open_data
+from aligned_reid.data import TrainImages, open_data
+from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.errors import InputError
 from aligned_reid.flags import parse_height_width
 from aligned_reid.launcher import free_port

@@ -14,8 +14,9 @@ import torch
 from blocks import Block, peak_memory
 
 from aligned_reid.config import Config
-from aligned_reid.data import IdentityBatchSampler, TrainImages, open_data
+from aligned_reid.data import TrainImages, open_data
 from aligned_reid.data.loader import num_processors
+from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.distributed import World, close_group, open_group, read_world
 from aligned_reid.model import AlignedReID
 from aligned_reid.run import open_device

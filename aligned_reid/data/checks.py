@@ -16,7 +16,7 @@ _CHUNK = 64  # images per task of a thread
 def check_images(data: ReidData, image_names: Iterable[str]) -> None:
     """Raise InputError, with the first bad image and the number of them, unless every image can be decoded.
 
-    32,000 images of 128 x 64 pixels take about a second on two cores.
+    32,000 images of 128 x 64 pixels take one to two seconds on two cores.
     """
     names = list(dict.fromkeys(image_names))
 
