@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from aligned_reid.distributed import from_rank, gather_with_own, largest_over_ranks
+from aligned_reid.distributed import World, from_rank, gather_with_own, largest_over_ranks
 from aligned_reid.model import AlignedReID
 from aligned_reid.objective import Shown
-from aligned_reid.rendezvous import World
 from aligned_reid.training.checkpoint import on_host
 from aligned_reid.training.learner import Learner
 
