@@ -1,11 +1,14 @@
-"""Processes of one run: the group's start and end, this process's rank, sums and gathers."""
+"""The processes of a run: this one's rank, the process group, sums, gathers and broadcasts."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-from collections.abc import Callable, Iterable
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,55 +16,128 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligned_reid.rendezvous import (
-    Meeting,
-    World,
-    connect,
-    has_launchers_store,
-    job_of,
-    meet,
-    read_world,
-)
+from aligned_reid.errors import InputError, RunStopped
 
-__all__ = ["World", "read_world"]  # besides what is defined here: who asks for the group asks for these
+MEETING_SHARE = 4  # times --timeout: some ranks check and load data for longer than others
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 2.0  # within which the ranks that time out in a collective report that they do
+TIMED_OUT = re.compile(r"tim(ed|e) ?out", re.IGNORECASE)
 
 
-MEETING_SHARE = 4  # of --timeout: what ranks may come after each other, for some check and load data longer
-CONNECT_SECONDS = 10.0
+@dataclass(frozen=True)
+class World:
+    """This process's place among the processes of a run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # on this machine
+    job: Mapping[str, str] = field(default_factory=dict, compare=False)  # identifies the launch; set by open_group
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
 
 
-def open_group(world: World, backend: str, address: str = "", timeout: float = 600.0) -> Meeting | None:
-    """Join the process group; no more than a check for a single process. Returns who is in it.
+def read_world() -> World:
+    """The rank and size that a launcher put into the environment. Raises InputError if they are not valid."""
+    try:
+        rank, size, local_rank = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+    except ValueError as error:
+        raise InputError(f"RANK, WORLD_SIZE and LOCAL_RANK have to be whole numbers ({error})") from error
+    if not 0 <= rank < size:
+        raise InputError(f"RANK {rank} does not fit WORLD_SIZE {size}: unset both for a run of one process")
+    return World(rank, size, local_rank)
+
+
+@contextmanager
+def process_group(world: World, backend: str, address: str = "", timeout: float = 600.0) -> Iterator[World]:
+    """The process group while the block runs; see `open_group`.
+
+    Raises RunStopped, with the ranks that did not answer, if a collective times out.
+    """
+    world, store = open_group(world, backend, address, timeout)
+    try:
+        yield world
+    except RuntimeError as error:
+        if store is None or isinstance(error, RunStopped) or not TIMED_OUT.search(str(error)):
+            raise
+        raise RunStopped(describe_timeout(store, world, timeout)) from error
+    finally:
+        close_group()
+
+
+def open_group(
+    world: World, backend: str, address: str = "", timeout: float = 600.0
+) -> tuple[World, dist.Store | None]:
+    """Join the process group; returns the world with its `job`, and the ranks' store. A single process has neither.
 
     address: of the first machine; default: MASTER_ADDR, which torchrun sets. timeout: seconds that a collective waits
-    for a rank. Raises RunStopped where some ranks do not come.
+    for a rank. Raises RunStopped if ranks are missing.
     """
-    if world.size == 1:
-        return None
+    is_launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if world.size == 1 and not is_launched:
+        return world, None
     if address:
         os.environ["MASTER_ADDR"] = address
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     patience = MEETING_SHARE * timeout
-    meeting = meet(connect(world, patience), world, timeout, patience)
-    dist.init_process_group(
-        backend, store=meeting.store, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout)
-    )
-    return meeting
+    try:
+        store: dist.Store = dist.TCPStore(  # the launcher's, which lasts over restarts; without one, rank 0's
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=world.is_main and not is_launched,
+            timeout=timedelta(seconds=patience),
+            wait_for_workers=False,
+        )
+        token = store.compare_set("aligned_reid/launch", "", secrets.token_hex(16)).decode()
+    except RuntimeError as error:
+        raise RunStopped(f"rank {world.rank} found no other process within {patience:g} s: {error}") from error
+    store = meet(store, world, patience)
+    if world.size > 1:
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout)
+        )
+    return replace(world, job={"token": token} if is_launched else {}), store
 
 
-def job_of_world(world: World, meeting: Meeting | None) -> dict[str, str]:
-    """What this launch is known by, over restarts; see rendezvous.job_of."""
-    if meeting is not None:
-        return job_of(meeting.whole_store)
-    with contextlib.suppress(RuntimeError):  # the environment may be that of a launcher that is gone
-        if has_launchers_store():
-            return job_of(connect(world, CONNECT_SECONDS))
-    return job_of(None)
+def meet(store: dist.Store, world: World, patience: float) -> dist.Store:
+    """The part of a launch's store that is this attempt's, once all of its ranks are there.
+
+    After a restart the store still holds the keys of the attempt before, and the restart counts of several machines may
+    differ. So each process draws a token, and an attempt is named by the tokens of all its ranks. Raises RunStopped if
+    ranks are missing after `patience` seconds.
+    """
+    arrived, agreed = ([f"{key} {rank}" for rank in range(world.size)] for key in ("arrived", "agreed"))
+    store.set(arrived[world.rank], secrets.token_hex(8))
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if store.check(arrived):
+            attempt = " ".join(store.get(key).decode() for key in arrived)
+            store.set(agreed[world.rank], attempt)
+            if store.check(agreed) and all(store.get(key).decode() == attempt for key in agreed):
+                return dist.PrefixStore(f"attempt {attempt}", store)
+        time.sleep(POLL_SECONDS)
+    raise RunStopped(f"rank {world.rank}: not all of {world.size} processes came within {patience:g} s (4 x --timeout)")
+
+
+def describe_timeout(store: dist.Store, world: World, timeout: float) -> str:
+    """One line about a collective that timed out, with the ranks that do not report the same."""
+    silent = "another process"
+    try:
+        store.set(f"waited {world.rank}", "")
+        time.sleep(GRACE_SECONDS)
+        ranks = [str(rank) for rank in range(world.size) if not store.check([f"waited {rank}"])]
+        silent = f"rank {', '.join(ranks)}" if ranks else silent
+    except RuntimeError:  # the store is gone with its machine
+        pass
+    return f"no answer from {silent}: rank {world.rank} waited {timeout:g} s (--timeout)"
 
 
 def close_group() -> None:
-    if dist.is_available() and dist.is_initialized():
+    if is_grouped():
         dist.destroy_process_group()
 
 
@@ -82,21 +158,21 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def wait_for_all(device: torch.device | str = "cpu") -> None:
-    """Return once every rank has called this; `device` is the one that the process group's backend computes on."""
+    """Return once every rank has called this; `device` is the backend's."""
     sum_over_ranks(torch.zeros(1, device=device)).item()
 
 
 def take_from_main(tensors: Iterable[Tensor]) -> None:
-    """Overwrite the tensors with rank 0's, on every rank."""
+    """Overwrite the tensors on every rank with rank 0's."""
     if is_grouped():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
 
 def gather_with_own(own: Tensor) -> Tensor:
-    """Join the ranks' tensors [n, ...], all of one shape, in rank order to [size * n, ...].
+    """Concatenate the ranks' tensors [n, ...] of equal shape to [size * n, ...].
 
-    This rank's part is `own` itself, through which gradient flows; the others' are constants.
+    Gradients flow through this rank's part, which is `own` itself; the others are constants.
     """
     if not is_grouped():
         return own
@@ -114,26 +190,18 @@ def largest_over_ranks(value: Tensor) -> Tensor:
 
 
 def from_rank(rank: int, read: Callable[[], Any], device: torch.device) -> Any:
-    """What `read` gives rank `rank`, on all: tensors on the host, numbers, strings, lists and dicts of them."""
+    """What `read` returns on `rank`, on all ranks. Its tensors have to be on the CPU; `device` is the backend's."""
     if not is_grouped():
         return read()
-    buffer = io.BytesIO()
-    if dist.get_rank() == rank:
-        torch.save(read(), buffer)
-    size = torch.tensor([buffer.tell()], device=device)
-    dist.broadcast(size, src=rank)
-    data = torch.empty(int(size.item()), dtype=torch.uint8)
-    if dist.get_rank() == rank:
-        data.copy_(torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8))
-    data = data.to(device)
-    dist.broadcast(data, src=rank)
-    return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), weights_only=True)
+    objects = [read() if dist.get_rank() == rank else None]
+    dist.broadcast_object_list(objects, src=rank, device=device)
+    return objects[0]
 
 
 def gather_rows(rows: Tensor, total: int) -> Tensor:
-    """Join the ranks' blocks [n_r, ...] in rank order to [total, ...]; every rank gets it.
+    """Concatenate the ranks' blocks [n_r, ...], cut by `share_of`, to [total, ...] on every rank.
 
-    Blocks are those of `share_of`. They travel at equal size by all_gather, which hccl has (it has no gather).
+    Blocks are padded to equal size for all_gather: hccl has no gather.
     """
     if not is_grouped():
         return rows
@@ -148,6 +216,6 @@ def gather_rows(rows: Tensor, total: int) -> Tensor:
 
 
 def share_of(total: int, world: World) -> range:
-    """The block of `total` items that is this rank's; blocks differ by at most one rank's remainder at the end."""
+    """This rank's block of `total` items. All blocks have the same size but the last ones, which may be shorter."""
     longest = -(-total // world.size)
     return range(min(world.rank * longest, total), min((world.rank + 1) * longest, total))

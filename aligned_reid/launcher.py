@@ -1,40 +1,28 @@
-"""Starts the ranks of a run on this machine: torch's elastic agent, without what it does to a user's error.
-
-torchrun turns a rank's exit status 2 into 1 and prints a table of tracebacks under it. Here the first failing rank's
-own status comes back, with one line that says why; every rank's whole output is in its own log file. With
-`max_restarts` the agent starts the ranks again after a failure, but for one that another attempt would only repeat.
-"""
+"""Starts the ranks of a run on this machine by torch's elastic agent, and reports in one line why they failed."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
 import socket
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aligned_reid import rank_program
-from aligned_reid.rank_output import Pump, RankOutput, explain, first_failure, print_all
-from aligned_reid.rank_program import become_command
-from aligned_reid.stop import STOP_SIGNALS, StopSignals
+from aligned_reid import rank as rank_program
+from aligned_reid.errors import InputError
+from aligned_reid.rank import LAUNCHER_VARIABLES, MISTAKE_NAME, log_file
+from aligned_reid.stop import STOP_SIGNALS
 
 HCCL_PORTS = range(60000, 60032)  # Ascend's collectives listen there
-PASSED_ON = (*STOP_SIGNALS, signal.SIGQUIT)  # to the ranks; torch's agent passes on all of these but SIGUSR1
-MONITOR_SECONDS = 0.05  # how soon a dead rank is seen: before the others have died of its absence
-SETTLE_SECONDS = 0.2  # in which what a dead rank said last is read
-
-# Not retried: a user's mistake, a run that stopped on purpose (--stop_on_collapse), and what a signal asked for.
-FINAL_STATUSES = (2, 3, *(128 + number for number in STOP_SIGNALS), *(-number for number in STOP_SIGNALS))
 
 
 def launch(
-    command: Sequence[str],
+    script: Sequence[str],
     num_processes: int,
     log_dir: str | Path,
     *,
@@ -45,177 +33,95 @@ def launch(
     first_device: int = 0,
     max_restarts: int = 0,
 ) -> int:
-    """Run `command` as `num_processes` ranks on this machine and return the exit status of the run.
+    """Run a Python script with its arguments as `num_processes` ranks on this machine; returns the exit status.
 
-    The ranks' environment is torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). They log to
-    `log_dir`/<device>/train_<device>.log, devices counted from `first_device`; the first rank's output is on the
-    console too, but for tracebacks. The status is 0, or the first failing rank's own; 128 + n where signal n killed it,
-    or where signal n came from outside and was passed on. After a failure other than those of FINAL_STATUSES all ranks
-    start again, at most `max_restarts` times. With several machines, `address` and `port` are those of the first one;
-    on one machine port 0 is a free one. One process alone that is not to be restarted takes this process's place: no
-    agent, no log file, and no return.
+    Each rank logs to `log_dir`/<device>/train_<device>.log, devices counted from `first_device`; the first rank's
+    standard output is on the console, too. The status is 0, or that of the rank that failed first; 128 + n if signal n
+    killed it or stopped the launcher. After a failure other than a user's mistake the agent restarts all ranks, at most
+    `max_restarts` times. Several machines each call this with the `address` and `port` of the first; port 0 is any free
+    one of a single machine. A single process without restarts replaces this one: no agent, and no return.
     """
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    if num_processes * num_nodes == 1 and not max_restarts:
-        become_command(command)
-    devices = range(first_device, first_device + num_processes)
-    outputs = [RankOutput(log_file(log_dir, device), on_console=device == first_device) for device in devices]
-    first_rank = node_rank * num_processes
-    restarts = Restarts(outputs, first_rank, max_restarts)
-    with own_signal_handlers(), tempfile.TemporaryDirectory(prefix="aligned_reid_") as folder:
-        pump = Pump(folder, outputs)
-        pump.start()
+    for device in range(first_device, first_device + num_processes):
+        log = log_file(log_dir, device)
         try:
-            nodes = (num_nodes, node_rank, address, port or free_port())
-            failures = run_agent(command, num_processes, folder, *nodes, restarts)
-        except Interrupted as interrupted:
-            return 128 + interrupted.signal_number
-        except (RuntimeError, OSError, ValueError) as error:
-            print(f"launch.py: error: the ranks could not start: {one_line(error)}", file=sys.stderr)
-            return 1
-        finally:
-            pump.finish()
-    if not failures:
-        return 0
-    local_rank, exit_code = first_failure(failures, outputs)
-    status = exit_code if exit_code > 0 else 128 - exit_code
-    print_all(explain(outputs, first_rank, local_rank, exit_code))
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_bytes(b"")
+        except OSError as error:
+            raise InputError(f"the log {log} cannot be written: {error.strerror}; choose another --log_dir") from error
+    program = ["-u", os.path.abspath(rank_program.__file__), str(log_dir), str(first_device)]
+    if num_processes * num_nodes == 1 and not max_restarts:
+        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+        os.execve(sys.executable, [sys.executable, *program, "", *script], environment)
+    # torchrun's default is one thread, which suits GPUs and leaves a CPU idle.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    with tempfile.TemporaryDirectory(prefix="aligned_reid_") as folder:
+        status, reason = run_agent(
+            [*program, folder, *script],
+            folder,
+            min_nodes=num_nodes,
+            max_nodes=num_nodes,
+            nproc_per_node=num_processes,
+            rdzv_endpoint=f"{address}:{port or free_port()}",
+            rdzv_configs={"rank": node_rank},
+            local_addr=address if num_nodes == 1 else None,
+            max_restarts=max_restarts,
+        )
+    if reason:
+        logs = log_file(log_dir, first_device).parents[1] / "*" / "train_*.log"
+        print(f"launch.py: error: {' '.join(reason.split())}; logs: {logs}", file=sys.stderr, flush=True)
     return status
 
 
-class Interrupted(Exception):
-    """A signal that ended the run from outside; the ranks have had it, too."""
+def run_agent(arguments: Sequence[str], folder: str, **options: Any) -> tuple[int, str]:
+    """Run Python with `arguments` as ranks; returns the exit status and, after a failure, the reason.
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.signal_number = signal_number
-
-
-def run_agent(
-    command: Sequence[str],
-    num_processes: int,
-    folder: str,
-    num_nodes: int,
-    node_rank: int,
-    address: str,
-    port: int,
-    restarts: Restarts,
-) -> dict[int, int]:
-    """Run the ranks to their end under torch's agent: {local rank: exit code} of those that failed, in its order."""
+    options: of torch's LaunchConfig. folder: for the ranks' error files.
+    """
+    from torch.distributed.elastic import multiprocessing
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, launch_agent
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=num_nodes,
-        max_nodes=num_nodes,
-        nproc_per_node=num_processes,
-        run_id="aligned_reid",
-        rdzv_backend="static",
-        rdzv_endpoint=f"{address}:{port}",
-        rdzv_configs={"rank": node_rank},
-        local_addr=address if num_nodes == 1 else None,
-        max_restarts=restarts.max_restarts,
-        monitor_interval=MONITOR_SECONDS,
-        **agent_folder(folder),
-    )
-    logging.disable(logging.CRITICAL)  # the agent's own account of a failure; ours is one line
+    if "logs_specs" in {field.name for field in dataclasses.fields(LaunchConfig)}:
+        options["logs_specs"] = multiprocessing.DefaultLogsSpecs(log_dir=folder)
+    else:  # torch < 2.3
+        options["log_dir"] = folder
+    config = LaunchConfig(run_id="aligned_reid", rdzv_backend="static", monitor_interval=0.05, **options)
+    # Of the agent's own lines, only those about a failure that it retries tell more than ours.
+    logging.disable(logging.WARNING if config.max_restarts else logging.CRITICAL)
+    # The agent would obey signals that are ignored, such as SIGHUP under nohup.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [one for one in STOP_SIGNALS if signal.getsignal(one) is signal.SIG_IGN])
     try:
-        # -I: this file only, whatever the rank's PYTHONPATH holds.
-        with restarts.decided_by_us(), signals_passed_on_once():
-            launch_agent(config, sys.executable, ["-I", os.path.abspath(rank_program.__file__), folder, *command])
+        elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        return {failure.local_rank: failure.exitcode for failure in error.failures.values()}
+        return explain(error.failures, Path(folder, MISTAKE_NAME))
     except SignalException as error:
-        raise Interrupted(error.sigval) from None
+        return 128 + error.sigval, ""
+    except (RuntimeError, OSError, ValueError) as error:
+        return 1, f"the ranks could not start: {error}"
     finally:
         logging.disable(logging.NOTSET)
-    return {}
+    return 0, ""
 
 
-class Restarts:
-    """Decides whether ranks start again after a failure, and says so."""
-
-    def __init__(self, outputs: Sequence[RankOutput], first_rank: int, max_restarts: int) -> None:
-        self.outputs, self.first_rank, self.max_restarts = outputs, first_rank, max_restarts
-
-    def may_follow(self, failures: dict[int, int], num_left: int) -> bool:
-        """Whether another attempt follows these failures ({local rank: exit code}) while `num_left` are left."""
-        time.sleep(SETTLE_SECONDS)
-        local_rank, exit_code = first_failure(failures, self.outputs)
-        if exit_code in FINAL_STATUSES:
-            return False
-        print_all(explain(self.outputs, self.first_rank, local_rank, exit_code))
-        print_all([f"launch.py: restart {self.max_restarts - num_left + 1} of {self.max_restarts}"])
-        for output in self.outputs:
-            output.forget()
-        return True
-
-    @contextmanager
-    def decided_by_us(self) -> Iterator[None]:
-        """Let torch's agent ask `may_follow`; it would restart after anything."""
-        if not self.max_restarts:
-            yield
-            return
-        from torch.distributed.launcher import api
-
-        restarts = self
-
-        class Agent(api.LocalElasticAgent):
-            def _monitor_workers(self, group: Any) -> Any:
-                result = super()._monitor_workers(group)
-                if result.is_failed() and self._remaining_restarts > 0:
-                    failures = {failure.local_rank: failure.exitcode for failure in result.failures.values()}
-                    if not restarts.may_follow(failures, self._remaining_restarts):
-                        self._remaining_restarts = 0
-                return result
-
-        torchs, api.LocalElasticAgent = api.LocalElasticAgent, Agent  # type: ignore[misc]
-        try:
-            yield
-        finally:
-            api.LocalElasticAgent = torchs  # type: ignore[misc]
-
-
-@contextmanager
-def signals_passed_on_once() -> Iterator[None]:
-    """Let torch's agent pass the first signal on, and wait for the ranks whatever comes after it."""
-    from torch.distributed.elastic.multiprocessing import SignalException, api
-
-    torchs = api._terminate_process_handler
-    with StopSignals(lambda number: SignalException("", signal.Signals(number))) as stop:
-        api._terminate_process_handler = stop.take_note  # type: ignore[assignment]  # the agent sets it for its signals
-        try:
-            yield
-        finally:
-            api._terminate_process_handler = torchs
-
-
-@contextmanager
-def own_signal_handlers() -> Iterator[None]:
-    """Undo at the end that the agent takes over signals, and keep those from it that are ignored.
-
-    nohup ignores SIGHUP, which the agent would obey when the terminal closes. Enter before threads start: they inherit
-    what is blocked, and so do the ranks.
-    """
-    handlers = {number: signal.getsignal(number) for number in PASSED_ON}
-    ignored = [number for number, handler in handlers.items() if handler is signal.SIG_IGN]
-    signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
-
-
-def agent_folder(folder: str) -> dict[str, Any]:
-    """Where the agent may put its own files: `logs_specs` since torch 2.3, `log_dir` before. It redirects nothing."""
-    try:
-        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    except ImportError:
-        return {"log_dir": folder}
-    return {"logs_specs": DefaultLogsSpecs(log_dir=folder)}
+def explain(failures: dict[int, Any], mistake: Path) -> tuple[int, str]:
+    """The exit status and the reason of the first failure. failures: torch's ProcessFailure of each failed rank."""
+    host = socket.gethostname()
+    if mistake.is_file():  # other ranks may have lost this one before it ended
+        status, who, reason = mistake.read_text().split(" ", 2)
+        return int(status), f"rank {who} on {host} ended with status {status}: {reason}"
+    # A killed rank may be noticed a second after the ranks that lost it; SIGTERM is the agent's.
+    killed = {
+        rank for rank, failure in failures.items() if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+    }
+    rank = min(failures, key=lambda rank: failures[rank].timestamp - 2 * (rank in killed))
+    exit_code, message = failures[rank].exitcode, failures[rank].error_file_data["message"]
+    if exit_code < 0:
+        return 128 - exit_code, f"rank {rank} on {host} was killed by {failures[rank].signal_name()}"
+    reason = f": {message['message']}" if isinstance(message, dict) else ""
+    return exit_code, f"rank {rank} on {host} ended with status {exit_code}{reason}"
 
 
 def free_port() -> int:
@@ -226,12 +132,3 @@ def free_port() -> int:
             port: int = listener.getsockname()[1]
         if port not in HCCL_PORTS:
             return port
-
-
-def log_file(log_dir: str | Path, device: int) -> Path:
-    """Where Ascend's tooling looks for the log of a device."""
-    return Path(log_dir, str(device), f"train_{device}.log")
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

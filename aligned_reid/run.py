@@ -21,17 +21,8 @@ from aligned_reid.data.identities import describe_overlap, identity_record
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.device.base import Accelerator, open_accelerator
 from aligned_reid.device.precision import find_wrong_layer
-from aligned_reid.distributed import (
-    World,
-    close_group,
-    from_rank,
-    job_of_world,
-    open_group,
-    read_world,
-    sum_over_ranks,
-    wait_for_all,
-)
-from aligned_reid.errors import InputError, RunStopped
+from aligned_reid.distributed import World, from_rank, process_group, read_world, sum_over_ranks, wait_for_all
+from aligned_reid.errors import InputError
 from aligned_reid.evaluation.best import Best
 from aligned_reid.evaluation.evaluate import load_for_test, measure, settle_test
 from aligned_reid.evaluation.extract import feature_blocks, inference_copy
@@ -39,7 +30,6 @@ from aligned_reid.evaluation.feature_file import FeatureWriter
 from aligned_reid.lock import hold
 from aligned_reid.model import AlignedReID, architecture_of, load_weights
 from aligned_reid.preflight import RunInput, check_input, check_save_file
-from aligned_reid.rendezvous import is_same_job
 from aligned_reid.training.checkpoint import read_last_good, set_aside
 from aligned_reid.training.log import Log
 from aligned_reid.training.trainer import Speed, Trainer
@@ -67,7 +57,9 @@ def run(config: Config) -> dict[str, Any]:
     given = check_input(config, has_run_dir=world.is_main, reads_images=world.local_rank == 0)
     accelerator = open_device(config, world.local_rank)
     check_devices(config, world, accelerator)
-    with run_lock(config, world), process_group(world, accelerator, config) as world:
+    accelerator.prepare_group(config.timeout)
+    group = process_group(world, accelerator.backend, config.addr, config.timeout)
+    with run_lock(config, world), group as world:
         config = go_on_after_restart(config, world, accelerator)
         config = settle_seed(config, world, accelerator)
         with run_folder(config, world) as log:
@@ -116,33 +108,17 @@ def check_devices(config: Config, world: World, accelerator: Accelerator) -> Non
         )
 
 
-@contextmanager
-def process_group(world: World, accelerator: Accelerator, config: Config) -> Iterator[World]:
-    """The run's process group. Raises RunStopped, in one line, where a rank waits in vain for another."""
-    accelerator.prepare_group(config.timeout)
-    meeting = open_group(world, accelerator.backend, config.addr, config.timeout)
-    try:
-        yield dataclasses.replace(world, job=job_of_world(world, meeting))
-    except RuntimeError as error:
-        explained = meeting.explain(error) if meeting and not isinstance(error, RunStopped) else None
-        if explained is None:
-            raise
-        raise explained from error
-    finally:
-        close_group()
-
-
 def go_on_after_restart(config: Config, world: World, accelerator: Accelerator) -> Config:
-    """The config, with `resume` where this launch has written a checkpoint: a launcher has restarted the ranks then.
+    """The config, with `resume` set if a launcher has restarted this run: then the checkpoint is from the same launch.
 
-    Another launch's checkpoint is a former run's, and only --resume true goes on from that.
+    Only --resume true resumes from the checkpoint of an earlier launch.
     """
-    if config.resume or config.only_test:
+    if config.resume or config.only_test or not world.job:
         return config
     found = 0.0
     if world.is_main and any((config.run_dir / name).is_file() for name in (CHECKPOINT_NAME, PREVIOUS_NAME)):
         with suppress(InputError):
-            found = float(is_same_job(world.job, read_last_good(config.run_dir).content.get("job", {})))
+            found = float(world.job == read_last_good(config.run_dir).content.get("job"))
     agreed = sum_over_ranks(torch.tensor(found, device=accelerator.device))
     return dataclasses.replace(config, resume=agreed.item() > 0)
 
@@ -285,7 +261,8 @@ def run_extraction(config: Config, save_file: Path) -> None:
     accelerator = open_device(config, world.local_rank)
     log = Log(None, is_main=world.is_main)
     lock = hold(save_file, "--save_file") if world.is_main else nullcontext()
-    with lock, process_group(world, accelerator, config):
+    accelerator.prepare_group(config.timeout)
+    with lock, process_group(world, accelerator.backend, config.addr, config.timeout):
         config = settle_test(config, given.weights, log)
         settle_precision(config, accelerator, given)
         log(f"device {accelerator.describe()}")

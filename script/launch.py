@@ -83,7 +83,7 @@ def main(options: Namespace) -> None:
     if options.check == "only":
         return
     status = launch(
-        [sys.executable, *options.command],
+        options.command,
         options.nproc,
         options.log_dir,
         num_nodes=options.nnodes,

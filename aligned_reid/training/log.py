@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 FPS_OF_ALL = re.compile(r", FPS [^,]+, ids/s [^,]+")  # of all ranks together: who adds up log files shall find it once
-RANK_LOG = "ALIGNED_REID_RANK_LOG"  # rank_program.become_rank sets it
+RANK_LOG = "ALIGNED_REID_RANK_LOG"  # set by rank.py
 
 
 class Log:

@@ -1,27 +1,49 @@
-"""Ranks, shares and the environment that a launcher leaves."""
+"""The environment that a launcher leaves, shares of work, and the meeting of an attempt's ranks."""
+
+import os
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from aligned_reid import InputError
-from aligned_reid.distributed import World, gather_rows, open_group, read_world, share_of, sum_over_ranks
+from aligned_reid.distributed import (
+    World,
+    describe_timeout,
+    gather_rows,
+    meet,
+    process_group,
+    read_world,
+    share_of,
+    sum_over_ranks,
+)
+from aligned_reid.errors import RunStopped
+from aligned_reid.launcher import HCCL_PORTS, free_port
 
 
-def test_world_comes_from_the_launchers_environment(monkeypatch):
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, World(0, 1, 0)),
+        ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}, World(9, 16, 1)),
+        ({"RANK": "9", "WORLD_SIZE": "8"}, "WORLD_SIZE 8"),
+        ({"RANK": "one", "WORLD_SIZE": "8"}, "whole numbers"),
+    ],
+)
+def test_world_comes_from_the_launchers_environment(monkeypatch, variables, expected):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert read_world() == World(0, 1, 0)
-    assert read_world().is_main
-    monkeypatch.setenv("RANK", "9")
-    monkeypatch.setenv("WORLD_SIZE", "16")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert read_world() == World(9, 16, 1)
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(InputError, match="RANK 9 does not fit WORLD_SIZE 8"):
-        read_world()
-    monkeypatch.setenv("RANK", "one")
-    with pytest.raises(InputError, match="whole numbers"):
-        read_world()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, World):
+        assert read_world() == expected
+        assert read_world().is_main == (expected.rank == 0)
+    else:
+        with pytest.raises(InputError, match=expected):
+            read_world()
 
 
 @pytest.mark.parametrize(("total", "size"), [(10, 1), (10, 3), (3, 8), (8, 8), (0, 2)])
@@ -30,9 +52,113 @@ def test_shares_cover_everything_once_in_order(total, size):
     assert [index for share in shares for index in share] == list(range(total))
 
 
-def test_one_process_needs_no_group():
-    open_group(World(), "gloo")
-    rows = torch.arange(6.0).view(3, 2)
-    assert gather_rows(rows, 3) is rows
-    assert sum_over_ranks(torch.tensor(3.0)) == 3
-    assert not torch.distributed.is_initialized()
+def test_a_single_process_needs_no_group(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with process_group(World(), "gloo") as world:
+        rows = torch.arange(6.0).view(3, 2)
+        assert gather_rows(rows, 3) is rows
+        assert sum_over_ranks(torch.tensor(3.0)) == 3
+        assert not dist.is_initialized() and not world.job
+
+
+@pytest.fixture
+def store():
+    return dist.HashStore()
+
+
+def start(function, ranks):
+    """Run `function(rank)` in a thread per rank; returns the threads and their results so far."""
+    results = {}
+    threads = [threading.Thread(target=lambda rank=rank: results.update({rank: function(rank)})) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    return threads, results
+
+
+def meet_all(store, size):
+    threads, met = start(lambda rank: meet(store, World(rank, size), 20.0), range(size))
+    for thread in threads:
+        thread.join()
+    met[0].set("from rank 0", "yes")
+    assert len(met) == size and all(part.check(["from rank 0"]) for part in met.values())
+    return met[0]
+
+
+def test_each_attempt_meets_in_a_new_part_of_the_store(store):
+    first, second = meet_all(store, 3), meet_all(store, 3)
+    second.set("new", "")
+    assert not first.check(["new"])
+    meet_all(store, 2)  # a machine less
+
+
+@pytest.mark.parametrize("early", [0, 1])
+def test_a_restarted_rank_waits_for_the_others_to_restart(store, early):
+    meet_all(store, 2)
+    (thread,), met = start(lambda rank: meet(store, World(rank, 2), 20.0), [early])
+    thread.join(0.3)
+    assert not met
+    other = meet(store, World(1 - early, 2), 20.0)
+    thread.join()
+    other.set("here", "")
+    assert met[early].check(["here"])
+
+
+def test_an_attempt_with_a_missing_rank_stops_and_the_next_one_meets(store):
+    with pytest.raises(RunStopped, match="not all of 2 processes"):
+        meet(store, World(0, 2), 0.2)
+    meet_all(store, 2)
+
+
+def test_a_timeout_names_the_ranks_that_did_not_answer(store):
+    (thread,), _ = start(lambda rank: describe_timeout(store, World(rank, 4), 7.0), [1])
+    line = describe_timeout(store, World(0, 4), 7.0)
+    thread.join()
+    assert "rank 2, 3" in line and "rank 0 waited 7 s (--timeout)" in line
+
+
+@pytest.fixture
+def agent_store(monkeypatch):
+    """The environment of a rank whose launcher keeps the store."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"USE_AGENT_STORE": "True", "RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    return store
+
+
+def job_of_launch():
+    with process_group(World(), "gloo", timeout=5.0) as world:
+        return world.job
+
+
+def test_attempts_of_one_launch_have_the_same_job(agent_store, monkeypatch):
+    job = job_of_launch()
+    assert job and job == job_of_launch()
+    another = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", str(another.port))
+    assert job_of_launch() != job
+
+
+def test_a_free_port_is_not_one_of_hccls():
+    assert free_port() not in HCCL_PORTS
+
+
+def test_ranks_that_no_launcher_started_find_each_other(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    port = str(free_port())
+    program = (
+        "import sys; from aligned_reid.distributed import *\n"
+        "with process_group(read_world(), 'gloo', timeout=20) as world:\n"
+        "    value = from_rank(1, lambda: {'a': torch.ones(2), 'b': [world.rank]}, torch.device('cpu'))\n"
+        "    assert value['b'] == [1] and value['a'].sum() == 2 and not world.job\n"
+    )
+
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port},
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
