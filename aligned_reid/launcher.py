@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aligned_reid import rank as rank_program
-from aligned_reid.errors import InputError
-from aligned_reid.rank import LAUNCHER_VARIABLES, MISTAKE_NAME, log_file
-from aligned_reid.stop import STOP_SIGNALS
+from aligned_reid.rank import MISTAKE_NAME
 
 HCCL_PORTS = range(60000, 60032)  # Ascend's collectives listen there
+OTHER_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
 
 
 def launch(
@@ -28,8 +26,7 @@ def launch(
     *,
     num_nodes: int = 1,
     node_rank: int = 0,
-    address: str = "127.0.0.1",
-    port: int = 0,
+    endpoint: str = "",
     first_device: int = 0,
     max_restarts: int = 0,
 ) -> int:
@@ -38,66 +35,48 @@ def launch(
     Each rank logs to `log_dir`/<device>/train_<device>.log, devices counted from `first_device`; the first rank's
     standard output is on the console, too. The status is 0, or that of the rank that failed first; 128 + n if signal n
     killed it or stopped the launcher. After a failure other than a user's mistake the agent restarts all ranks, at most
-    `max_restarts` times. Several machines each call this with the `address` and `port` of the first; port 0 is any free
-    one of a single machine. A single process without restarts replaces this one: no agent, and no return.
+    `max_restarts` times. Each of several machines calls this, with `endpoint`: an address and port of the first one.
+    A single process without restarts replaces this one: there is no agent, and no return.
     """
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    for device in range(first_device, first_device + num_processes):
-        log = log_file(log_dir, device)
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_bytes(b"")
-        except OSError as error:
-            raise InputError(f"the log {log} cannot be written: {error.strerror}; choose another --log_dir") from error
     program = ["-u", os.path.abspath(rank_program.__file__), str(log_dir), str(first_device)]
     if num_processes * num_nodes == 1 and not max_restarts:
-        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+        environment = {name: value for name, value in os.environ.items() if name not in OTHER_LAUNCHERS}
         os.execve(sys.executable, [sys.executable, *program, "", *script], environment)
-    # torchrun's default is one thread, which suits GPUs and leaves a CPU idle.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    options: dict[str, Any] = {"min_nodes": num_nodes, "max_nodes": num_nodes, "nproc_per_node": num_processes}
+    options |= {"rdzv_endpoint": endpoint or f"127.0.0.1:{free_port()}", "rdzv_configs": {"rank": node_rank}}
+    options |= {"local_addr": None if endpoint else "127.0.0.1", "max_restarts": max_restarts}
     with tempfile.TemporaryDirectory(prefix="aligned_reid_") as folder:
-        status, reason = run_agent(
-            [*program, folder, *script],
-            folder,
-            min_nodes=num_nodes,
-            max_nodes=num_nodes,
-            nproc_per_node=num_processes,
-            rdzv_endpoint=f"{address}:{port or free_port()}",
-            rdzv_configs={"rank": node_rank},
-            local_addr=address if num_nodes == 1 else None,
-            max_restarts=max_restarts,
-        )
+        status, reason = run_agent([*program, folder, *script], options, folder)
     if reason:
-        logs = log_file(log_dir, first_device).parents[1] / "*" / "train_*.log"
-        print(f"launch.py: error: {' '.join(reason.split())}; logs: {logs}", file=sys.stderr, flush=True)
+        print("launch.py: error:", *reason.split(), f"(logs: {log_dir}/*/train_*.log)", file=sys.stderr, flush=True)
     return status
 
 
-def run_agent(arguments: Sequence[str], folder: str, **options: Any) -> tuple[int, str]:
+def run_agent(arguments: Sequence[str], options: dict[str, Any], folder: str) -> tuple[int, str]:
     """Run Python with `arguments` as ranks; returns the exit status and, after a failure, the reason.
 
     options: of torch's LaunchConfig. folder: for the ranks' error files.
     """
+    import torch
     from torch.distributed.elastic import multiprocessing
-    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if "logs_specs" in {field.name for field in dataclasses.fields(LaunchConfig)}:
+    if hasattr(multiprocessing, "DefaultLogsSpecs"):
         options["logs_specs"] = multiprocessing.DefaultLogsSpecs(log_dir=folder)
     else:  # torch < 2.3
         options["log_dir"] = folder
     config = LaunchConfig(run_id="aligned_reid", rdzv_backend="static", monitor_interval=0.05, **options)
+    # torchrun's default is one thread, which suits GPUs and leaves a CPU idle.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // config.nproc_per_node)))
     # Of the agent's own lines, only those about a failure that it retries tell more than ours.
     logging.disable(logging.WARNING if config.max_restarts else logging.CRITICAL)
-    # The agent would obey signals that are ignored, such as SIGHUP under nohup.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [one for one in STOP_SIGNALS if signal.getsignal(one) is signal.SIG_IGN])
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
         return explain(error.failures, Path(folder, MISTAKE_NAME))
-    except SignalException as error:
+    except multiprocessing.SignalException as error:
         return 128 + error.sigval, ""
     except (RuntimeError, OSError, ValueError) as error:
         return 1, f"the ranks could not start: {error}"
@@ -106,7 +85,7 @@ def run_agent(arguments: Sequence[str], folder: str, **options: Any) -> tuple[in
     return 0, ""
 
 
-def explain(failures: dict[int, Any], mistake: Path) -> tuple[int, str]:
+def explain(failures: Mapping[int, Any], mistake: Path) -> tuple[int, str]:
     """The exit status and the reason of the first failure. failures: torch's ProcessFailure of each failed rank."""
     host = socket.gethostname()
     if mistake.is_file():  # other ranks may have lost this one before it ended
@@ -117,18 +96,16 @@ def explain(failures: dict[int, Any], mistake: Path) -> tuple[int, str]:
         rank for rank, failure in failures.items() if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
     }
     rank = min(failures, key=lambda rank: failures[rank].timestamp - 2 * (rank in killed))
-    exit_code, message = failures[rank].exitcode, failures[rank].error_file_data["message"]
-    if exit_code < 0:
-        return 128 - exit_code, f"rank {rank} on {host} was killed by {failures[rank].signal_name()}"
-    reason = f": {message['message']}" if isinstance(message, dict) else ""
-    return exit_code, f"rank {rank} on {host} ended with status {exit_code}{reason}"
+    status, message = failures[rank].exitcode, failures[rank].error_file_data["message"]
+    if status < 0:
+        return 128 - status, f"rank {rank} on {host} was killed by {failures[rank].signal_name()}"
+    reason = f": {message['message']}" if isinstance(message, dict) else ""  # there may be no error file
+    return status, f"rank {rank} on {host} ended with status {status}{reason}"
 
 
 def free_port() -> int:
     """A port that is free on this machine and not one of HCCL's."""
-    while True:
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            port: int = listener.getsockname()[1]
-        if port not in HCCL_PORTS:
-            return port
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port: int = listener.getsockname()[1]
+    return free_port() if port in HCCL_PORTS else port

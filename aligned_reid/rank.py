@@ -1,9 +1,7 @@
-"""Runs a script as one rank: rank.py <log folder> <first device> <launcher's folder> <script> <arguments>.
+"""Runs a script as one rank: rank.py <log folder> <first device> <launcher's folder, or ""> <script> <arguments>.
 
-launcher.py starts it. It is a program, which imports nothing of the package: a rank's PYTHONPATH may hold anything.
+launcher.py starts it. It is a program that imports nothing of the package: a rank's PYTHONPATH may hold anything.
 """
-
-from __future__ import annotations
 
 import ctypes
 import io
@@ -14,20 +12,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-LAUNCHER_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE"),
-    *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_ERROR_FILE"),
-)
-MISTAKE_NAME = "mistake"  # in the launcher's folder: the status and reason of a rank that must not be restarted
-
-
-def log_file(log_dir: str | Path, device: int) -> Path:
-    """Where Ascend's tooling looks for the log of a device."""
-    return Path(log_dir, str(device), f"train_{device}.log")
+MISTAKE_NAME = "mistake"  # in the launcher's folder: status, rank and reason of a failure that must not be retried
 
 
 class Tee(io.TextIOWrapper):
-    """A text file that also copies to the console, until the console's reader leaves."""
+    """A text file whose content also goes to a console, until the console's reader leaves."""
 
     console = -1
 
@@ -37,27 +26,28 @@ class Tee(io.TextIOWrapper):
         return super().write(text)
 
 
-def log_to(path: Path, *, copy_stdout: bool, copy_stderr: bool) -> None:
-    """Redirect all output of this process and its children to a log; what Python prints may go to the console, too."""
-    consoles = {1: os.dup(1) if copy_stdout else -1, 2: os.dup(2) if copy_stderr else -1}
-    log = os.open(path, os.O_WRONLY | os.O_APPEND)
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+def log_to(path: Path, to_console: tuple[bool, bool]) -> None:
+    """Redirect stdout and stderr, children's too, to a log; to_console: which of them Python copies to the console."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if is_restarted else os.O_TRUNC), 0o666)
+    for descriptor, name, copied in zip((1, 2), ("stdout", "stderr"), to_console, strict=True):
+        console = os.dup(descriptor) if copied else -1
         os.dup2(log, descriptor)
         stream = Tee(io.FileIO(descriptor, "w", closefd=False), "utf-8", "surrogateescape", write_through=True)
-        stream.console = consoles[descriptor]
+        stream.console = console
         setattr(sys, name, stream)
 
 
 def main(log_dir: str, first_device: str, folder: str, *command: str) -> None:
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    has_agent = bool(folder)
-    if has_agent and sys.platform == "linux":  # end with a launcher that is killed: PR_SET_PDEATHSIG is 1
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     mistake = Path(folder, MISTAKE_NAME)
-    if has_agent and mistake.exists():  # the agent restarts ranks after any failure
+    if folder and mistake.exists():  # torch's agent restarts ranks after any failure
         sys.exit(1)
-    is_first = local_rank == 0
-    log_to(log_file(log_dir, int(first_device) + local_rank), copy_stdout=is_first, copy_stderr=not has_agent)
+    if folder and sys.platform == "linux":  # end with a launcher that is killed: PR_SET_PDEATHSIG is 1
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = int(first_device) + local_rank
+    log_to(Path(log_dir, str(device), f"train_{device}.log"), to_console=(local_rank == 0, not folder))
     os.environ["ALIGNED_REID_RANK_LOG"] = "1"  # see training/log.py
     sys.argv = list(command)
     sys.path[0] = os.path.dirname(os.path.abspath(command[0]))
@@ -65,10 +55,10 @@ def main(log_dir: str, first_device: str, folder: str, *command: str) -> None:
         runpy.run_path(command[0], run_name="__main__")
     except BaseException as error:
         status = error.code if isinstance(error, SystemExit) else 1
-        if has_agent and status:
+        if folder and status:
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-            cause = error.__context__ if isinstance(error, SystemExit) and error.__context__ else error
+            cause = error.__context__ or error
             get_error_handler().record_exception(cause)
             if isinstance(status, int) and (status == 2 or status > 128):
                 mistake.write_text(f"{status} {os.environ['RANK']} {type(cause).__name__}: {cause}")

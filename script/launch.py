@@ -4,6 +4,7 @@ Ends with the first failing rank's own exit status; aligned_reid/launcher.py say
 """
 
 import os
+import signal
 import sys
 from argparse import REMAINDER, Namespace
 from pathlib import Path
@@ -13,8 +14,10 @@ os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # before torch: a broken torc
 
 from aligned_reid.cli import OneLineParser, parse_path, run_command
 from aligned_reid.config import Config
+from aligned_reid.errors import InputError
 from aligned_reid.launcher import launch
 from aligned_reid.lock import check_free
+from aligned_reid.stop import STOP_SIGNALS
 
 
 def parse_arguments() -> Namespace:
@@ -25,7 +28,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--nnodes", type=int, default=nnodes, help="machines (default: NNODES, or 1)")
     parser.add_argument("--node_rank", type=int, default=node_rank, help="this machine (default: NODE_RANK, or 0)")
     parser.add_argument("--addr", default="", help="address of the first of several machines (default: MASTER_ADDR)")
-    parser.add_argument("--port", type=int, default=0, help="its port (default: MASTER_PORT; one machine: a free one)")
+    parser.add_argument("--port", type=int, default=0, help="its port (default: MASTER_PORT, or 29500)")
     parser.add_argument(
         "--log_dir", type=parse_path, default="logs", help="the ranks' logs: <log_dir>/<device>/train_<device>.log"
     )
@@ -34,12 +37,14 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--check", default="true", choices=["true", "false", "only"], help="check the input first")
     parser.add_argument("command", nargs=REMAINDER, help="a Python script and its arguments")
     options = parser.parse_args()
+    options.endpoint = ""
     if options.nnodes > 1:
         options.addr = options.addr or variable("MASTER_ADDR", "")
         port = variable("MASTER_PORT", "29500")
         if not port.isdecimal():
             parser.error(f"MASTER_PORT is {port!r}, not a whole number from 0 to 65535")
         options.port = options.port or int(port)
+        options.endpoint = f"{options.addr}:{options.port}"
     if options.first_device is None:
         options.first_device = options.node_rank * options.nproc
     rules = [
@@ -82,14 +87,17 @@ def main(options: Namespace) -> None:
         check_input(Config.from_arguments(options.command[1:]), options)
     if options.check == "only":
         return
+    try:
+        Path(options.log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--log_dir {options.log_dir}: {error.strerror}; choose another folder") from error
     status = launch(
         options.command,
         options.nproc,
         options.log_dir,
         num_nodes=options.nnodes,
         node_rank=options.node_rank,
-        address=options.addr or "127.0.0.1",
-        port=options.port,
+        endpoint=options.endpoint,
         first_device=options.first_device,
         max_restarts=options.max_restarts,
     )
@@ -101,6 +109,8 @@ def is_training(options: Namespace) -> bool:
 
 
 if __name__ == "__main__":
+    # torch's agent handles signals that are ignored, such as SIGHUP under nohup. Threads and ranks inherit the mask.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [one for one in STOP_SIGNALS if signal.getsignal(one) is signal.SIG_IGN])
     parsed = parse_arguments()
     if is_training(parsed):
         sys.argv = parsed.command  # what is wrong from here on is train.py's
