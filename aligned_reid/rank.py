@@ -12,7 +12,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-MISTAKE_NAME = "mistake"  # in the launcher's folder: status, rank and reason of a failure that must not be retried
+MISTAKE_NAME = (
+    "mistake"  # in the launcher's folder: the rank and its reason, if it ended with status 2 for a user's mistake
+)
 
 
 class Tee(io.TextIOWrapper):
@@ -41,7 +43,7 @@ def log_to(path: Path, to_console: tuple[bool, bool]) -> None:
 
 def main(log_dir: str, first_device: str, folder: str, *command: str) -> None:
     mistake = Path(folder, MISTAKE_NAME)
-    if folder and mistake.exists():  # torch's agent restarts ranks after any failure
+    if folder and mistake.exists():  # torch's agent restarts ranks after any failure; this one would come again
         sys.exit(1)
     if folder and sys.platform == "linux":  # end with a launcher that is killed: PR_SET_PDEATHSIG is 1
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -60,8 +62,8 @@ def main(log_dir: str, first_device: str, folder: str, *command: str) -> None:
 
             cause = error.__context__ or error
             get_error_handler().record_exception(cause)
-            if isinstance(status, int) and (status == 2 or status > 128):
-                mistake.write_text(f"{status} {os.environ['RANK']} {type(cause).__name__}: {cause}")
+            if status == 2:
+                mistake.write_text(f"{os.environ['RANK']} {type(cause).__name__}: {cause}")
         raise
 
 
