@@ -12,9 +12,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-MISTAKE_NAME = (
-    "mistake"  # in the launcher's folder: the rank and its reason, if it ended with status 2 for a user's mistake
-)
+MISTAKE_NAME = "mistake"  # in the launcher's folder: the rank that ended with status 2, and its reason
 
 
 class Tee(io.TextIOWrapper):
@@ -43,7 +41,7 @@ def log_to(path: Path, to_console: tuple[bool, bool]) -> None:
 
 def main(log_dir: str, first_device: str, folder: str, *command: str) -> None:
     mistake = Path(folder, MISTAKE_NAME)
-    if folder and mistake.exists():  # torch's agent restarts ranks after any failure; this one would come again
+    if folder and mistake.exists():  # torch's agent restarts ranks after any failure
         sys.exit(1)
     if folder and sys.platform == "linux":  # end with a launcher that is killed: PR_SET_PDEATHSIG is 1
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -28,8 +28,7 @@ run_wrapper() {
     run_script --check=only || exit $?
 
     case_name=${network}_bs$(last_value ids_per_batch)_${RANK_SIZE}p_$kind
-    folder=$project/test/output/$ASCEND_DEVICE_ID
-    log=$folder/train_$ASCEND_DEVICE_ID.log
+    folder=$project/test/output/$ASCEND_DEVICE_ID log=$project/test/output/$ASCEND_DEVICE_ID/train_$ASCEND_DEVICE_ID.log
     mkdir -p "$folder" || refuse "cannot write $folder"
     rm -f -- "$log" "$folder/train_${case_name}_loss.txt" "$folder/$case_name.log"
     echo "$case_name: $nproc x $device, log in $log"
@@ -78,8 +77,7 @@ Options: --data_path=<folder with images/ and partitions.pkl>, --pth_path=<weigh
   --device=npu|cuda|cpu (default: npu), --workers=<processes that decode images, per device>,
   --nproc=<processes, one a device> (default: the 8 or 1 of the wrapper's name),
   --nnodes= --node_rank= --addr= --port= for several machines (default: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT),
-  --max_restarts=<n> (default: 0) restarts from the last checkpoint after a process has died,
-  and --<flag>=<value> for every flag of script/train.py, which overrides the recipe.
+  --max_restarts=<n> (default: 0) after a process has died, and every flag of script/train.py, which overrides the recipe.
 END
     exit 0
 }
@@ -94,9 +92,7 @@ last_value() {
 choose_processes() {
     local default=$1 asked=${ASCEND_DEVICE_ID:-} name
     [ "$default" -gt 1 ] || nnodes=1 RANK_SIZE=''
-    for name in nnodes RANK_SIZE nproc; do
-        [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || refuse "$name=${!name} is not a whole number from 1"
-    done
+    for name in nnodes RANK_SIZE nproc; do [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || refuse "$name=${!name} is not a count"; done
     [ -z "${RANK_SIZE:-}" ] || default=$((RANK_SIZE / nnodes))
     nproc=${nproc:-$default}
     for name in node_rank max_restarts asked; do
@@ -121,8 +117,7 @@ run_script() {
     wait "$child"
 }
 
-# The log is read as by Ascend's tooling, but for anchors: a path in the settings may hold FPS, cmc1 or Ep.
-
+# The next three read the log as Ascend's tooling does, but at line starts: a path in the settings may hold FPS or Ep.
 # Mean of the last 5 FPS: the 5th field of `Ep 12, 27.03s, FPS 118.20, ...`. Empty if there is none.
 fps_of() {
     grep '^Ep .*FPS' "$1" | tail -n 5 | LC_ALL=C awk '{ sum += $5 } END { if (NR) printf "%.2f\n", sum / NR }'
@@ -140,8 +135,7 @@ losses_of() {
 
 # Writes the files of run_wrapper's case and prints the final lines. A failed training has no figures.
 write_results() {
-    local fps='' accuracy='' loss='' step='' images
-    images=$((RANK_SIZE * $(last_value ids_per_batch) * $(last_value ims_per_id))) # in a step
+    local fps='' accuracy='' loss='' step='' images=$((RANK_SIZE * $(last_value ids_per_batch) * $(last_value ims_per_id)))
     [ ! -f "$log" ] || losses_of "$log" >"$folder/train_${case_name}_loss.txt"
     if [ "$status" -eq 0 ]; then
         fps=$(fps_of "$log") accuracy=$(accuracy_of "$log") loss=$(losses_of "$log" | tail -n 1)

@@ -1,7 +1,7 @@
 """The wrappers as Ascend's platform calls them, and their log as its tooling reads it.
 
-Most cases run copies of the wrappers with a stand-in for Python that says and does what the case needs; the last ones
-train.
+Most cases run copies of the wrappers with a stand-in for Python that prints and does what the case needs; the last
+ones train.
 """
 
 import json
@@ -48,7 +48,7 @@ global distance
 results in results.json
 """
 
-# Notes its arguments, environment and directory; then refuses the input, or speaks as train.py or the launcher would.
+# Records its arguments, environment and directory; then refuses the input, or prints and logs as the launcher would.
 STAND_IN = r"""#!/usr/bin/env bash
 case " $* " in *" --check=only "*) call=check ;; *) call=run ;; esac
 printf '%s\n' "$@" >"$CASE/$call.arguments"
@@ -59,21 +59,19 @@ if [ "$call" = check ]; then
     exit 0
 fi
 if [ -f "$CASE/wait" ]; then
-    trap 'echo told TERM; sleep 0.3; exit 143' TERM
-    trap 'echo told INT; sleep 0.3; exit 130' INT
+    trap 'echo got TERM; sleep 0.3; exit 143' TERM
+    trap 'echo got INT; sleep 0.3; exit 130' INT
     echo waiting
     while :; do sleep 0.05; done
 fi
-log=/dev/null
 for argument; do
     case $argument in
-        --nproc=1) log='' ;;
         --log_dir=*) folder=${argument#*=} ;;
         --first_device=*) log=$folder/${argument#*=}/train_${argument#*=}.log ;;
     esac
 done
 [ ! -f "$CASE/error" ] || cat "$CASE/error" >&2
-if [ -n "$log" ]; then tee "$log" <"$CASE/log"; else cat "$CASE/log"; fi
+tee "$log" <"$CASE/log"
 [ ! -f "$CASE/kill" ] || kill -9 $$
 exit "$(cat "$CASE/status")"
 """
@@ -95,9 +93,9 @@ class Case:
         python.chmod(0o755)
         self.environment = {name: value for name, value in os.environ.items() if not VARIABLES.search(name)}
         self.environment |= {"CASE": str(folder), "PYTHON": str(python)}
-        self.says(LOG)
+        self.prints(LOG)
 
-    def says(self, log, status=0, error=""):
+    def prints(self, log, status=0, error=""):
         (self.folder / "log").write_text(log)
         (self.folder / "status").write_text(str(status))
         if error:
@@ -199,15 +197,11 @@ class TestRecipe:
         assert (case.flags()["data_path"], case.flags()["partition_file"]) == ("d", "p.pkl")
 
     def test_several_machines(self, case):
-        case.run("train_full_8p.sh", "--data_path=d", "--nnodes=2", "--node_rank=1", "--addr=10.0.0.1", "--port=1234")
-        assert {"--nproc=8", "--nnodes=2", "--node_rank=1", "--addr=10.0.0.1", "--port=1234"} <= set(case.arguments())
+        options = {"--nnodes=2", "--node_rank=1", "--addr=10.0.0.1", "--port=1234", "--max_restarts=2"}
+        case.run("train_full_8p.sh", "--data_path=d", *options)
+        assert {"--nproc=8", *options} <= set(case.arguments())
         assert case.variables()["RANK_SIZE"] == "16"
-        assert "--max_restarts=0" in case.arguments()
         assert (case.output(8) / "AlignedReID_for_PyTorch_bs128_16p_acc.log").exists()  # rank 8 is this machine's first
-
-    def test_restarts(self, case):
-        case.run("train_full_8p.sh", "--data_path=d", "--max_restarts=2")
-        assert "--max_restarts=2" in case.arguments()
 
 
 class TestPlatform:
@@ -220,23 +214,21 @@ class TestPlatform:
         case.run("train_performance_1p.sh", "--data_path=d", RANK_SIZE="8")
         assert case.variables()["RANK_SIZE"] == "1"
 
-    def test_device_id_names_the_log_and_the_npu_of_one_process(self, case):
-        case.run("train_performance_1p.sh", "--data_path=d", ASCEND_DEVICE_ID="3")
-        assert case.flags()["npu"] == "3"
-        assert (case.output(3) / "train_3.log").read_text() == LOG
-
-    def test_visible_devices_choose_the_npu(self, case):
-        case.run("train_performance_1p.sh", "--data_path=d", ASCEND_DEVICE_ID="3", ASCEND_RT_VISIBLE_DEVICES="3")
-        assert "npu" not in case.flags()
-        assert case.variables()["ASCEND_RT_VISIBLE_DEVICES"] == "3"
-
-    def test_no_npu_is_named_otherwise(self, case):
-        case.run("train_performance_1p.sh", "--data_path=d")
-        assert "npu" not in case.flags()
-        case.run("train_performance_1p.sh", "--data_path=d", "--npu=1", ASCEND_DEVICE_ID="3")
-        assert case.flags()["npu"] == "1"
-        case.run("train_full_8p.sh", "--data_path=d", ASCEND_DEVICE_ID="0")
-        assert "npu" not in case.flags()
+    @pytest.mark.parametrize(
+        ("wrapper", "options", "variables", "npu"),
+        [
+            ("train_performance_1p.sh", [], {"ASCEND_DEVICE_ID": "3"}, "3"),
+            ("train_performance_1p.sh", [], {"ASCEND_DEVICE_ID": "3", "ASCEND_RT_VISIBLE_DEVICES": "3"}, None),
+            ("train_performance_1p.sh", [], {}, None),
+            ("train_performance_1p.sh", ["--npu=1"], {"ASCEND_DEVICE_ID": "3"}, "1"),
+            ("train_full_8p.sh", [], {"ASCEND_DEVICE_ID": "0"}, None),
+        ],
+    )
+    def test_device_id_names_the_log_and_the_npu_of_one_process(self, case, wrapper, options, variables, npu):
+        case.run(wrapper, "--data_path=d", *options, **variables)
+        assert case.flags().get("npu") == npu
+        device = variables.get("ASCEND_DEVICE_ID", "0")
+        assert (case.output(device) / f"train_{device}.log").read_text() == LOG
 
     def test_environment_of_npus(self, case):
         cann = case.folder / "cann" / "ascend-toolkit"
@@ -326,35 +318,25 @@ class TestResults:
         assert (case.output() / "train_0.log").read_text() == LOG
         assert Path((case.folder / "run.directory").read_text().strip()) == where
 
-    def test_console_keeps_streams_apart_and_the_log_has_both(self, case):
-        case.says(LOG, error="a warning\n")
-        result = case.run("train_performance_1p.sh", "--data_path=d")
-        assert result.stderr == "a warning\n"
-        assert "a warning" not in result.stdout
-        log = (case.output() / "train_0.log").read_text()
-        assert sorted(log.splitlines()) == sorted([*LOG.splitlines(), "a warning"])
-
     @pytest.mark.parametrize("wrapper", ["train_full_8p.sh", "train_performance_1p.sh"])
-    @pytest.mark.parametrize("status", [1, 2, 3])
-    def test_a_failed_training_has_no_figures(self, case, wrapper, status):
+    def test_a_failed_training_has_no_figures(self, case, wrapper):
         case.run(wrapper, "--data_path=d")
-        case.says(LOG, status=status, error="train.py: stopped: the loss is nan\n")
+        case.prints(LOG, status=3, error="train.py: stopped: the loss is nan\n")
         result = case.run(wrapper, "--data_path=d")
-        assert result.returncode == status
+        assert result.returncode == 3
         assert result.stderr == "train.py: stopped: the loss is nan\n"
         assert final_lines(result)[1:3] == ["Final Performance images/sec : ", "Final Train Accuracy : "]
         figures = read_figures(next(case.output().glob("AlignedReID*.log")))
         assert [figures[key] for key in ("ActualFPS", "TrainingTime", "TrainAccuracy", "ActualLoss")] == [""] * 4
 
-    def test_a_killed_training_is_said_to_be(self, case):
+    def test_a_killed_training_is_reported(self, case):
         (case.folder / "kill").touch()
         result = case.run("train_performance_1p.sh", "--data_path=d")
-        line = "train.py: stopped: killed by signal 9 (KILL)\n"
-        assert (result.returncode, result.stderr) == (137, line)
-        assert line in (case.output() / "train_0.log").read_text()
+        assert result.returncode == 137
+        assert "SIGKILL" in result.stderr and result.stderr.count("\n") == 1
 
-    def test_what_is_not_in_the_log_is_not_made_up(self, case):
-        case.says("[mAP: 71.38%], [cmc1: 7.05%], [cmc5: 95.04%], [cmc10: 97.00%]\n")
+    def test_a_figure_that_is_not_in_the_log_stays_empty(self, case):
+        case.prints("[mAP: 71.38%], [cmc1: 7.05%], [cmc5: 95.04%], [cmc10: 97.00%]\n")
         result = case.run("train_eval_8p.sh", "--data_path=d", "--pth_path=w")
         assert final_lines(result)[1:3] == ["Final Performance images/sec : ", "Final Train Accuracy : 7.05"]
 
@@ -380,16 +362,16 @@ class TestResults:
 
 class TestMistakes:
     @pytest.mark.parametrize(
-        "wrapper, options, environment, says",
+        "wrapper, options, environment, word",
         [
             ("train_full_8p.sh", [], {}, "--data_path"),
             ("train_full_8p.sh", ["--data_path="], {}, "--data_path"),
             ("train_full_8p.sh", ["--data_path", "d"], {}, "--name=value"),
             ("train_full_8p.sh", ["--data_path=d", "extra"], {}, "--name=value"),
-            ("train_full_8p.sh", ["--data_path=d", "--nproc=0"], {}, "--nproc=0"),
-            ("train_full_8p.sh", ["--data_path=d", "--nnodes=x"], {}, "--nnodes=x"),
-            ("train_full_8p.sh", ["--data_path=d", "--node_rank=x"], {}, "--node_rank=x"),
-            ("train_full_8p.sh", ["--data_path=d", "--max_restarts=x"], {}, "--max_restarts=x"),
+            ("train_full_8p.sh", ["--data_path=d", "--nproc=0"], {}, "nproc=0"),
+            ("train_full_8p.sh", ["--data_path=d", "--nnodes=x"], {}, "nnodes=x"),
+            ("train_full_8p.sh", ["--data_path=d", "--node_rank=x"], {}, "node_rank=x"),
+            ("train_full_8p.sh", ["--data_path=d", "--max_restarts=x"], {}, "max_restarts=x"),
             ("train_full_8p.sh", ["--data_path=d"], {"RANK_SIZE": "many"}, "RANK_SIZE=many"),
             ("train_performance_1p.sh", ["--data_path=d"], {"ASCEND_DEVICE_ID": "0,1"}, "ASCEND_DEVICE_ID=0,1"),
             ("train_performance_1p.sh", ["--data_path=d"], {"PYTHON": "no_such_python"}, "no_such_python"),
@@ -397,10 +379,10 @@ class TestMistakes:
             ("train_finetune_1p.sh", ["--data_path=d", "--pth_path="], {}, "--pth_path"),
         ],
     )
-    def test_are_one_line(self, case, wrapper, options, environment, says):
+    def test_are_one_line(self, case, wrapper, options, environment, word):
         result = case.run(wrapper, *options, **environment)
         assert (result.returncode, result.stdout) == (2, "")
-        assert result.stderr.startswith(f"{wrapper}: error: ") and says in result.stderr
+        assert result.stderr.startswith(f"{wrapper}: error: ") and word in result.stderr
         assert result.stderr.count("\n") == 1
         self.check_nothing_happened(case)
 
@@ -441,7 +423,7 @@ class TestSignals:
         started = time.monotonic()
         out, err = process.communicate(timeout=30)
         assert (process.returncode, err) == (status, "")
-        assert out.startswith(f"told {number.name.removeprefix('SIG')}\n---")
+        assert out.startswith(f"got {number.name.removeprefix('SIG')}\n---")
         assert out.endswith("\n") and "Final Performance images/sec : \n" in out
         assert time.monotonic() - started < 10
 
@@ -473,7 +455,7 @@ def real(case, tiny_data):
 
 
 def check_against_log(case, result, name, device=0):
-    """The final lines and files say what the log says, read once more and otherwise."""
+    """Assert that the final lines and files agree with the log, which is parsed here in another way."""
     log = (case.output(device) / f"train_{device}.log").read_text()
     fps = [float(line.split()[4].rstrip(",")) for line in log.splitlines() if "FPS" in line]
     rank1 = [line.split()[3].split("%")[0] for line in log.splitlines() if "cmc1" in line]
@@ -518,14 +500,11 @@ def test_refuse_missing_data(real, num_processes):
     assert not (real.project / "test" / "output").exists() and not list(real.here.iterdir())
 
 
-def test_a_tilde_is_the_home_folder(real, tiny_data):
-    weights = real.folder / "weights"
-    weights.mkdir()
+def test_a_tilde_is_the_home_folder(real, tiny_data, tmp_path):
     flags = ("--data_path=~/" + tiny_data.name, "--pth_path=~/weights", *TINY)
-    for home, missing in ((weights, weights / tiny_data.name), (tiny_data.parent, tiny_data.parent / "weights")):
-        result = real.run("train_eval_8p.sh", *flags, "--nproc=1", HOME=str(home))
-        assert (result.returncode, result.stdout) == (2, "")
-        assert str(missing) in result.stderr and result.stderr.count("\n") == 1
+    result = real.run("train_eval_8p.sh", *flags, "--nproc=1", HOME=str(tiny_data.parent))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert str(tiny_data.parent / "weights") in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_refuse_an_npu_that_is_not_there(real):
@@ -537,7 +516,7 @@ def test_refuse_an_npu_that_is_not_there(real):
 
 @pytest.fixture(params=["cpu", "simulated npu"])
 def platform(request, real, tmp_path):
-    """Run a wrapper as the platform does, on the CPU or on two simulated NPUs; returns its figures."""
+    """Runs a wrapper as the platform does, on the CPU or on simulated NPUs; returns its figures."""
     flags = [flag for flag in TINY if not flag.startswith("--device")]
     if request.param == "cpu":
         flags.append("--device=cpu")
@@ -566,7 +545,7 @@ def platform(request, real, tmp_path):
 
 @pytest.mark.slow
 def test_every_wrapper_on_cpu_and_npu(platform, real, tmp_path):
-    """The weight file of a run is what --pth_path=. takes, and no run loses another's."""
+    """--pth_path=. takes the weight file of a run before, which is kept."""
     figures = platform("train_performance_8p.sh", "bs4_2p_perf", "--nproc=2", num_devices=2)
     assert float(figures["ActualFPS"]) > 0 and float(figures["TrainingTime"]) > 0
     platform("train_performance_1p.sh", "bs4_1p_perf", device=1, ASCEND_DEVICE_ID="1")
