@@ -11,9 +11,9 @@ from pathlib import Path
 
 from aligned_reid.errors import InputError
 
-LOCK_NAME = ".lock"  # in a folder; that of a file is beside it, .<name>.lock
+LOCK_NAME = ".lock"  # in a folder; the lock of a file is .<name>.lock beside it
 
-_held: set[int] = set()  # descriptors; a forked child closes them, or it would keep the lock of a killed parent
+_held: set[int] = set()  # descriptors; a forked child closes them, or it would keep the lock after its parent's death
 os.register_at_fork(after_in_child=lambda: list(map(os.close, _held)))
 
 
@@ -21,9 +21,9 @@ os.register_at_fork(after_in_child=lambda: list(map(os.close, _held)))
 def hold(place: Path, flag: str, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes out of `place`, an existing folder or a file to write, until the block ends.
 
-    Raises InputError, which names `flag` and the process, if another one holds it; with `wait`, waits for that one
-    instead. The kernel releases a lock when its process dies. Nothing is held if the lock file cannot be written or
-    the file system has no locks.
+    If another process holds it, raises InputError, which names `flag` and the process, or waits for it with `wait`. The
+    kernel releases a lock when its process dies. There is no lock if the lock file cannot be written or the file system
+    does not support locks.
     """
     path = _lock_file(place)
     descriptor = None
@@ -59,14 +59,14 @@ def _lock_file(place: Path) -> Path:
 
 
 def _holder(path: Path) -> str:
-    """The process that wrote its name into a lock file."""
+    """The process that a lock file names."""
     with suppress(OSError):
         return path.read_text() or "another process"
     return "another process"
 
 
 def _open_locked(path: Path, wait: bool) -> int:
-    """The descriptor of a lock file with this process's name in it. Raises BlockingIOError if another one holds it."""
+    """Create and lock a lock file; returns its descriptor. Raises BlockingIOError if another process holds it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -79,4 +79,4 @@ def _open_locked(path: Path, wait: bool) -> int:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
             return descriptor
-        os.close(descriptor)  # the process that held it has removed the file
+        os.close(descriptor)  # the former holder has removed the file

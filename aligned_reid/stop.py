@@ -1,4 +1,4 @@
-"""Signals that ask a process to end: the first one is noted or raised, and the rest change nothing."""
+"""Signals that ask a process to end: the first is noted or raised, and later ones are ignored."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-# A scheduler's, Ctrl-C, a terminal that closes, and the one that Slurm's users choose (sbatch --signal).
+# From a scheduler, Ctrl-C, a terminal that closes, and the usual choice for Slurm (sbatch --signal).
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SECONDS_TO_INSIST = 1.0
 
 
 class StopSignals:
-    """Inside `with`, the first of STOP_SIGNALS is kept in `number`, and raised as `error(number)` where that is given.
+    """Inside `with`, the first of STOP_SIGNALS is stored in `number`, and raised as `error(number)` if that is given.
 
-    Later ones change nothing: a scheduler signals every process of a job, and a launcher then passes its own signal on.
-    Only a second Ctrl-C, a second or more after the first, ends the process at once. Signals that were ignored stay so,
-    such as nohup's SIGHUP. What an inner `with` has noted, an outer one does not raise again.
+    Later ones are ignored: a scheduler signals every process of a job, and a launcher then passes its own signal on.
+    Only a second Ctrl-C, at least a second after the first, ends the process at once. Signals that were ignored before
+    stay ignored, such as SIGHUP under nohup. A signal that an inner `with` has stored is not raised by an outer one.
     """
 
     def __init__(self, error: Callable[[int], BaseException] | None = None) -> None:

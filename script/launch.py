@@ -1,6 +1,6 @@
 """Runs a script as several ranks: python script/launch.py --nproc=2 script/train.py --data_path=...
 
-Ends with the first failing rank's own exit status; aligned_reid/launcher.py says how.
+Exits with the status of the first failing rank; see aligned_reid/launcher.py.
 """
 
 import os
@@ -21,7 +21,7 @@ from aligned_reid.stop import STOP_SIGNALS
 
 
 def parse_arguments() -> Namespace:
-    """Options up to the script; what follows is the script's. Defaults of several machines are torchrun's variables."""
+    """Options up to the script; the rest is for the script. Defaults for several machines are torchrun's variables."""
     parser = OneLineParser(allow_abbrev=False, description="Run a script as one process a device.")
     nnodes, node_rank, device = variable("NNODES", "1"), variable("NODE_RANK", "0"), os.environ.get("ASCEND_DEVICE_ID")
     parser.add_argument("--nproc", type=int, default=1, help="processes on this machine (default: 1)")
@@ -70,20 +70,20 @@ def variable(name: str, default: str) -> str:
 
 
 def check_input(config: Config, options: Namespace) -> None:
-    """Refuse a user's mistake once, before there are ranks to repeat it, and on request a device that is not there."""
+    """Check the input once, before ranks start; with --check=only, the device too."""
     from aligned_reid import preflight
     from aligned_reid.run import open_device
 
     preflight.check_input(config, has_run_dir=options.node_rank == 0)
     if options.node_rank == 0:
         check_free(config.run_dir, "--exp_dir")
-    if options.check == "only":  # this process then ends; a launcher would keep the device busy
+    if options.check == "only":  # this process ends then; a launcher would keep the device busy
         open_device(config, local_rank=options.nproc - 1)
 
 
 def main(options: Namespace) -> None:
-    several = options.nproc * options.nnodes > 1  # one process alone checks its own input
-    if is_training(options) and (options.check == "only" or (several and options.check == "true")):
+    has_agent = options.nproc * options.nnodes > 1 or options.max_restarts  # a single process checks its input itself
+    if is_training(options) and (options.check == "only" or (has_agent and options.check == "true")):
         check_input(Config.from_arguments(options.command[1:]), options)
     if options.check == "only":
         return
@@ -113,5 +113,5 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, [one for one in STOP_SIGNALS if signal.getsignal(one) is signal.SIG_IGN])
     parsed = parse_arguments()
     if is_training(parsed):
-        sys.argv = parsed.command  # what is wrong from here on is train.py's
+        sys.argv = parsed.command  # errors from here on are reported in the name of train.py
     run_command(lambda: main(parsed))

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The environment of Ascend NPUs: CANN's own set_env.sh, and what torch_npu and HCCL read. To be sourced.
-# What is set already stays: TASK_QUEUE_ENABLE=1 bash test/train_full_8p.sh ... is obeyed.
+# The environment of Ascend NPUs: CANN's set_env.sh and the variables of torch_npu and HCCL. Source this file.
+# Variables that are set already keep their values, as in TASK_QUEUE_ENABLE=1 bash test/train_full_8p.sh ...
 
-export TORCH_DEVICE_BACKEND_AUTOLOAD=${TORCH_DEVICE_BACKEND_AUTOLOAD:-0} # torch_npu is imported where it is needed
-export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2}                         # operators are issued by a thread of their own
+export TORCH_DEVICE_BACKEND_AUTOLOAD=${TORCH_DEVICE_BACKEND_AUTOLOAD:-0} # torch_npu is imported on demand
+export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2}                         # a separate thread issues operators
 export COMBINED_ENABLE=${COMBINED_ENABLE:-1}                             # adjacent copies become one
 export CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-2}                         # threads stay near their device
 export HCCL_WHITELIST_DISABLE=${HCCL_WHITELIST_DISABLE:-1}
-export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1200}  # seconds; a rank may be reading its data set
+export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1200}  # seconds; a rank may still be reading its data set
 export ASCEND_GLOBAL_LOG_LEVEL=${ASCEND_GLOBAL_LOG_LEVEL:-3} # errors only
 export ASCEND_SLOG_PRINT_TO_STDOUT=${ASCEND_SLOG_PRINT_TO_STDOUT:-0}
 
-# The first set_env.sh of CANN, where its variables say or where it is installed by default; nothing when there is none.
+# Prints the path of CANN's set_env.sh, from its variables or the default places; nothing if there is none.
 find_cann() {
     local folder
     for folder in \
@@ -26,7 +26,7 @@ find_cann() {
     done
 }
 
-# CANN's script reads variables that may be unset, which a wrapper's `set -u` would take for an error.
+# Sources it without the wrappers' `set -u`: CANN's script reads variables that may be unset.
 source_cann() {
     local script nounset=''
     script=$(find_cann)

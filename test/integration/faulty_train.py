@@ -1,7 +1,7 @@
 """train.py with a fault: python faulty_train.py <fault> <rank> <step> <folder> <flags of train.py>.
 
-test_ranks.py runs it. In the folder, `attempts` gets a letter for every attempt of rank 0; the fault happens in the
-first attempt only, but for `mistake`.
+test_ranks.py runs it. In the folder, `attempts` gets a letter for every attempt of rank 0. All faults but `mistake`
+happen in the first attempt only.
 """
 
 import os

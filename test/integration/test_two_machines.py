@@ -1,4 +1,4 @@
-"""Two machines, each with one process: here they are two network namespaces with a cable between them."""
+"""Two machines with one process each, played by two network namespaces with a cable between them."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ FAULTY = Path(__file__).with_name("faulty_train.py")
 
 
 def why_no_namespaces():
-    """The reason why network namespaces cannot be made here; empty where they can."""
+    """Why network namespaces cannot be made here; empty if they can."""
     if shutil.which("ip") is None:
         return "there is no `ip` (package iproute2)"
     if os.geteuid() != 0:
@@ -49,7 +49,7 @@ def machines():
 
 
 def train(machines, data, folder, *flags):
-    """One command a machine, in folders of their own; returns what each said."""
+    """Run one command per machine, in separate folders; returns the output of each."""
     processes = []
     for node_rank, machine in enumerate(machines):
         own = folder / machine
@@ -69,12 +69,12 @@ def train(machines, data, folder, *flags):
             )
         )
     try:
-        said = [process.communicate(timeout=200) for process in processes]
+        outputs = [process.communicate(timeout=200) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
-    return said
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs
 
 
 @pytest.mark.slow
@@ -82,8 +82,8 @@ def test_two_machines_train_together_and_resume(machines, tiny_data, tmp_path):
     flags = ("--id_sampling=sharded", "--timeout=60")
     first, second = train(machines, tiny_data, tmp_path, "--total_epochs=1", *flags)
     assert "2 processes" in first[0] and "Ep 1," in first[0]
-    assert "Ep 1," in second[0]  # this machine's rank says what it does, too
-    # The second machine sees no file of the first one's folder, and gets the checkpoint from its rank.
+    assert "Ep 1," in second[0]  # the second machine shows the log of its rank
+    # The second machine cannot read the first one's folder; it gets the checkpoint from rank 0.
     assert not (tmp_path / machines[1] / "run" / "ckpt.pth").exists()
     first, _ = train(machines, tiny_data, tmp_path, "--total_epochs=2", "--resume=true", *flags)
     assert "resumed from run/ckpt.pth after epoch 1" in first[0]

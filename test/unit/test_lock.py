@@ -1,4 +1,4 @@
-"""Locks of folders and files: one process at a time, and none that outlives its process."""
+"""Locks of folders and files: one process at a time, and no lock outlives its process."""
 
 import os
 import signal
@@ -35,14 +35,14 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_another_process_is_refused_and_told_who_holds_it(tmp_path, holder):
+def test_another_process_is_refused_and_learns_who_holds_the_lock(tmp_path, holder):
     for refused in (lambda: hold(tmp_path, "--exp_dir").__enter__(), lambda: check_free(tmp_path, "--exp_dir")):
         with pytest.raises(InputError, match=rf"--exp_dir {tmp_path}: process {holder.pid} on ") as error:
             refused()
         assert "\n" not in str(error.value)
 
 
-def test_the_lock_of_a_killed_process_is_free_at_once_whatever_it_left_behind(tmp_path, holder):
+def test_a_killed_process_leaves_no_lock(tmp_path, holder):
     holder.kill()
     holder.wait()
     with hold(tmp_path, "--exp_dir"):
@@ -62,7 +62,7 @@ def test_nothing_is_left_after_the_block(tmp_path, place):
     check_free(tmp_path / place, "--save_file")
 
 
-def test_who_waits_gets_it_after_the_others(tmp_path):
+def test_waiting_processes_get_the_lock_one_after_the_other(tmp_path):
     inside, most = [], []
 
     def work():
@@ -80,6 +80,6 @@ def test_who_waits_gets_it_after_the_others(tmp_path):
     assert len(most) == 80 and max(most) == 1
 
 
-def test_where_no_lock_file_can_be_written_nothing_is_held(tmp_path):
+def test_nothing_is_locked_if_the_lock_file_cannot_be_written(tmp_path):
     with hold(tmp_path / "none" / "features.h5", "--save_file"):
         assert not (tmp_path / "none").exists()
