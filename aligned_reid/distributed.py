@@ -61,9 +61,9 @@ def process_group(world: World, backend: str, address: str = "", timeout: float 
     try:
         yield world
     except RuntimeError as error:
-        if store is None or isinstance(error, RunStopped) or not TIMED_OUT.search(str(error)):
+        if store is None or isinstance(error, RunStopped):
             raise
-        raise RunStopped(describe_timeout(store, world, timeout)) from error
+        raise explain_timeout(error, store, world, timeout) from error
     finally:
         close_group()
 
@@ -97,9 +97,11 @@ def open_group(
         raise RunStopped(f"rank {world.rank} found no other process within {patience:g} s: {error}") from error
     store = meet(store, world, patience)
     if world.size > 1:
-        dist.init_process_group(
-            backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout)
-        )
+        limit = timedelta(seconds=timeout)
+        try:
+            dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
+        except RuntimeError as error:
+            raise explain_timeout(error, store, world, timeout) from error
     return replace(world, job={"token": token} if is_launched else {}), store
 
 
@@ -123,8 +125,10 @@ def meet(store: dist.Store, world: World, patience: float) -> dist.Store:
     raise RunStopped(f"rank {world.rank}: not all of {world.size} processes came within {patience:g} s (4 x --timeout)")
 
 
-def describe_timeout(store: dist.Store, world: World, timeout: float) -> str:
-    """One line about a collective that timed out, with the ranks that do not report the same."""
+def explain_timeout(error: RuntimeError, store: dist.Store, world: World, timeout: float) -> RuntimeError:
+    """The error itself or, if it is a timeout, one that names the ranks which do not report the same."""
+    if not TIMED_OUT.search(str(error)):
+        return error
     silent = "another process"
     try:
         store.set(f"waited {world.rank}", "")
@@ -133,7 +137,7 @@ def describe_timeout(store: dist.Store, world: World, timeout: float) -> str:
         silent = f"rank {', '.join(ranks)}" if ranks else silent
     except RuntimeError:  # the store is gone with its machine
         pass
-    return f"no answer from {silent}: rank {world.rank} waited {timeout:g} s (--timeout)"
+    return RunStopped(f"no answer from {silent}: rank {world.rank} waited {timeout:g} s (--timeout)")
 
 
 def close_group() -> None:
