@@ -61,9 +61,9 @@ def process_group(world: World, backend: str, address: str = "", timeout: float 
     try:
         yield world
     except RuntimeError as error:
-        if store is None or isinstance(error, RunStopped):
+        if store is None or isinstance(error, RunStopped) or not TIMED_OUT.search(str(error)):
             raise
-        raise explain_timeout(error, store, world, timeout) from error
+        raise RunStopped(describe_timeout(store, world, timeout)) from error
     finally:
         close_group()
 
@@ -101,7 +101,9 @@ def open_group(
         try:
             dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
         except RuntimeError as error:
-            raise explain_timeout(error, store, world, timeout) from error
+            if not TIMED_OUT.search(str(error)):
+                raise
+            raise RunStopped(describe_timeout(store, world, timeout)) from error
     return replace(world, job={"token": token} if is_launched else {}), store
 
 
@@ -125,10 +127,8 @@ def meet(store: dist.Store, world: World, patience: float) -> dist.Store:
     raise RunStopped(f"rank {world.rank}: not all of {world.size} processes came within {patience:g} s (4 x --timeout)")
 
 
-def explain_timeout(error: RuntimeError, store: dist.Store, world: World, timeout: float) -> RuntimeError:
-    """The error itself or, if it is a timeout, one that names the ranks which do not report the same."""
-    if not TIMED_OUT.search(str(error)):
-        return error
+def describe_timeout(store: dist.Store, world: World, timeout: float) -> str:
+    """One line about a collective that timed out, with the ranks that do not report the same."""
     silent = "another process"
     try:
         store.set(f"waited {world.rank}", "")
@@ -137,7 +137,7 @@ def explain_timeout(error: RuntimeError, store: dist.Store, world: World, timeou
         silent = f"rank {', '.join(ranks)}" if ranks else silent
     except RuntimeError:  # the store is gone with its machine
         pass
-    return RunStopped(f"no answer from {silent}: rank {world.rank} waited {timeout:g} s (--timeout)")
+    return f"no answer from {silent}: rank {world.rank} waited {timeout:g} s (--timeout)"
 
 
 def close_group() -> None:

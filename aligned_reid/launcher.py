@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from aligned_reid import rank as rank_program
-from aligned_reid.rank import MISTAKE_NAME
 
 HCCL_PORTS = range(60000, 60032)  # Ascend's collectives listen there
 OTHER_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
@@ -75,7 +74,7 @@ def run_agent(arguments: Sequence[str], options: dict[str, Any], folder: str) ->
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        return explain(error.failures, Path(folder, MISTAKE_NAME))
+        return explain(error.failures, Path(folder, rank_program.MISTAKE_NAME))
     except multiprocessing.SignalException as error:
         return 128 + error.sigval, ""
     except (RuntimeError, OSError, ValueError) as error:
@@ -91,11 +90,13 @@ def explain(failures: Mapping[int, Any], mistake: Path) -> tuple[int, str]:
     if mistake.is_file():  # other ranks may have lost this one before it ended
         who, reason = mistake.read_text().split(" ", 1)
         return 2, f"rank {who} on {host} ended with status 2: {reason}"
-    # A killed rank may be noticed a second after the ranks that lost it; SIGTERM is the agent's.
-    killed = {
-        rank for rank, failure in failures.items() if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
-    }
-    rank = min(failures, key=lambda rank: failures[rank].timestamp - 2 * (rank in killed))
+
+    def moment(rank: int) -> int:
+        """Seconds. A killed rank may be noticed after the ranks that lost it; then the agent sends those SIGTERM."""
+        code = failures[rank].exitcode
+        return failures[rank].timestamp + (2 if code in (-signal.SIGTERM, 128 + signal.SIGTERM) else -2 * (code < 0))
+
+    rank = min(failures, key=moment)
     status, message = failures[rank].exitcode, failures[rank].error_file_data["message"]
     if status < 0:
         return 128 - status, f"rank {rank} on {host} was killed by {failures[rank].signal_name()}"
