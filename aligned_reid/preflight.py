@@ -12,7 +12,7 @@ from aligned_reid.data.checks import check_images, check_protocol
 from aligned_reid.data.dataset import TestImages, TrainImages, open_data
 from aligned_reid.data.identities import check_identities
 from aligned_reid.data.sampler import IdentityBatchSampler
-from aligned_reid.device.base import check_device_name
+from aligned_reid.device import check_device_name
 from aligned_reid.errors import InputError
 from aligned_reid.model import make_trunk
 from aligned_reid.training.checkpoint import read_last_good

@@ -19,8 +19,7 @@ from aligned_reid.config import Config
 from aligned_reid.data.dataset import TrainImages
 from aligned_reid.data.identities import describe_overlap, identity_record
 from aligned_reid.data.sampler import IdentityBatchSampler
-from aligned_reid.device.base import Accelerator, open_accelerator
-from aligned_reid.device.precision import find_wrong_layer
+from aligned_reid.device import Accelerator, find_wrong_layer, open_accelerator
 from aligned_reid.distributed import World, from_rank, process_group, read_world, sum_over_ranks, wait_for_all
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.best import Best

@@ -33,7 +33,7 @@ from aligned_reid.data import TrainImages, open_data
 from aligned_reid.data.dataset import TrainBatch
 from aligned_reid.data.loader import make_loader
 from aligned_reid.data.sampler import IdentityBatchSampler
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.flags import parse_height_width
 from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import Features

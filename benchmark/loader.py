@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aligned_reid.data import TrainImages, open_data
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import IM_MEAN, IM_STD, normalize_images
-from aligned_reid.device.cpu import keep_freed_memory
+from aligned_reid.device import keep_freed_memory
 from aligned_reid.flags import parse_height_width
 
 BATCH = 128

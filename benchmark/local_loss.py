@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training_published import IMS_PER_ID, MARGIN, published_local_loss
 
 from aligned_reid.cli import parse_ints
-from aligned_reid.device.cpu import keep_freed_memory
+from aligned_reid.device import keep_freed_memory
 from aligned_reid.losses import TripletLoss, local_loss
 
 STRIPES, CHANNELS = 8, 128

@@ -12,7 +12,7 @@ from aligned_reid.cli import OneLineParser, parse_path, run_command
 from aligned_reid.config import Config
 from aligned_reid.data import ReidData, TestImages, make_synthetic, open_data
 from aligned_reid.data.partitions import GALLERY, QUERY
-from aligned_reid.device.base import open_accelerator
+from aligned_reid.device import open_accelerator
 from aligned_reid.distributed import World
 from aligned_reid.evaluation import Ranking, global_distance_matrix, rank
 from aligned_reid.evaluation.extract import extract_features

@@ -19,7 +19,6 @@ from aligned_reid.data.cache import ImageCache, open_cache
 from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_name, read_partitions
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, erase_rectangle, pad_and_crop, random_crop, resize_into
-from aligned_reid.device.cpu import populate_memory
 from aligned_reid.errors import InputError
 
 
@@ -222,5 +221,4 @@ def _empty_images(num_images: int, size: tuple[int, int]) -> Tensor:
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as in torch's default collate function
-    populate_memory(storage.data_ptr(), storage.nbytes())
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]

@@ -7,7 +7,7 @@ from typing import Any
 
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TestImages
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World, take_from_main
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.evaluate import measures_of

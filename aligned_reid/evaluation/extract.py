@@ -14,7 +14,7 @@ from tqdm import tqdm
 from aligned_reid.data.dataset import TestImages
 from aligned_reid.data.loader import make_loader
 from aligned_reid.data.transforms import normalize_images
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World, gather_rows, share_of
 from aligned_reid.model import AlignedReID, Features
 

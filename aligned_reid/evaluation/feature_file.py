@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY
 from aligned_reid.data.plain_pickle import load_plain
-from aligned_reid.device.cpu import available_memory
+from aligned_reid.device import available_memory
 from aligned_reid.errors import InputError
 
 Array = NDArray[Any]

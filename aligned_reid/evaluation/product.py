@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from aligned_reid.device.cpu import mkl_leaves_avx512
+from aligned_reid.device import mkl_leaves_avx512
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:

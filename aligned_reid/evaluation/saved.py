@@ -13,7 +13,7 @@ import torch
 
 from aligned_reid.data.partitions import GALLERY, QUERY
 from aligned_reid.data.prepare.market1501 import JUNK_ID
-from aligned_reid.device.cpu import available_memory
+from aligned_reid.device import available_memory
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.extract import FeatureSet
 from aligned_reid.evaluation.feature_file import FeatureTable, Field, check_partner, load_features, open_features

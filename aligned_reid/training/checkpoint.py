@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from aligned_reid.config import Config
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.distributed import from_rank, group_size
 from aligned_reid.errors import InputError
 from aligned_reid.weights import CHECKPOINT_NAME, PREVIOUS_NAME, read_weight_file

@@ -11,8 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from aligned_reid.config import Config
 from aligned_reid.data.transforms import normalize_images
-from aligned_reid.device.base import Accelerator
-from aligned_reid.device.pointwise import multiply_pointwise
+from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World
 from aligned_reid.model import TRUNK_STAGES, AlignedReID, Features
 from aligned_reid.objective import Figures, Objective
@@ -32,8 +31,6 @@ class Learner:
         if config.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(accelerator.device).to(memory_format=accelerator.memory_format)
-        if accelerator.multiplies_pointwise:
-            multiply_pointwise(self.model)
         num_classes = model.fc.out_features if model.fc is not None else 0
         self.objective = Objective(config, world, num_classes).to(accelerator.device)
         self.optimizer, self.scaler = accelerator.prepare(

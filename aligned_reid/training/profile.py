@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.training.log import Log, Throughput
 
 Batch = TypeVar("Batch")

@@ -18,7 +18,7 @@ from aligned_reid.config import Config
 from aligned_reid.data.dataset import TrainBatch, TrainImages
 from aligned_reid.data.loader import WorkerDied, make_loader
 from aligned_reid.data.sampler import IdentityBatchSampler
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World, sum_over_ranks, take_from_main
 from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.evaluation.best import Best

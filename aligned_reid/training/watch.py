@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aligned_reid.config import Config
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.errors import RunStopped
 
 LOSS_CHECK_LAG = 3  # steps: reading a loss at once would make a device wait for the host

@@ -14,7 +14,7 @@ from conftest import make_small_trunk  # noqa: E402
 
 from aligned_reid import model  # noqa: E402
 from aligned_reid.config import Config  # noqa: E402
-from aligned_reid.device.base import Accelerator  # noqa: E402
+from aligned_reid.device import Accelerator  # noqa: E402
 from aligned_reid.distributed import close_group, open_group, read_world  # noqa: E402
 from aligned_reid.training.learner import Learner  # noqa: E402
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from aligned_reid.device.base import ACCELERATORS, Accelerator, open_accelerator
+from aligned_reid.device import ACCELERATORS, Accelerator, open_accelerator
 
 
 class Loopback(Accelerator):
@@ -67,4 +67,5 @@ def test_a_kind_of_device_that_there_is_not(command, tiny_flags):
     done = command("train.py", *tiny_flags, "--device=tpu")
     assert (done.status, done.out) == (2, "")
     assert done.err.count("\n") == 1
-    assert "--device tpu: there is no such kind of device; choose auto, npu, cuda, cpu" in done.err
+    assert "--device tpu: " in done.err
+    assert "auto, npu, cuda, cpu" in done.err

@@ -9,8 +9,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from aligned_reid.device.base import Accelerator  # noqa: E402
+from aligned_reid.device import Accelerator  # noqa: E402
 
 Accelerator.memory_format = torch.contiguous_format
-Accelerator.multiplies_pointwise = False
 runpy.run_path(str(ROOT / "script" / "train.py"), run_name="__main__")

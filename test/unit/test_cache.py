@@ -21,7 +21,7 @@ from aligned_reid.data.dataset import ReidData, TrainImages, open_data
 from aligned_reid.data.loader import make_loader
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, resize_image
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World, close_group, open_group
 from aligned_reid.training.log import Log
 

@@ -9,7 +9,7 @@ import torch
 
 from aligned_reid import InputError
 from aligned_reid.config import Config
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.training import checkpoint as checkpoint_module
 from aligned_reid.training.checkpoint import (
     Checkpoints,

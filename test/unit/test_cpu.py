@@ -1,42 +1,37 @@
-"""What the library asks of the machine's memory and knows of its processor."""
-
-import mmap
-import resource
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from aligned_reid.device.cpu import available_memory, mkl_leaves_avx512, populate_memory
+from aligned_reid.device import available_memory, mkl_leaves_avx512
 
 
 @pytest.mark.parametrize(
-    ("vendor", "flags", "left"),
+    ("cpuinfo", "expected"),
     [
-        ("AuthenticAMD", "avx2 avx512f", True),
-        ("AuthenticAMD", "avx2", False),
-        ("GenuineIntel", "avx2 avx512f", False),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f\n", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2\n", False),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 avx512f\n", False),
+        (None, False),
     ],
 )
-def test_mkl_has_avx512_on_intels_processors_only(monkeypatch, vendor, flags, left):
-    monkeypatch.setattr(Path, "read_text", lambda path: f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n")
-    assert mkl_leaves_avx512() is left
+def test_mkl_leaves_avx512_unused_on_other_vendors_only(monkeypatch, cpuinfo, expected):
+    def read_text(path):
+        if cpuinfo is None:
+            raise FileNotFoundError(path)
+        return cpuinfo
 
-
-def test_a_system_that_does_not_tell_its_processor_is_taken_as_it_is(monkeypatch):
-    def missing(path):
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(Path, "read_text", missing)
-    assert not mkl_leaves_avx512()
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert mkl_leaves_avx512() is expected
 
 
 @pytest.mark.parametrize(
     ("limit", "available"),
     [(None, 2000 * 1024), ("max\n", 2000 * 1024), ("1000000\n", 400000), ("9000000\n", 2000 * 1024)],
 )
-def test_available_memory_is_within_the_containers_limit(monkeypatch, limit, available):
+def test_available_memory_respects_the_container_limit(monkeypatch, limit, available):
     files = {
         "meminfo": "MemTotal: 9000 kB\nMemFree: 5 kB\nMemAvailable: 2000 kB\n",
         "memory.stat": "anon 600000\nfile 7\n",
@@ -52,26 +47,22 @@ def test_available_memory_is_within_the_containers_limit(monkeypatch, limit, ava
     assert available_memory() == available
 
 
-def page_faults() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems' memory comes page by page")
-def test_populated_memory_is_there_when_it_is_written():
-    faults = []
-    for populated in (False, True):
-        memory = np.frombuffer(mmap.mmap(-1, 2**22), dtype=np.uint8)
-        if populated:
-            populate_memory(memory.ctypes.data + 5, len(memory) - 5)
-        before = page_faults()
-        memory[mmap.PAGESIZE :] = 7
-        faults.append(page_faults() - before)
-    if faults[0] < 100:
-        pytest.skip("this system gives memory in large pieces anyway")
-    assert faults[1] < faults[0] / 10
-
-
-def test_memory_smaller_than_a_page_is_left_alone():
-    memory = np.zeros(100, dtype=np.uint8)
-    populate_memory(memory.ctypes.data, len(memory))
-    assert not memory.any()
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is configured")
+def test_freed_memory_is_kept_for_the_next_step():
+    source = """
+import resource, sys, torch
+from aligned_reid.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for step in range(4):
+    if step == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    activations = [torch.ones(2**23 + 2**20 * layer) for layer in range(1, 6)]
+    del activations
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {}
+    for setting in ("keep", "leave"):
+        done = subprocess.run([sys.executable, "-c", source, setting], capture_output=True, text=True, check=True)
+        faults[setting] = int(done.stdout)
+    assert faults["keep"] < faults["leave"] / 10

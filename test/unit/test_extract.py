@@ -3,7 +3,7 @@
 import torch
 
 from aligned_reid.data.dataset import TestImages, open_data
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World
 from aligned_reid.evaluation.extract import extract_features, run_network
 from aligned_reid.model import AlignedReID

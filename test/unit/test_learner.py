@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aligned_reid.config import Config
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World
 from aligned_reid.model import AlignedReID
 from aligned_reid.training.learner import Learner

@@ -6,8 +6,7 @@ from conftest import make_small_trunk
 from torch import nn
 
 from aligned_reid.config import Config
-from aligned_reid.device.base import Accelerator
-from aligned_reid.device.precision import find_wrong_layer
+from aligned_reid.device import Accelerator, find_wrong_layer
 from aligned_reid.model import AlignedReID
 from aligned_reid.run import run, run_extraction
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.training.log import Throughput
 from aligned_reid.training.profile import StepProfile
 

@@ -5,7 +5,7 @@ import torch
 
 from aligned_reid import InputError
 from aligned_reid.config import Config
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World
 from aligned_reid.preflight import check_input
 from aligned_reid.run import go_on_after_restart, run

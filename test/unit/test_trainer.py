@@ -13,7 +13,7 @@ from aligned_reid.config import Config
 from aligned_reid.data import TrainImages, open_data
 from aligned_reid.data.loader import WorkerDied
 from aligned_reid.data.sampler import IdentityBatchSampler
-from aligned_reid.device.base import Accelerator
+from aligned_reid.device import Accelerator
 from aligned_reid.distance import aligned_distance, euclidean_distance
 from aligned_reid.distributed import World
 from aligned_reid.errors import RunStopped

@@ -1,0 +1,60 @@
+"""The kinds of device, and the choice of one for a run."""
+
+from __future__ import annotations
+
+from aligned_reid.device.base import Accelerator
+from aligned_reid.device.cuda import Cuda
+from aligned_reid.device.npu import Npu, first_line, why_no_apex
+from aligned_reid.errors import InputError
+
+# In the order of preference of --device auto. A new kind of device needs a class and an entry here.
+ACCELERATORS: dict[str, type[Accelerator]] = {"npu": Npu, "cuda": Cuda, "cpu": Accelerator}
+
+
+def check_device_name(device: str) -> None:
+    """Raise InputError unless --device is auto or a kind of device."""
+    if device not in ("auto", *ACCELERATORS):
+        raise InputError(f"--device {device}: unknown kind of device; choose auto, {', '.join(ACCELERATORS)}")
+
+
+def open_accelerator(
+    device: str, index: int | None, local_rank: int, *, amp_backend: str = "auto", **modes: bool
+) -> Accelerator:
+    """The accelerator that --device and --npu name; "auto" takes the first available of npu, cuda, cpu.
+
+    index: device index; None: the process's local rank. amp_backend: "apex" is Huawei's, "native" and "auto" are
+    torch's own. modes: the fields of Modes. Raises InputError with the reason if it cannot be used.
+    """
+    check_device_name(device)
+    kinds = list(ACCELERATORS) if device == "auto" else [device]
+    reasons: dict[str, str] = {}
+    for name in kinds:
+        reasons[name] = ACCELERATORS[name].why_unavailable()
+        if not reasons[name]:
+            break
+    else:
+        raise InputError(f"--device {device}: {reasons[device]}; use --device auto, or cpu")
+    kind = ACCELERATORS[name]
+    index = local_rank if index is None else index
+    if name == "cpu" and index > local_rank:
+        raise InputError(f"--npu {index}: only the CPU is available ({'; '.join(filter(None, reasons.values()))})")
+    if name != "cpu" and index >= kind.count():
+        raise InputError(f"device {name}:{index} is not there: this machine has {kind.count()} (numbers from 0)")
+    if amp_backend == "apex":
+        reason = why_no_apex() if name == "npu" else f"it is for NPUs, and the device is {name}"
+        if reason:
+            raise InputError(f"--amp_backend apex: {reason}; use --amp_backend native")
+        modes["apex"] = True
+    if modes.get("tf32") and not kind.tf32_name:
+        raise InputError(f"--tf32 true: {name} has no reduced float32 (TF32 is CUDA's, HF32 the NPU's)")
+    if modes.get("compiled") and (reason := kind.why_not_compilable()):
+        raise InputError(f"--compile true: {reason}")
+    try:
+        accelerator = kind(index, **modes)
+    except RuntimeError as error:
+        raise InputError(
+            f"device {name}:{index} cannot be used ({first_line(error)}): another process may hold it; "
+            "see `npu-smi info` or `nvidia-smi`, or choose another with --npu"
+        ) from error
+    accelerator.passed_over = "; ".join(f"no {other}: {reason}" for other, reason in reasons.items() if reason)
+    return accelerator
