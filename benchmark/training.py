@@ -57,7 +57,6 @@ SIDES = {
     "published": Side("published, float32 NCHW"),
     "live": Side("ours"),
     "cached": Side("ours, --cache true", {"cache": True}),
-    "checkpointed": Side("ours, --grad_checkpoint true", {"grad_checkpoint": True}),
     "accumulated": Side("ours, --accumulate 2, half the --ids_per_batch", {"accumulate": 2}, batch_parts=2),
     "frozen": Side("ours, --freeze_stages 1", {"freeze_stages": 1}),
     "bare": Side("bare step, random images"),
@@ -65,7 +64,7 @@ SIDES = {
     "mined": Side("2 processes, --cross_rank_mining true", {**SHARED, "cross_rank_mining": True}, NUM_RANKS, NUM_RANKS),
 }
 SIDES_OF = {
-    "training": ("published", "live", "cached", "checkpointed", "accumulated", "frozen", "bare"),
+    "training": ("published", "live", "cached", "accumulated", "frozen", "bare"),
     "scaling": ("published", "live", "ranks", "mined"),
 }
 
@@ -169,16 +168,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=SUBJECTS, help="a single table (default: all)")
     arguments = parser.parse_args()
     if arguments.ids_per_batch < 2 * NUM_RANKS or arguments.ids_per_batch % NUM_RANKS:
-        parser.error("--ids_per_batch has to be even and at least 4: two processes share it")
+        parser.error("--ids_per_batch must be even and at least 4: two processes share it")
     if min(arguments.steps, arguments.rounds) < 1:
-        parser.error("--steps and --rounds are 1 or more")
+        parser.error("--steps and --rounds must be at least 1")
     try:
         images = TrainImages(open_data(arguments.data_path))
         epoch = len(IdentityBatchSampler(images.person_ids, arguments.ids_per_batch, IMS_PER_ID, False, 0))
     except InputError as error:
         parser.error(str(error))
     if arguments.steps >= epoch:
-        parser.error(f"--steps {arguments.steps} and one before them are more than the {epoch} steps of an epoch")
+        parser.error(f"--steps {arguments.steps} and the untimed step exceed the {epoch} steps of an epoch")
     return arguments
 
 

@@ -51,7 +51,6 @@ def test_training_has_a_row_for_each_side(tiny_data, run_here, small_trunk):
         "published, float32 NCHW",
         "ours",
         "ours, --cache true",
-        "ours, --grad_checkpoint true",
         "ours, --accumulate 2, half the --ids_per_batch",
         "ours, --freeze_stages 1",
         "bare step, random images",

@@ -1,4 +1,4 @@
-"""The operators of a training step, for docs/ascend.md, each with its calls and looked up in torch_npu's own lists.
+"""List the operators of a training step and their calls, for docs/ascend.md; check them against torch_npu's lists.
 
     NPU_SIM_REPORT=report PYTHONPATH=test/npu_sim TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
         python script/train.py --device=npu -llw=1 -idlw=1 ...
@@ -13,20 +13,20 @@ import sys
 import textwrap
 from pathlib import Path
 
-STEP = 3  # counted from 0, in the first epoch: of a run that had time to settle
+STEP = 3  # counted from 0, in the first epoch, after the first steps' allocations
 OWN = re.compile(r"^\s*- (?:func: )?(\w+)", re.MULTILINE)
 COPY = re.compile(r"aten::_copy_from(\[(\w+) to (\w+)\])?$")  # torch's copy_, as a device sees it
 
 
 def step_operators(report: Path) -> dict[str, int]:
-    """Names and calls of the simulated step's operators, most frequent first."""
+    """Operators of the simulated step and their calls, most frequent first."""
     calls = json.loads(report.read_text())["steps"][STEP]
-    calls = {name: count for name, count in calls.items() if not name.endswith("[float64]")}  # counted without it too
+    calls = {name: count for name, count in calls.items() if not name.endswith("[float64]")}  # counted twice
     return dict(sorted(calls.items(), key=lambda item: (-item[1], item[0])))
 
 
 def implemented(package: Path) -> set[str]:
-    """Names of the operators in the lists of an unpacked torch_npu."""
+    """The operators in the lists of an unpacked torch_npu wheel."""
     lists = sorted(package.glob("**/csrc/aten/npu_native_functions*.yaml"))
     if not lists:
         sys.exit(f"operators_of_step.py: error: no csrc/aten/npu_native_functions*.yaml under {package}")
@@ -44,7 +44,7 @@ def main() -> None:
         words.append(f"{operator.split('::')[-1]} {calls}")
     print(textwrap.fill(", ".join(words), 116, break_on_hyphens=False))
     for package in packages:
-        missing = names - implemented(package) - {"NpuFusedAdam"}  # the optimiser is torch_npu.optim's
+        missing = names - implemented(package) - {"NpuFusedAdam"}  # the optimizer is torch_npu.optim's
         print(f"not in torch_npu's lists: {', '.join(sorted(missing)) or 'none'}")
 
 

@@ -1,4 +1,4 @@
-"""script/train.py on the CPU with an NPU's layout and its convolutions: sums are taken in the same order."""
+"""script/train.py on the CPU with an NPU's memory layout, so that sums are taken in the same order."""
 
 import runpy
 import sys
