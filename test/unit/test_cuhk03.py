@@ -1,4 +1,4 @@
-"""Preparing CUHK03's new protocol, on made-up files of its formats. The real set was never at hand."""
+"""Preparing CUHK03's new protocol, on made-up files of its formats. The real data set was never available."""
 
 import pickle
 import shutil
@@ -13,8 +13,8 @@ from scipy.io import savemat
 
 from aligned_reid import InputError
 from aligned_reid.data.partitions import read_partitions
-from aligned_reid.data.prepare.cuhk03 import find_raw_cuhk03, prepare_command, prepare_cuhk03, read_protocol
-from aligned_reid.data.prepare.layout import encode_jpeg
+from aligned_reid.data.prepare.cuhk03 import find_raw_cuhk03, prepare_command, prepare_cuhk03
+from aligned_reid.data.prepare.jpeg import encode_jpeg
 
 # name: person, camera; in the protocol's order
 IMAGES = {
@@ -31,14 +31,14 @@ SHAPES = ((2, 10), (1, 10))  # of the pairs: persons and images
 
 
 def picture(kind: str, name: str) -> np.ndarray:
-    """A smooth picture of a size and colours of its own."""
+    """A smooth picture, with another size and other colors for each name."""
     seed = sum(map(ord, kind + name)) % 60
     rows, columns = np.mgrid[0 : 30 + seed, 0 : 16 + seed]
     return np.stack([rows * 2, columns * 2, rows + seed], axis=-1).astype(np.uint8)
 
 
 def write_images_file(path: Path) -> None:
-    """cuhk-03.mat as MATLAB writes it: cells are references, arrays have their axes reversed, no image is [] ."""
+    """cuhk-03.mat as MATLAB writes it: cells are references, axes are reversed, a missing image is []."""
     with h5py.File(path, "w", userblock_size=512) as file:
         refs = file.create_group("#refs#")
         empty = refs.create_dataset("empty", data=np.zeros(2, np.uint64))
@@ -96,47 +96,6 @@ def assert_prepared(save_dir: Path, kind: str) -> None:
     assert partitions.test_marks == [0, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("kind", ["labeled", "detected"])
-def test_images_come_from_the_mat_file(raw, tmp_path, kind):
-    before = {path: path.read_bytes() for path in raw.rglob("*.mat")}
-    assert_prepared(prepare_cuhk03(raw, tmp_path / "prepared", kind), kind)
-    assert {path: path.read_bytes() for path in raw.rglob("*.mat")} == before
-
-
-def test_images_come_from_extracted_files(raw, tmp_path):
-    shutil.rmtree(raw / "cuhk03_release")
-    (raw / "images_detected").mkdir()
-    for name in IMAGES:
-        Image.fromarray(picture("detected", name)).save(raw / "images_detected" / name)
-    assert_prepared(prepare_cuhk03(raw, tmp_path / "prepared", "detected"), "detected")
-    file = raw / "images_detected" / "1_001_1_01.png"
-    file.rename(file.with_suffix(".bmp"))  # its content is a PNG
-    assert_prepared(prepare_cuhk03(raw, tmp_path / "renamed", "detected"), "detected")
-    with pytest.raises(InputError, match="neither cuhk-03.mat nor images_labeled/"):
-        prepare_cuhk03(raw, tmp_path / "other", "labeled")
-    (raw / "images_detected" / "1_001_1_02.png").unlink()
-    with pytest.raises(InputError, match=r"1_001_1_02\.png is missing"):
-        prepare_cuhk03(raw, tmp_path / "again", "detected")
-
-
-def test_an_interrupted_preparation_goes_on(raw, tmp_path, monkeypatch):
-    from aligned_reid.data.prepare import cuhk03
-
-    num_left = [3]
-
-    def stop(image: np.ndarray) -> bytes:
-        num_left[0] -= 1
-        if not num_left[0]:
-            raise KeyboardInterrupt
-        return encode_jpeg(image)
-
-    monkeypatch.setattr(cuhk03, "encode_jpeg", stop)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_cuhk03(raw, tmp_path / "prepared", "labeled")
-    assert len(list((tmp_path / "prepared" / "images").iterdir())) == 2
-    assert_prepared(prepare_cuhk03(raw, tmp_path / "prepared", "labeled"), "labeled")
-
-
 def refusal(source: Path, save_dir: Path, kind: str = "labeled") -> str:
     with pytest.raises(InputError) as caught:
         prepare_cuhk03(source, save_dir, kind)
@@ -145,13 +104,33 @@ def refusal(source: Path, save_dir: Path, kind: str = "labeled") -> str:
     return str(caught.value)
 
 
-def test_sources_that_cannot_be_used(raw, tmp_path):
+@pytest.mark.parametrize("kind", ["labeled", "detected"])
+def test_images_are_read_from_the_mat_file(raw, tmp_path, kind):
+    before = {path: path.read_bytes() for path in raw.rglob("*.mat")}
+    assert_prepared(prepare_cuhk03(raw, tmp_path / "prepared", kind), kind)
+    assert {path: path.read_bytes() for path in raw.rglob("*.mat")} == before
+
+
+def test_images_are_read_from_extracted_files(raw, tmp_path):
+    shutil.rmtree(raw / "cuhk03_release")
+    folder = raw / "images_detected"
+    folder.mkdir()
+    for name in IMAGES:
+        Image.fromarray(picture("detected", name)).save(folder / name)
+    (folder / "1_001_1_01.png").rename(folder / "1_001_1_01.bmp")  # its content is still a PNG
+    (folder / "1_001_1_02.png").rename(tmp_path / "away.png")
+    assert "1_001_1_02.png is missing" in refusal(raw, tmp_path / "prepared", "detected")
+    (tmp_path / "away.png").rename(folder / "1_001_1_02.png")
+    assert_prepared(prepare_cuhk03(raw, tmp_path / "prepared", "detected"), "detected")
+    assert "neither cuhk-03.mat nor images_labeled/" in refusal(raw, tmp_path / "other")
+
+
+def test_sources_that_are_not_cuhk03_are_refused(raw, tmp_path):
     save_dir = tmp_path / "prepared"
     assert "does not exist" in refusal(tmp_path / "none", save_dir)
-    assert "has no cuhk03_new_protocol_config_labeled.mat" in refusal(raw / "cuhk03_release", save_dir)
-    assert "which stays as it is" in refusal(raw, raw / "prepared")
-    assert "--kind both is neither labeled nor detected" in refusal(raw, save_dir, "both")
-    assert not save_dir.exists()
+    assert "cuhk03_new_protocol_config_labeled.mat" in refusal(raw / "cuhk03_release", save_dir)
+    assert "inside the source" in refusal(raw, raw / "prepared")
+    assert "--kind both" in refusal(raw, save_dir, "both")
     mat = raw / "cuhk03_release" / "cuhk-03.mat"
     whole = mat.read_bytes()
     mat.write_bytes(whole[:1000])
@@ -159,43 +138,41 @@ def test_sources_that_cannot_be_used(raw, tmp_path):
     mat.write_bytes(whole)
     with h5py.File(mat, "a") as file:
         del file["labeled"]
-    assert "with images under labeled" in refusal(raw, save_dir)
+    assert "under labeled" in refusal(raw, save_dir)
     prepare_cuhk03(raw, tmp_path / "detected", "detected")
+    config = raw / "cuhk03_new_protocol_config_labeled.mat"
+    config.write_bytes(config.read_bytes()[:200])
+    assert f"{config} is damaged" in refusal(raw, save_dir)
+    assert not save_dir.exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"labels": None}, "has no labels"),
+        ({"labels": None}, "labels"),
         ({"camId": np.ones((3, 1))}, "3 camId for 7 names"),
-        ({"train_idx": np.array([[4], [8]])}, "train_idx is empty, or not all of it is from 1 to 7"),
-        ({"query_idx": np.array([[0]])}, "query_idx is empty"),
-        ({"gallery_idx": np.zeros((0, 0))}, "gallery_idx is empty"),
-        ({"labels": np.full((7, 1), 0.5)}, "labels is not a list of whole numbers"),
-        ({"train_idx": np.array([[1]])}, "person 7 is in training and in the test"),
+        ({"train_idx": np.array([[4], [8]])}, "train_idx"),
+        ({"query_idx": np.array([[0]])}, "query_idx"),
+        ({"gallery_idx": np.zeros((0, 0))}, "gallery_idx"),
+        ({"labels": np.full((7, 1), 0.5)}, "labels"),
+        ({"train_idx": np.array([[1]])}, "person 7"),
+        ({"train_idx": np.array([[4], [4]])}, "1_002_1_01.png twice"),
     ],
 )
-def test_protocols_that_make_no_sense(raw, tmp_path, changes, reason):
+def test_inconsistent_protocols_are_refused(raw, tmp_path, changes, reason):
     write_protocol(raw / "cuhk03_new_protocol_config_labeled.mat", **changes)
     assert reason in refusal(raw, tmp_path / "prepared")
     assert not (tmp_path / "prepared").exists()
 
 
 @pytest.mark.parametrize("name", ["1_001_1_03.png", "1_009_1_01.png", "9_001_1_01.png", "0_001_1_01.png", "x.png"])
-def test_images_that_the_mat_file_has_not(raw, tmp_path, name):
+def test_an_image_that_is_not_in_the_mat_file_is_named(raw, tmp_path, name):
     names = np.array([[np.array([one])] for one in [name, *list(IMAGES)[1:]]], dtype=object)
     write_protocol(raw / "cuhk03_new_protocol_config_labeled.mat", filelist=names)
     assert name in refusal(raw, tmp_path / "prepared")
 
 
-def test_a_file_that_is_no_protocol(raw):
-    path = raw / "cuhk03_new_protocol_config_labeled.mat"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(InputError, match="is damaged or no MATLAB file"):
-        read_protocol(path)
-
-
-def test_the_raw_set_is_recognised(raw, tmp_path):
+def test_the_original_data_set_is_recognized(raw, tmp_path):
     assert find_raw_cuhk03(raw) == raw
     assert find_raw_cuhk03(raw / "cuhk03_release") == raw / "cuhk03_release"
     for path in (tmp_path / "none", raw / "cuhk03_release" / "cuhk-03.mat"):

@@ -1,4 +1,4 @@
-"""Preparing MSMT17, on made-up folders of versions 1 and 2. The real set was never at hand."""
+"""Preparing MSMT17, on made-up folders of versions 1 and 2. The real data set was never available."""
 
 import pickle
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 
 from aligned_reid import InputError
 from aligned_reid.data.partitions import read_partitions
-from aligned_reid.data.prepare.layout import encode_jpeg
+from aligned_reid.data.prepare.jpeg import encode_jpeg
 from aligned_reid.data.prepare.msmt17 import find_raw_msmt17, prepare_command, prepare_msmt17
 from aligned_reid.data.transforms import decode_image
 
@@ -59,7 +59,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
 
-def test_persons_of_the_test_are_others(raw, tmp_path):
+def test_persons_of_the_test_are_numbered_after_those_of_training(raw, tmp_path):
     before = contents(raw)
     save_dir = prepare_msmt17(raw, tmp_path / "msmt17")
     assert contents(raw) == before
@@ -73,12 +73,20 @@ def test_persons_of_the_test_are_others(raw, tmp_path):
 
 
 @pytest.mark.parametrize("folders", [("mask_train_v2", "mask_test_v2"), ("mask_train_V2", "mask_test_V2")])
-def test_version_2_and_the_folder_around_it(tmp_path, folders):
+def test_version_2_is_found_in_the_folder_around_it(tmp_path, folders):
     write_raw(tmp_path / "download" / "MSMT17_V2", *folders)
     save_dir = prepare_msmt17(tmp_path / "download", tmp_path / "msmt17")
     new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
     assert list(new_names.values()) == list(NEW_NAMES.values())
     assert {name.split("/")[0] for name in new_names} == set(folders)
+
+
+def refusal(source: Path, save_dir: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        prepare_msmt17(source, save_dir)
+    assert "\n" not in str(caught.value)
+    assert not (save_dir / "partitions.pkl").exists()
+    return str(caught.value)
 
 
 def test_images_of_other_kinds_become_jpegs(raw, tmp_path):
@@ -93,51 +101,36 @@ def test_images_of_other_kinds_become_jpegs(raw, tmp_path):
     assert all(decode_image(path).shape == (8, 4, 3) for path in (save_dir / "images").iterdir())
 
 
-def test_an_image_that_is_not_one_is_named(raw, tmp_path):
-    image = raw / "test" / LISTS["list_gallery.txt"][1].split()[0]
-    image.write_bytes(b"<html>")
-    with pytest.raises(InputError, match=image.name):
-        prepare_msmt17(raw, tmp_path / "msmt17")
-    assert not (tmp_path / "msmt17" / "partitions.pkl").exists()
-
-
-def refusal(source: Path, save_dir: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        prepare_msmt17(source, save_dir)
-    assert "\n" not in str(caught.value)
-    assert not save_dir.exists()
-    return str(caught.value)
-
-
-def test_sources_that_cannot_be_used(raw, tmp_path):
+def test_sources_that_cannot_be_used_are_refused(raw, tmp_path):
     save_dir = tmp_path / "msmt17"
     assert "does not exist" in refusal(tmp_path / "none", save_dir)
-    assert "holds no list_train.txt with a folder train/" in refusal(raw / "train", save_dir)
-    assert "which stays as it is" in refusal(raw, raw / "prepared")
+    assert "list_train.txt" in refusal(raw / "train", save_dir)
+    assert "inside the source" in refusal(raw, raw / "prepared")
     image = raw / "test" / "0003" / "0003_000_14_0303morning_0040_0.jpg"
-    content = image.read_bytes()
     image.unlink()
-    assert "list_gallery.txt, line 3: there is no test/0003/0003_000" in refusal(raw, save_dir)
-    image.write_bytes(content)
-    for name in LISTS:
-        text = (raw / name).read_text()
-        (raw / name).write_text("")
-        assert f"{name} is empty" in refusal(raw, save_dir)
-        (raw / name).write_text(text.replace(".jpg ", ".jpg;"))
-        assert f"{name}, line 1:" in refusal(raw, save_dir)
-        (raw / name).write_bytes(b"\xff\xfe\x00")
-        assert f"{name} is no list of images" in refusal(raw, save_dir)
-        (raw / name).unlink()
-        assert name in refusal(raw, save_dir)
-        (raw / name).write_text(text)
+    message = refusal(raw, save_dir)
+    assert "list_gallery.txt, line 3:" in message and image.name in message
+    assert not save_dir.exists()
+    image.write_bytes(b"<html>")
+    assert image.name in refusal(raw, save_dir)
 
 
-def test_an_image_of_two_lists_is_refused(raw, tmp_path):
-    (raw / "list_val.txt").write_text((raw / "list_train.txt").read_text())
-    assert "has train/0000/0000_000_01_0303morning_0015_0.jpg twice" in refusal(raw, tmp_path / "msmt17")
+@pytest.mark.parametrize("name", LISTS)
+def test_damaged_lists_are_named(raw, tmp_path, name):
+    text = (raw / name).read_text()
+    for content, reason in (
+        (b"", f"{name} is empty"),
+        (text.replace(".jpg ", ".jpg;").encode(), f"{name}, line 1:"),
+        (b"\xff\xfe\x00", name),
+        ((text + text).encode(), "twice"),
+    ):
+        (raw / name).write_bytes(content)
+        assert reason in refusal(raw, tmp_path / "msmt17")
+    (raw / name).unlink()
+    assert name in refusal(raw, tmp_path / "msmt17")
 
 
-def test_the_raw_set_is_recognised(raw, tmp_path):
+def test_the_original_data_set_is_recognized(raw, tmp_path):
     assert find_raw_msmt17(raw) == find_raw_msmt17(raw.parent) == raw
     for path in (tmp_path / "none", raw / "train", raw / "list_train.txt"):
         assert find_raw_msmt17(path) is None

@@ -1,4 +1,4 @@
-"""Reading one's own photos, in folders or listed in a CSV file: who is in each, and which camera took it.
+"""Reading one's own photos, from folders or a CSV file: the person in each, and the camera that took it.
 
 Folders: `<person>/<photo>` or `<photo>` with the camera (and the person before it) in the photo's name (`c1_x.jpg`,
 `x_cam2.png`, `0001_c3s1_x.jpg`), `<person>/<camera>/<photo>` or `<camera>/<person>/<photo>`; each of these also below
@@ -19,12 +19,13 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from aligned_reid.data.prepare import layout
-from aligned_reid.data.prepare.layout import IMAGE_ENDINGS, describe_passed_over, ending_of
+from aligned_reid.data.prepare import sources
+from aligned_reid.data.prepare.layout import PARTITIONS_NAME
+from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, describe_skipped, ending_of, kind_of
 from aligned_reid.errors import InputError
 
 COLUMNS = ("path", "person", "camera", "part")
-PARTS = {  # names of folders, or in the column part, and the field of Parts
+PARTS = {  # names of folders, or in the column part, and the part they stand for
     **dict.fromkeys(("train", "val", "train_all", "trainval", "bounding_box_train", "image_train"), "trainval"),
     **dict.fromkeys(("query", "probe", "image_query"), "query"),
     **dict.fromkeys(("gallery", "test", "bounding_box_test", "image_test"), "gallery"),
@@ -37,17 +38,10 @@ _CAMERA = re.compile(r"(?<![a-z0-9])(?:c|cam|camera)([0-9]+)(?=s[0-9]|[^a-z0-9]|
 _CAMERA_NAME = re.compile(r"(?:(c|cam|camera)[ _-]?)?0*([0-9]+)(?:\.0*)?", re.IGNORECASE)
 _WHOLE_NUMBER = re.compile(r"^([0-9]+)\.0*$")
 _LEADING_ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
-_HOW = (
-    "write it into the file's name (c1_001.jpg, 001_cam2.jpg), make a sub-folder for each camera "
-    "(<person>/<camera>/001.jpg), give a CSV file with path,person,camera, or do without cameras: --cameras none"
-)
 
 
 class Photo(NamedTuple):
-    """One photo: its file, what the source calls it, who it shows, which camera took it, and its part if it is fixed.
-
-    `camera` is "" with --cameras none until `_number_photos`; `part` is a field of Parts, or "".
-    """
+    """A photo: its file and name in the source, its person, its camera ("" without cameras) and part ("" without)."""
 
     file: Path
     original: str
@@ -57,7 +51,7 @@ class Photo(NamedTuple):
 
 
 def read_photos(source: Path, with_cameras: bool = True, log: Callable[[str], None] = print) -> list[Photo]:
-    """The photos of a folder or a CSV file, each person and each camera in one spelling."""
+    """The photos of a folder or a CSV file, with one spelling for each person and camera."""
     photos = read_folder(source, with_cameras, log) if source.is_dir() else read_table(source, with_cameras)
     persons = _spellings(source, "persons", {photo.person for photo in photos})
     cameras = _spellings(source, "cameras", {photo.camera for photo in photos})
@@ -65,47 +59,40 @@ def read_photos(source: Path, with_cameras: bool = True, log: Callable[[str], No
 
 
 def _spellings(source: Path, what: str, names: Collection[str]) -> dict[str, str]:
-    """The spelling to use for each name. Raises InputError for two that may be meant as one, such as Anna and anna.
+    """The spelling to use for each name. Raises InputError for two that could be the same, such as Anna and anna.
 
-    The same for certain are the Unicode forms of a name, blanks around it, leading zeros, 1.0 and 1; of cameras also
-    small and capital letters, and c1, cam1, camera1 and 1.
+    Certainly the same are Unicode forms of a name, surrounding blanks, leading zeros, 1.0 and 1; of cameras also upper
+    and lower case, and c1, cam1, camera1 and 1.
     """
+
+    def key(name: str) -> str:
+        match = _CAMERA_NAME.fullmatch(name)
+        if what == "cameras":
+            return match[2] if match else name.lower()
+        return match[2] if match and match[1] is None else name
+
     cleaned = {name: _WHOLE_NUMBER.sub(r"\1", unicodedata.normalize("NFC", name).strip()) for name in names}
     chosen: dict[str, str] = {}
     similar: dict[str, str] = {}
     for name in sorted(cleaned.values()):
-        spelling = chosen.setdefault(_key(name, what), name)
-        look = _LEADING_ZEROS.sub("", " ".join(spelling.casefold().split()))
-        other = similar.setdefault(look, spelling)
+        spelling = chosen.setdefault(key(name), name)
+        other = similar.setdefault(_LEADING_ZEROS.sub("", " ".join(spelling.casefold().split())), spelling)
         if other != spelling:
-            raise InputError(
-                f"{source} has the {what} {other!r} and {spelling!r}, which may be one; rename one of them"
-            )
-    return {name: chosen[_key(clean, what)] for name, clean in cleaned.items()}
-
-
-def _key(name: str, what: str) -> str:
-    """Equal for names that are certainly the same."""
-    match = _CAMERA_NAME.fullmatch(name)
-    if what == "cameras":
-        return match[2] if match else name.lower()
-    return match[2] if match and match[1] is None else name
+            raise InputError(f"{source} has the {what} {other!r} and {spelling!r}; if they are one, rename one of them")
+    return {name: chosen[key(clean)] for name, clean in cleaned.items()}
 
 
 def find_photos(path: str | Path) -> Path | None:
-    """The path itself if it looks like a source of photos: two folders with photos or more, or a CSV file."""
+    """The path if it looks like a source of photos: at least two folders with photos, or a CSV file."""
     path = Path(path)
     try:
         if path.is_dir():
-            folders: set[str] = set()
-            for file, levels in _files_below(path):
-                if ending_of(file.name) in IMAGE_ENDINGS and levels and levels[0] not in folders:
-                    folders |= set() if (path / levels[0] / layout.PARTITIONS_NAME).exists() else {levels[0]}
-                if len(folders) == 2:
-                    return path
-            return None
-        with open(path, "rb") as content:
-            columns, _, _ = _read_header(io.StringIO(_decode(content.read(4000), "replace")))
+            tops = {
+                levels[0] for file, levels in _files_below(path) if levels and ending_of(file.name) in IMAGE_ENDINGS
+            }
+            return path if sum(not (path / top / PARTITIONS_NAME).exists() for top in tops) > 1 else None
+        with open(path, "rb") as table:
+            columns, _, _ = _read_header(io.StringIO(_decode(table.read(4000), "replace")))
         return path if {"path", "person"} <= set(columns) else None
     except (OSError, UnicodeDecodeError, csv.Error, InputError):
         return None
@@ -113,25 +100,24 @@ def find_photos(path: str | Path) -> Path | None:
 
 def prepare_command(source: Path) -> str:
     """The command that prepares what `find_photos` found, into a folder beside it."""
-    return layout.prepare_command("prepare_photos.py", source, f"{source.resolve().stem}_prepared")
+    return sources.prepare_command("prepare_photos.py", source, f"{source.resolve().stem}_prepared")
 
 
 def read_folder(source: Path, with_cameras: bool = True, log: Callable[[str], None] = print) -> list[Photo]:
-    """The photos in the folders of a source. Raises InputError if a person or a camera cannot be told."""
+    """The photos in the folders of a source. Raises InputError if a person or a camera cannot be determined."""
     found: list[tuple[Path, tuple[str, ...]]] = []
-    passed_over: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for file, levels in _files_below(source):
         if _is_photo(file):
             found.append((file, levels))
         else:
-            passed_over[ending_of(file.name) if file.exists() else "dangling links"] += 1
+            skipped[kind_of(file)] += 1
     if not found:
-        others = f" ({describe_passed_over(passed_over)})" if passed_over else ""
+        others = f" ({describe_skipped(skipped)})" if skipped else ""
         raise InputError(f"--source {source} has no photos ({', '.join(IMAGE_ENDINGS)}) in folders for persons{others}")
-    if passed_over:
-        log(describe_passed_over(passed_over))
-
-    placed = _split_off_parts(source, found, log)
+    if skipped:
+        log(describe_skipped(skipped))
+    placed = _split_off_parts(found, log)
     examples = {len(levels): file for _, file, levels in placed}
     depth = max(examples)
     if len(examples) > 1 or depth > 2:
@@ -149,7 +135,7 @@ def read_folder(source: Path, with_cameras: bool = True, log: Callable[[str], No
 
 
 def _files_below(folder: Path, levels: tuple[str, ...] = ()) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """The files below a source, sorted, each with the names of the folders that it is in; no hidden folders."""
+    """The files below a source, sorted, each with the names of its folders; hidden folders are left out."""
     try:
         children = sorted(folder.iterdir())
     except OSError as error:
@@ -165,7 +151,7 @@ def _files_below(folder: Path, levels: tuple[str, ...] = ()) -> Iterator[tuple[P
 
 
 def _is_photo(path: Path) -> bool:
-    """Whether a file is read as a photo, which it is by its ending or else by its content."""
+    """Whether a file is a photo by its ending, or else by its content."""
     kind = ending_of(path.name)
     if kind == "hidden" or not path.is_file():
         return False
@@ -179,12 +165,11 @@ def _is_photo(path: Path) -> bool:
 
 
 def _split_off_parts(
-    source: Path, found: Sequence[tuple[Path, tuple[str, ...]]], log: Callable[[str], None]
+    found: Sequence[tuple[Path, tuple[str, ...]]], log: Callable[[str], None]
 ) -> list[tuple[str, Path, tuple[str, ...]]]:
-    """Each photo's part, its file, and the folders it is in, without the part's. The part is "" without a division.
+    """For each photo, its part ("" without a division), its file, and its folders below that of the part.
 
-    Folders for parts are not taken for persons: a source is divided if all its folders, or those of two parts, are
-    named like parts.
+    A source is divided if all its folders, or those of two parts, have names of parts.
     """
     tops = {levels[0] if levels else "" for _, levels in found}
     parts = {top: PARTS[top.lower()] for top in sorted(tops) if top.lower() in PARTS}
@@ -195,13 +180,13 @@ def _split_off_parts(
             raise InputError(f"{file} is in none of the parts {', '.join(sorted(parts))}; move it into one, or away")
     whole = next((top for top in parts if top.lower() in ("train_all", "trainval")), None)
     for top in [top for top in parts if whole and top.lower() in ("train", "val")]:
-        log(f"{top} is passed over, since {whole} holds its photos too")
+        log(f"{top} is skipped because {whole} holds its photos too")
         del parts[top]
     return [(parts[levels[0]], file, levels[1:]) for file, levels in found if levels[0] in parts]
 
 
 def _is_camera_first(source: Path, *names: Collection[str]) -> bool:
-    """Whether the outer folders are cameras. `names` are those of each level. Raises InputError if it is in doubt."""
+    """Whether the outer folders are cameras; `names` are those of each level. Raises InputError if that is unclear."""
     like_cameras = [all((match := _CAMERA_NAME.fullmatch(name)) and match[1] for name in level) for level in names]
     if not any(like_cameras) and (len(names) < 2 or len(names[0]) >= len(names[1])):
         return False
@@ -215,28 +200,62 @@ def _is_camera_first(source: Path, *names: Collection[str]) -> bool:
 
 
 def person_of(file: Path) -> str:
-    """The person in a file's name, which comes before the camera: "0002" for 0002_c1s1_000451_03.jpg."""
+    """The person in a file's name, which precedes the camera: "0002" for 0002_c1s1_000451_03.jpg."""
     camera = _CAMERA.search(file.stem)
     person = file.stem[: camera.start()].rstrip(" ._-") if camera else ""
     if not person:
-        raise InputError(f"no person can be told from the name of {file}: put the photos of each person into a folder")
+        raise InputError(f"no person in the name of {file}: put the photos of each person into a folder")
     return person
 
 
 def camera_of(file: Path) -> str:
-    """The camera in a file's name, "1" for c1, c01, cam1. Raises InputError if it has none or several."""
+    """The camera in a file's name, "1" for c1, c01, cam1. Raises InputError if there is none or several."""
     cameras = sorted({int(number) for number in _CAMERA.findall(file.stem)})
     if len(cameras) != 1:
-        told = f"several cameras ({', '.join(map(str, cameras))})" if cameras else "no camera"
-        raise InputError(f"{told} can be told from the name of {file}: {_HOW}")
+        raise InputError(
+            f"{'several cameras' if cameras else 'no camera'} in the name of {file}: name it like c1_001.jpg or "
+            "001_cam2.jpg, make a sub-folder for each camera (<person>/<camera>/001.jpg), give a CSV file with "
+            "path,person,camera, or do without cameras: --cameras none"
+        )
     return str(cameras[0])
 
 
 def read_table(source: Path, with_cameras: bool = True) -> list[Photo]:
     """The photos of a CSV file with the columns path, person, camera and perhaps part.
 
-    Raises InputError that names a bad row. Rows are counted as an editor counts lines.
+    Raises InputError with the row that is wrong. Rows are counted like lines in an editor.
     """
+    rows, header = _read_rows(source)
+    columns = ["path", "person"] + ["camera"] * with_cameras + ["part"] * ("part" in header)
+    for column in columns:
+        if header.count(column) != 1:
+            found = "two columns" if column in header else "no column"
+            without = "; without cameras, add --cameras none" if column == "camera" else ""
+            raise InputError(f"{source} has {found} {column}; its first row must be path,person,camera{without}")
+    photos: list[Photo] = []
+    seen: dict[Path, int] = {}
+    for number, row in rows:
+        cells = {column: row[header.index(column)].strip() for column in columns if header.index(column) < len(row)}
+        for column in columns:
+            if not cells.get(column):
+                raise InputError(f"{source}, row {number}: no {column}")
+        part = cells.get("part", "").lower()
+        if part and part not in PARTS:
+            raise InputError(f"{source}, row {number}: part {part!r} is not train, query, gallery or multi-query")
+        path = _find_file(source.parent, cells["path"])
+        if path is None:
+            raise InputError(f"{source}, row {number}: there is no file {source.parent / cells['path']}")
+        earlier = seen.setdefault(path.resolve(), number)
+        if earlier != number:
+            raise InputError(f"{source}, row {number}: {path} is already in row {earlier}; remove one of them")
+        photos.append(Photo(path, cells["path"], cells["person"], cells.get("camera", ""), PARTS.get(part, "")))
+    if not photos:
+        raise InputError(f"--source {source} has no rows below the columns' names")
+    return photos
+
+
+def _read_rows(source: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
+    """The rows of a CSV file that are not empty, with their lines' numbers, and the names of the columns."""
     try:
         content = source.read_bytes()
         lines = io.StringIO(_decode(content), newline="")
@@ -251,63 +270,29 @@ def read_table(source: Path, with_cameras: bool = True) -> list[Photo]:
             line = content.count(b"\n", 0, error.start) + 1
             reason = f"line {line} has the byte {content[error.start]:#x}; save it in UTF-8"
         raise InputError(f"--source {source} is neither a folder nor a CSV file in UTF-8: {reason}") from error
-    columns = ["path", "person"] + ["camera"] * with_cameras + ["part"] * ("part" in header)
-    for column in columns:
-        if header.count(column) != 1:
-            found = "two columns" if column in header else "no column"
-            without = "; without cameras, add --cameras none" if column == "camera" else ""
-            raise InputError(
-                f"{source} has {found} {column}: its first row is {separator.join(header)[:100]!r} and has to be "
-                f"path,person,camera{without}"
-            )
-    if not rows:
-        raise InputError(f"--source {source} has no rows below {separator.join(header)}")
-    photos: list[Photo] = []
-    seen: dict[Path, int] = {}
-    for number, row in rows:
-        cells = dict.fromkeys(COLUMNS, "")
-        for column in columns:
-            place = header.index(column)
-            cells[column] = row[place].strip() if place < len(row) else ""
-            if not cells[column]:
-                raise InputError(f"{source}, row {number}: no {column}")
-        original, person, camera, part = cells.values()
-        if part and part.lower() not in PARTS:
-            raise InputError(f"{source}, row {number}: part {part!r} is not train, query, gallery or multi-query")
-        path = _find_file(source.parent, original)
-        if path is None:
-            raise InputError(f"{source}, row {number}: there is no file {source.parent / original}")
-        earlier = seen.setdefault(path.resolve(), number)
-        if earlier != number:
-            raise InputError(f"{source}, row {number}: {original} is in row {earlier} already; remove one of them")
-        photos.append(Photo(path, original, person, camera, PARTS[part.lower()] if part else ""))
-    return photos
+    return rows, header
 
 
 def _decode(content: bytes, errors: str = "strict") -> str:
-    """The text of a CSV file in UTF-8, or in UTF-16 as spreadsheets save "Unicode text"."""
+    """The text of a CSV file in UTF-8, or in UTF-16, which spreadsheets call "Unicode text"."""
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
 
 
 def _read_header(lines: Iterable[str]) -> tuple[list[str], str, int]:
-    """The columns' names in small letters, what separates them, and how many lines were read: empty ones, `sep=;`."""
+    """The columns' names in lower case, the separator, and the number of lines read, with empty ones and `sep=;`."""
     separators = ",;\t"
     for number, line in enumerate(lines, start=1):
         if match := re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE):
             separators = match[1]
         elif line.strip(' ,;\t\r\n"'):
-            readings = {
-                separator: [cell.strip().lower() for cell in next(csv.reader([line], delimiter=separator))]
-                for separator in separators
-            }
-            best = max(readings, key=lambda separator: len(set(readings[separator]) & set(COLUMNS)))
-            return readings[best], best, number
+            separator = max(separators, key=line.count)
+            return [cell.strip().lower() for cell in next(csv.reader([line], delimiter=separator))], separator, number
     return [], ",", 0
 
 
 def _find_file(folder: Path, original: str) -> Path | None:
-    """The file of a row, which may have Windows's separators, or another Unicode form than the file's name."""
+    """The file of a row, which may be written with backslashes or in another Unicode form than the file's name."""
     slashed = original.replace("\\", "/")
     for form in (original, slashed, unicodedata.normalize("NFC", slashed), unicodedata.normalize("NFD", slashed)):
         path = os.path.join(folder, os.path.expanduser(form))

@@ -1,0 +1,100 @@
+"""Any image file as an upright JPEG file."""
+
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import simplejpeg  # type: ignore[import-untyped]
+from PIL import Image, ImageOps
+
+from aligned_reid.data.transforms import JPEG_START, MAX_PIXELS, decode_jpeg, too_large
+from aligned_reid.errors import InputError
+
+MAX_BYTES = 100 * 10**6  # per image file
+
+_ORIENTATION = 0x0112  # EXIF tag
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow would run Ghostscript for others, such as EPS
+
+
+def read_as_jpeg(path: Path) -> bytes:
+    """`as_jpeg` of a file. Raises InputError also if it is missing, unreadable or larger than MAX_BYTES."""
+    try:
+        check_num_bytes(path, path.stat().st_size)
+        return as_jpeg(path, path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"image {path} is missing") from None
+    except OSError as error:
+        raise InputError(f"image {path} cannot be read: {error.strerror}") from error
+
+
+def check_num_bytes(name: str | Path, num_bytes: int) -> None:
+    if num_bytes > MAX_BYTES:
+        raise InputError(f"image {name} has {num_bytes / 1e6:,.0f} MB; the limit is {MAX_BYTES // 10**6} MB")
+
+
+def as_jpeg(name: str | Path, content: bytes) -> bytes:
+    """An image file as a JPEG file: unchanged if it is an upright JPEG, otherwise turned upright and encoded.
+
+    The content decides the file type, not the name. Every image is decoded. Raises InputError with the name if it is
+    empty, damaged, too large or not an image.
+    """
+    if not content:
+        raise InputError(f"image {name} is empty")
+    if content[:2] == JPEG_START:
+        decode_jpeg(name, content, check_size=True)
+        if not _is_turned(content):
+            return content
+    try:
+        with _open(content) as image:
+            if math.prod(image.size) > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            return encode_jpeg(_to_rgb(name, ImageOps.exif_transpose(image)))
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(too_large(name)) from error
+    except Exception as error:  # Pillow raises errors of many types for broken files
+        raise InputError(f"image {name} is damaged or not a JPEG, PNG, BMP, WebP or TIFF file") from error
+
+
+@contextmanager
+def _open(content: bytes) -> Iterator[Image.Image]:
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        yield image
+
+
+def _is_turned(jpeg: bytes) -> bool:
+    """Whether EXIF says that the image must be turned or mirrored. Unreadable EXIF data is ignored."""
+    try:
+        with _open(jpeg) as image:
+            return image.getexif().get(_ORIENTATION) in range(2, 9)
+    except Exception:  # Pillow raises errors of many types for broken files
+        return False
+
+
+def _to_rgb(name: str | Path, image: Image.Image) -> np.ndarray:
+    """An image in any Pillow mode as uint8 [h, w, 3]. Transparency is dropped; stored colors are kept.
+
+    16-bit values are divided by 257. Modes I and F do not define white: it is the first of 1 (F only), 255 and 65535
+    that no value exceeds by more than 5 %. Raises InputError for larger or negative values and NaN.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        image.info.pop("transparency", None)
+        return np.asarray(image.convert("RGB"))
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+    white = next((white for white in whites if high <= 1.05 * white), 0)
+    if not low >= -0.05 * white or not white:  # NaN too
+        raise InputError(f"image {name} has values from {low:g} to {high:g}; save it with 8 bits per channel")
+    gray = np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8)
+    return np.repeat(gray[..., None], 3, axis=2)
+
+
+def encode_jpeg(image: np.ndarray) -> bytes:
+    """uint8 [h, w, 3], RGB, as a JPEG file of quality 95 without chroma subsampling."""
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), 95, "RGB", "444")

@@ -1,0 +1,64 @@
+"""Finding files in the source of a preparation, and the command that prepares it."""
+
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from aligned_reid.errors import InputError
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")  # also in capitals
+
+
+def check_paths(source: Path, save_dir: Path) -> None:
+    """Raise InputError unless the source exists and nothing would be written into it."""
+    if not source.exists():
+        raise InputError(f"--source {source} does not exist")
+    images_dir = (save_dir / "images").resolve()
+    if source.is_dir() and source.resolve() in (images_dir, *images_dir.parents):
+        raise InputError(f"--save_dir {save_dir} is inside the source {source}; choose a folder outside it")
+
+
+def folders_to_look_in(path: Path) -> Iterator[Path]:
+    """A folder, its folders, and theirs, since archives unpack into nested folders; nothing for a file."""
+    level = [path] if path.is_dir() else []
+    yield from level
+    for _ in range(2):
+        children = ((folder, name) for folder in level for name in sorted(list_folder(folder)[0]))
+        # macOS adds __MACOSX to archives.
+        level = [folder / name for folder, name in children if not name.startswith((".", "__MACOSX"))]
+        yield from level
+
+
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the files in a folder; none if it does not exist or cannot be read."""
+    return next(((folders, files) for _, folders, files in os.walk(folder)), ([], []))
+
+
+def find_image(path: Path) -> Path | None:
+    """The file, or the one beside it with another image ending; None if there is neither."""
+    endings = (ending for lower in IMAGE_ENDINGS for ending in (lower, lower.upper()))
+    candidates = (path, *(path.with_suffix(ending) for ending in endings))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def ending_of(name: str) -> str:
+    """The ending of a file's name in lower case, "hidden" or "no ending"."""
+    return "hidden" if name.startswith(".") else os.path.splitext(name)[1].lower() or "no ending"
+
+
+def kind_of(path: Path) -> str:
+    return ending_of(path.name) if path.exists() else "dangling links"
+
+
+def describe_skipped(kinds: Mapping[str, int]) -> str:
+    """`skipped, not images: 1 dangling links, 2 .db`, from the number of files of each kind."""
+    counts = ", ".join(f"{number:,} {ascii(kind)[1:-1]}" for kind, number in sorted(kinds.items()))
+    return f"skipped, not images: {counts}"
+
+
+def prepare_command(script: str, source: Path, name: str, flags: str = "") -> str:
+    """The command that prepares `source` into the folder `name` beside it, or `name`_prepared if that is the source."""
+    source = Path(os.path.abspath(source))
+    save_dir = source.with_name(f"{name}_prepared" if name == source.name else name)
+    return f"python script/{script} --source {shlex.quote(str(source))} --save_dir {shlex.quote(str(save_dir))}{flags}"
