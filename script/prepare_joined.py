@@ -24,7 +24,7 @@ def main() -> None:
     print(describe(prepare_joined(**vars(arguments)), dataset="joined"))
     for source in arguments.sources:
         flags = f"--only_test=true --model_weight_file=RUN --data_path={shlex.quote(str(source))}"
-        print(f"test on {source.resolve().name}: python script/train.py {flags}")
+        print(f"test on {source}: python script/train.py {flags}")
 
 
 if __name__ == "__main__":

@@ -80,15 +80,15 @@ def test_mistakes_in_preparing_photos_are_one_line(command, photos, tmp_path):
         (("--source", tmp_path / "none", *new), ("does not exist",)),
         (("--source", tmp_path / "empty", *new), ("has no photos",)),
         (("--source", table, *new), ("table.csv, row 3: there is no file", "none.jpg")),
-        (("--source", photos, *new, "--test_share=2"), ("--test_share 2 is not above 0 and at most 1",)),
+        (("--source", photos, *new, "--test_share=2"), ("--test_share",)),
         (("--source", photos, *new, "--test_share=half"), ("--test_share",)),
         (("--source", photos, *new, "--cameras=some"), ("invalid choice",)),
-        (("--source", photos, "--save_dir", photos / "new"), ("which stays as it is",)),
+        (("--source", photos, "--save_dir", photos / "new"), ("inside the source",)),
         (("--source", photos, *new, "--seeds=2"), ("did you mean --seed?",)),
     ):
         assert_refused(command("prepare_photos.py", *flags), *reasons)
     (photos / "person 2" / "holiday.jpg").write_bytes(b"\xff\xd8")
-    assert_refused(command("prepare_photos.py", "--source", photos, *new), "no camera can be told", "holiday.jpg")
+    assert_refused(command("prepare_photos.py", "--source", photos, *new), "no camera", "holiday.jpg")
     assert not (tmp_path / "new").exists()
     (photos / "person 2" / "holiday.jpg").rename(photos / "person 2" / "c1_9.jpg")
     done = command("prepare_photos.py", "--source", photos, *new)
@@ -125,7 +125,7 @@ def test_msmt17_from_lists_to_scores(command, tiny_data, tmp_path, small_trunk):
     flags = (f"--data_path={tmp_path / 'msmt17'}", *TINY, "--total_epochs=1", f"--exp_dir={tmp_path / 'run'}")
     done = command("train.py", *flags)
     assert done.status == 0, done.err
-    assert_refused(command("prepare_msmt17.py", "--source", tmp_path / "run", "--save_dir", "x"), "holds no list_train")
+    assert_refused(command("prepare_msmt17.py", "--source", tmp_path / "run", "--save_dir", "x"), "list_train")
 
 
 def test_cuhk03_from_extracted_images(command, tmp_path):
@@ -156,6 +156,4 @@ def test_cuhk03_from_extracted_images(command, tmp_path):
     assert f"--dataset=cuhk03_labeled --data_path={tmp_path / 'cuhk03'}" in done.out
     assert_refused(command("prepare_cuhk03.py", *source), "required: --kind")
     assert_refused(command("prepare_cuhk03.py", *source, "--kind=both"), "invalid choice")
-    assert_refused(
-        command("prepare_cuhk03.py", *source, "--kind=detected"), "has no cuhk03_new_protocol_config_detected"
-    )
+    assert_refused(command("prepare_cuhk03.py", *source, "--kind=detected"), "cuhk03_new_protocol_config_detected")

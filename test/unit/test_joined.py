@@ -1,0 +1,147 @@
+"""Joining prepared data sets: identities and cameras apart, one training part, and each set's own test."""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import TINY
+
+from aligned_reid import InputError
+from aligned_reid.data import make_synthetic, parse_image_name, read_partitions
+from aligned_reid.data.partitions import Partitions, write_partitions
+from aligned_reid.data.prepare.joined import prepare_joined
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory):
+    """Another drawn set: it has the same numbers of persons as the first one, and other persons."""
+    return make_synthetic(tmp_path_factory.mktemp("data") / "other", 8, 3, 2, seed=2)
+
+
+def test_identities_cameras_and_labels_are_kept_apart(tiny_data, other_data, tmp_path):
+    save_dir = prepare_joined([tiny_data, other_data], tmp_path / "joined")
+    first, second = (read_partitions(folder / "partitions.pkl") for folder in (tiny_data, other_data))
+    joined = read_partitions(save_dir / "partitions.pkl")
+    last_person, last_camera = 16, 2
+
+    def moved(name: str) -> str:
+        person_id, camera, index = parse_image_name(name)
+        return f"{person_id + last_person + 1:08d}_{camera + last_camera + 1:04d}_{index:08d}.jpg"
+
+    for part in ("trainval", "train", "val"):
+        own, others = (getattr(one, f"{part}_im_names") for one in (first, second))
+        assert getattr(joined, f"{part}_im_names") == own + list(map(moved, others))
+    assert joined.val_marks == first.val_marks + second.val_marks
+    for part in ("trainval", "train"):
+        own, others, both = (getattr(one, f"{part}_ids2labels") for one in (first, second, joined))
+        assert both == own | {person + last_person + 1: label + len(own) for person, label in others.items()}
+    assert (joined.test_im_names, joined.test_marks) == (first.test_im_names, first.test_marks)
+    test = read_partitions(save_dir / "partitions_other.pkl")
+    assert (test.test_im_names, test.test_marks) == (list(map(moved, second.test_im_names)), second.test_marks)
+    assert test.train_im_names == joined.train_im_names
+    assert (save_dir / "partitions_tiny.pkl").read_bytes() == (save_dir / "partitions.pkl").read_bytes()
+    for name in second.test_im_names:
+        assert (save_dir / "images" / moved(name)).samefile(other_data / "images" / name)
+
+
+def test_images_are_copied_where_links_are_impossible(tiny_data, other_data, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("Invalid cross-device link")
+
+    linked = prepare_joined([tiny_data, other_data], tmp_path / "linked")
+    monkeypatch.setattr(os, "link", refuse)
+    copied = prepare_joined([tiny_data, other_data], tmp_path / "copied")
+    for path in (linked / "images").iterdir():
+        copy = copied / "images" / path.name
+        assert copy.read_bytes() == path.read_bytes() and not copy.samefile(path)
+
+
+def test_a_symbolic_link_is_followed(tiny_data, other_data, tmp_path):
+    source = tmp_path / "linked"
+    shutil.copytree(other_data, source)
+    image = next(iter((source / "images").iterdir()))
+    image.rename(tmp_path / "away.jpg")
+    image.symlink_to("../../away.jpg")
+    save_dir = prepare_joined([source, tiny_data], tmp_path / "joined")
+    assert (save_dir / "images" / image.name).samefile(tmp_path / "away.jpg")
+
+
+def test_an_interrupted_join_resumes(tiny_data, other_data, tmp_path):
+    source = tmp_path / "other"
+    shutil.copytree(other_data, source)
+    image = max((source / "images").iterdir())
+    image.rename(tmp_path / "away.jpg")
+    with pytest.raises(InputError, match=image.name):
+        prepare_joined([tiny_data, source], tmp_path / "joined")
+    assert not (tmp_path / "joined" / "partitions.pkl").exists()
+    (tmp_path / "away.jpg").rename(image)
+    prepare_joined([tiny_data, source], tmp_path / "joined")
+    before = (tmp_path / "joined" / "images").stat().st_mtime_ns
+    prepare_joined([tiny_data, source], tmp_path / "joined")
+    assert (tmp_path / "joined" / "images").stat().st_mtime_ns == before
+
+
+def test_mistakes_are_refused(tiny_data, other_data, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "tiny").symlink_to(other_data)
+    (tmp_path / "again").symlink_to(tiny_data)
+    for sources, save_dir, reason in (
+        ([tiny_data], "joined", "two or more"),
+        ([tiny_data, tmp_path / "none"], "joined", "none does not exist"),
+        ([tiny_data, tmp_path / "empty"], "joined", "empty has no"),
+        ([tiny_data, tmp_path / "again"], "joined", "twice"),
+        ([tiny_data, tmp_path / "x" / "tiny"], "joined", "called tiny"),
+        ([tiny_data, other_data], tiny_data / "joined", "inside the source"),
+    ):
+        with pytest.raises(InputError, match=reason) as caught:
+            prepare_joined(sources, tmp_path / save_dir)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "joined").exists()
+
+
+def test_a_folder_with_anything_else_is_refused(tiny_data, other_data, tmp_path):
+    copy = shutil.copytree(tiny_data, tmp_path / "copy")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").touch()
+    joined = prepare_joined([tiny_data, other_data], tmp_path / "joined")
+    for save_dir in (copy, tmp_path / "notes", joined):
+        before = {path: path.read_bytes() for path in save_dir.rglob("*") if path.is_file()}
+        with pytest.raises(InputError, match="something else"):
+            prepare_joined([other_data, tiny_data], save_dir)
+        assert {path: path.read_bytes() for path in save_dir.rglob("*") if path.is_file()} == before
+
+
+def test_more_cameras_than_names_can_hold_are_refused(tiny_data, tmp_path):
+    (tmp_path / "wide" / "images").mkdir(parents=True)
+    name = "00000001_9999_00000000.jpg"
+    write_partitions(tmp_path / "wide" / "partitions.pkl", Partitions([name], {1: 0}, [name], {1: 0}, [], [], [], []))
+    with pytest.raises(InputError, match="10002"):
+        prepare_joined([tiny_data, tmp_path / "wide"], tmp_path / "joined")
+
+
+def test_the_join_is_trained_on_and_each_set_tested(command, tiny_data, other_data, tmp_path, small_trunk):
+    joined, run = tmp_path / "joined", tmp_path / "run"
+    done = command("prepare_joined.py", "--sources", tiny_data, other_data, "--save_dir", joined)
+    assert done.status == 0, done.err
+    assert done.out.splitlines()[0].split() == ["trainval", "108", "images,", "18", "identities"]
+    assert f"--data_path={joined}" in done.out and f"--data_path={other_data}" in done.out
+    done = command("train.py", f"--data_path={joined}", *TINY, "--total_epochs=1", f"--exp_dir={run}")
+    assert done.status == 0, done.err
+    test = ("--only_test=true", f"--model_weight_file={run}", f"--exp_dir={tmp_path / 'test'}")
+
+    def scores(*flags):
+        done = command("train.py", *TINY, *test, *flags)
+        assert done.status == 0, done.err
+        return json.loads((tmp_path / "test" / "results.json").read_text())["global"]
+
+    assert scores(f"--data_path={tiny_data}") == json.loads((run / "results.json").read_text())["global"]
+    in_join = scores(f"--data_path={joined}", f"--partition_file={joined / 'partitions_other.pkl'}")
+    assert in_join == scores(f"--data_path={other_data}")
+
+
+def test_mistakes_on_the_command_line_are_one_line(command, tiny_data, tmp_path):
+    for flags in ((), ("--sources", tiny_data), ("--sources", tiny_data, "--save_dir", tmp_path / "x")):
+        done = command("prepare_joined.py", *flags)
+        assert done.status == 2 and done.out == "" and done.err.count("\n") == 1
