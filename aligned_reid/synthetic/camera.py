@@ -1,4 +1,4 @@
-"""The cameras: what each looks at, how it takes a picture and how it spoils it."""
+"""The cameras: what each looks at, and how its pictures degrade."""
 
 import math
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from aligned_reid.synthetic.street import SCENE_HEIGHT, SCENE_WIDTH, draw_scene
 Image = NDArray[np.uint8]  # [H, W, 3], RGB
 
 HEIGHT, WIDTH = 128, 64  # pixels, of the images
-CANVAS_HEIGHT, CANVAS_WIDTH = 2 * HEIGHT, 2 * WIDTH  # painted at twice the size and shrunk: smooth edges
+CANVAS_HEIGHT, CANVAS_WIDTH = 2 * HEIGHT, 2 * WIDTH  # painted at twice the size and shrunk, for smooth edges
 
 
 @dataclass(frozen=True)
 class Camera:
-    """A camera that hangs somewhere: what it sees and what it does to it."""
+    """A fixed camera: its scene, and how its pictures degrade."""
 
     scene: Image  # [SCENE_HEIGHT, SCENE_WIDTH, 3]
-    yaw: float  # of the people that come along, or the opposite
+    yaw: float  # of people who walk past, or the opposite
     pitch: float
     light: float  # -1 from the left to 1 from the right
-    colour: NDArray[np.float32]  # [3, 3] that RGB is multiplied with: tint and saturation
+    colour: NDArray[np.float32]  # [3, 3], multiplied with RGB: tint and saturation
     gamma: float
     contrast: float
     brightness: float  # added, of 255
     resolution: float  # of the sensor, as a fraction of the image's
     blur: float  # standard deviation, pixels
-    noise: NDArray[np.int16]  # [2 HEIGHT, 2 WIDTH, 3], a piece of which is added to each image
+    noise: NDArray[np.int16]  # [2 HEIGHT, 2 WIDTH, 3]; a random part is added to each image
     jpeg_quality: int
 
 
@@ -59,7 +59,7 @@ def make_camera(rng: np.random.Generator, place: int) -> Camera:
 
 
 def take_picture(camera: Camera, figure: Figure | None, rng: np.random.Generator) -> Image:
-    """A detector's box around a person, uint8 [HEIGHT, WIDTH, 3]; None: around nobody, the detector was wrong."""
+    """A detector's box around a person, uint8 [HEIGHT, WIDTH, 3]; person None: a false detection."""
     pose = _sample_pose(camera, rng)
     layers = Layers(_background(camera, rng), np.full((CANVAS_HEIGHT, CANVAS_WIDTH), NEUTRAL, np.uint8))
     if rng.random() < 0.06:
@@ -75,7 +75,7 @@ def take_picture(camera: Camera, figure: Figure | None, rng: np.random.Generator
 
 
 def _sample_pose(camera: Camera, rng: np.random.Generator) -> Pose:
-    """A step, and a box that is mostly about right, at times too tight, too loose, too high or too low."""
+    """A walking pose in a box that is mostly right, and sometimes too tight, too loose, too high or too low."""
     box, zoom = rng.random(), rng.uniform(0.93, 1.06)
     if box < 0.08:
         zoom = rng.uniform(1.1, 1.22)
@@ -85,7 +85,7 @@ def _sample_pose(camera: Camera, rng: np.random.Generator) -> Pose:
     scale = 0.9 * CANVAS_HEIGHT * zoom
     bends = rng.uniform(0.05, 0.5, 2)
     if rng.random() < 0.18:
-        bends[pick(rng, (0, 1))] = rng.uniform(1.2, 2.1)  # carries something, or is on the telephone
+        bends[pick(rng, (0, 1))] = rng.uniform(1.2, 2.1)  # carries something, or is on the phone
     return Pose(
         x=CANVAS_WIDTH * (0.5 + rng.normal(0, 0.045)),
         y=CANVAS_HEIGHT * (0.5 + drop) + 0.49 * scale,
@@ -101,7 +101,7 @@ def _sample_pose(camera: Camera, rng: np.random.Generator) -> Pose:
 
 
 def _background(camera: Camera, rng: np.random.Generator) -> Image:
-    """A piece of the scene, somewhere along it, [CANVAS_HEIGHT, CANVAS_WIDTH, 3]."""
+    """A random part of the scene, [CANVAS_HEIGHT, CANVAS_WIDTH, 3]."""
     zoom = rng.uniform(1.0, 1.5)
     height, width = int(CANVAS_HEIGHT / zoom), int(CANVAS_WIDTH / zoom)
     left = int(rng.integers(SCENE_WIDTH - width))
@@ -156,7 +156,7 @@ def _paint_bush(layers: Layers, pose: Pose, rng: np.random.Generator) -> None:
 
 
 def _paint_car(layers: Layers, pose: Pose, rng: np.random.Generator) -> None:
-    """The bonnet of a car, in from one side."""
+    """The hood of a car at one side."""
     top = CANVAS_HEIGHT * rng.uniform(0.74, 0.86)
     paint = tuple(int(value) for value in pick(rng, ((180, 182, 186), (40, 42, 48), (150, 30, 34), (40, 60, 120))))
     reach = rng.uniform(0.4, 0.95) * CANVAS_WIDTH
@@ -171,7 +171,7 @@ def _paint_car(layers: Layers, pose: Pose, rng: np.random.Generator) -> None:
 
 
 def _expose(camera: Camera, scene: Image, rng: np.random.Generator) -> Image:
-    """What the camera makes of a painted scene: tint, exposure, resolution, blur and noise."""
+    """A painted scene as the camera records it: tint, exposure, resolution, blur and noise."""
     resolution = min(1.0, camera.resolution * rng.uniform(0.85, 1.1))
     size = (round(WIDTH * resolution), round(HEIGHT * resolution))
     image = cv2.resize(scene, size, interpolation=cv2.INTER_AREA)
@@ -183,7 +183,7 @@ def _expose(camera: Camera, scene: Image, rng: np.random.Generator) -> Image:
 
 
 def _tone_curve(camera: Camera, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """uint8 [256]: gamma, contrast and brightness, a little different each time, for clouds pass."""
+    """uint8 [256]: gamma, contrast and brightness, slightly different each time, as when clouds pass."""
     gamma = camera.gamma * math.exp(rng.normal(0, 0.04))
     contrast = camera.contrast * math.exp(rng.normal(0, 0.04))
     curve = 255 * (np.arange(256) / 255) ** gamma

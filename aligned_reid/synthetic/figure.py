@@ -1,10 +1,8 @@
-"""A person as something to paint, in any pose and view.
+"""A person that can be painted in any pose and view.
 
-A figure stands in coordinates of its own: x to its left, y up, z forward, the ground at y = 0, unit = its height. A
-view turns and projects it, and it is painted far to near.
-
-A picture takes a millisecond because the shapes of a person are listed once; after that they are only projected, all
-together.
+A figure has its own coordinates: x to its left, y up, z forward, the ground at y = 0, its height as the unit. A view
+rotates and projects it; shapes are painted from far to near. A picture takes a millisecond because the shapes of a
+person are listed once; each pose only projects them, all together.
 """
 
 import itertools
@@ -35,29 +33,29 @@ Row = tuple[float, float, float]
 CIRCLE = [(math.cos(i * math.pi / 10), math.sin(i * math.pi / 10)) for i in range(20)]
 BOX = [(-1, -0.8), (-0.8, -1), (0.8, -1), (1, -0.8), (1, 0.85), (0.85, 1), (-0.85, 1), (-1, 0.85)]
 
-# What a shape is covered with: one of the garments, or a colour.
+# The cover of a shape: one of the garments, or a color.
 UPPER, LOWER = "upper", "lower"
 Cover = str | Colour
 
-# Orders: what is painted after what. A limb's nearness, less than 0.5, is added.
+# Painting order. A limb's nearness, less than 0.5, is added.
 FAR, LEGS, SKIRT, TORSO, ARMS, HEAD = -3.0, -2.0, -1.0, 0.0, 0.6, 1.0
-# Rows of the limbs and what covers them: left, then right in the next.
+# Rows of the limbs and their covers: left, followed by right.
 THIGHS, SHINS, FEET, UPPER_ARMS, FOREARMS, HANDS, SHORT_SLEEVES, THIGH_STRIPES, SHIN_STRIPES = range(0, 18, 2)
 
 
 class Shape(NamedTuple):
-    """Something that does not bend."""
+    """A rigid shape."""
 
     order: float
     cover: Cover
     vertices: list[tuple[float, ...]]  # spine point x, y, z; signed half width and half depth there; way down
-    seen_from: float = -1.0  # not painted when its first spine point is no nearer than this
-    behind: tuple[float, float] = (-1.0, 0.0)  # when it is no nearer than the first, the second is its order
-    hand: int | None = None  # 0 or 1: its place is relative to the left or right hand's
+    seen_from: float = -1.0  # not painted if its first spine point is farther than this
+    behind: tuple[float, float] = (-1.0, 0.0)  # if it is no nearer than the first number, the second is its order
+    hand: int | None = None  # 0 or 1: positioned relative to the left or right hand
 
 
 class Part(NamedTuple):
-    """Something to paint in one picture. Parts of one order and cover are rounded as one."""
+    """A part to paint in one picture. Parts with the same order and cover are shaded together."""
 
     order: float
     cover: Cover
@@ -88,7 +86,7 @@ def _darker(colour: Colour, factor: float) -> Colour:
 
 
 class Figure:
-    """A person, ready to be painted any number of times."""
+    """A person who can be painted any number of times."""
 
     def __init__(self, person: Person) -> None:
         self.person = person
@@ -101,7 +99,7 @@ class Figure:
         self.radii = self._limb_radii()  # [18, 2]
 
     def paint(self, layers: Layers, pose: Pose) -> None:
-        """Paint the person, and the shadow at its feet."""
+        """Paint the person and the shadow at their feet."""
         paint_shadow(layers.light, pose)
         limbs = _limbs(self.person, pose)  # [18, 2, 3]
         vertices = self._placed(limbs)
@@ -120,7 +118,7 @@ class Figure:
         crease(layers.light, pose.creases)
 
     def _placed(self, limbs: Points) -> Points:
-        """The vertices, [V, 6], with what hangs on a hand moved to it."""
+        """The vertices, [V, 6], with shapes that hang on a hand moved to it."""
         vertices = self.vertices
         for shape, points in zip(self.shapes, self.slices, strict=True):
             if shape.hand is not None:
@@ -224,7 +222,7 @@ class Figure:
         yield Shape(TORSO + 0.2, person.skin, _column(neck, z=0.006))
 
     def _chest(self) -> Iterator[Shape]:
-        """What is seen on the front only."""
+        """Shapes that are visible from the front only."""
         person, hem = self.person, self.hem
         if person.inner_colour:
             rows = [(0.852, 0.02, 0.0), (0.7, 0.036, 0.0), (hem, 0.05, 0.0)]
@@ -263,7 +261,7 @@ class Figure:
             yield Shape(HEAD + 0.05, hair, bun, behind=(0, HEAD - 0.05))
 
     def _face(self) -> Iterator[Shape]:
-        """Skin, eyes and mouth, and the cap over them."""
+        """Skin, eyes, mouth and cap."""
         person = self.person
         wide, high = 0.05 * person.head_size, 0.066 * person.head_size
         middle, front = 0.93 - 0.16 * high, 0.012 + 0.4 * wide
@@ -291,7 +289,7 @@ class Figure:
                 strap = _strap((x, 0.84, 0.045), (1.1 * x, 0.66, 0.085), 0.015)
                 yield Shape(TORSO + 0.25, colour, strap, seen_from=-0.02)
         elif bag == "shoulder bag":
-            for z in (0.085, -0.085):  # the strap goes over the chest and over the back
+            for z in (0.085, -0.085):  # the strap crosses the chest and the back
                 strap = _strap((-0.06 * side, 0.84, 0.5 * z), (0.11 * side, 0.53, z), 0.014)
                 yield Shape(TORSO + 0.25, colour, strap, seen_from=0)
             box = _around((0.135 * side, 0.47, -0.02), (0.05, 0.07, 0.088), BOX)
@@ -306,7 +304,7 @@ class Figure:
             yield Shape(0.91, colour, box, behind=(0, FAR - 0.3))
 
     def _worn(self, view: View, shape: tuple[int, ...]) -> dict[str, Cloth]:
-        """The cloths as they hang in a picture of `shape` [H, W]."""
+        """The cloths, scaled to a picture of `shape` [H, W]."""
         person = self.person
         return {
             UPPER: self._hung(person.upper_cloth, (0.85, self.hem), view, shape),
@@ -314,14 +312,14 @@ class Figure:
         }
 
     def _hung(self, cloth: Cloth, rows: tuple[float, float], view: View, shape: tuple[int, ...]) -> Cloth:
-        """A cloth laid over the picture where a garment hangs, the heights of its top and bottom given."""
+        """A cloth scaled over the picture, given the heights of the garment's top and bottom."""
         if cloth.texture is None:
             return cloth
         ((x, top), (_, bottom)), _ = view.project(np.array([(0, rows[0], 0), (0, rows[1], 0)]))
         across = view.seen(np.array(0.11 * self.person.girth), np.array(0.09)).item() / (TEXTURE_SIZE / 4)
         down = (bottom - top) * 1.5 / TEXTURE_SIZE
         to_picture = np.array([(across, 0, x - across * TEXTURE_SIZE / 2), (0, down, top - down * TEXTURE_SIZE / 6)])
-        # The nearest pixel is good enough, for the picture is shrunk later, and four times as fast.
+        # The nearest pixel suffices, since the picture is shrunk later, and is four times as fast.
         flags, border = cv2.INTER_NEAREST, cv2.BORDER_REPLICATE
         worn = cv2.warpAffine(cloth.texture, to_picture, (shape[1], shape[0]), flags=flags, borderMode=border)
         return Cloth(cloth.colour, np.asarray(worn, np.uint8))
@@ -333,7 +331,7 @@ def _limbs(person: Person, pose: Pose) -> Points:
     lift = 1.3 * person.stride * pose.stride * math.cos(pose.phase)
     limbs = np.empty((18, 2, 3))
     for i, side in enumerate((1, -1)):
-        # The leg that comes forward bends its knee, and the arm goes the other way.
+        # The leg that swings forward bends its knee; the arm swings the other way.
         thigh = side * swing + 0.05
         hip = (side * person.hip_width, person.leg_length, 0.0)
         bone = (person.leg_length - 0.035) / 2
@@ -357,5 +355,5 @@ def _limbs(person: Person, pose: Pose) -> Points:
 
 
 def _hanging(start: Row, length: float, angle: float, aside: float = 0.0) -> Row:
-    """Where something ends that hangs from `start`, swung forward by an angle."""
+    """The end of a segment that hangs from `start`, swung forward by an angle."""
     return start[0] + aside, start[1] - length * math.cos(angle), start[2] + length * math.sin(angle)

@@ -1,4 +1,4 @@
-"""The embedded data set: generated pedestrians before generated cameras, in the layout that --data_path takes."""
+"""The embedded data set: drawn pedestrians in front of drawn cameras, in the layout that --data_path takes."""
 
 import contextlib
 import errno
@@ -34,21 +34,16 @@ from aligned_reid.synthetic.camera import Camera, make_camera, take_picture
 from aligned_reid.synthetic.figure import Figure
 from aligned_reid.synthetic.person import sample_person
 
-SETTINGS_NAME = "generated.json"  # what a set was made with; written first, it marks the folder as ours
-DISTRACTOR_ID = 0  # as in Market-1501: people and empty boxes that nobody looks for, in the gallery only
-MAX_PER_NAME = (
-    99_999_999,
-    9_999,
-    99_999_999,
-)  # identities, cameras and images that the digits of a name can tell apart
+SETTINGS_NAME = "generated.json"  # the settings of a set; written first, it identifies the folder
+DISTRACTOR_ID = 0  # as in Market-1501: other people and empty boxes, in the gallery only
 
-# What a random generator is for; with the seed and the numbers that follow it gives one stream for each thing drawn.
+# First number of a random stream's key, after the seed; the next ones identify the person, camera or image.
 _PERSON, _CAMERA, _IMAGE = 1, 2, 3
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """All that decides what the files hold."""
+    """Everything that determines the files' content."""
 
     num_ids: int
     num_cameras: int
@@ -58,18 +53,18 @@ class _Settings:
 
     @property
     def num_train_ids(self) -> int:
-        return self.num_ids * 3 // 4  # what is learnt from nothing needs variety
+        return self.num_ids * 3 // 4  # training from scratch needs variety
 
 
 class _Job(NamedTuple):
-    """The images of one identity that are to be drawn: (camera, index) of each."""
+    """The missing images of one identity: (camera, index) of each."""
 
     person_id: int
     images: list[tuple[int, int]]
 
 
 class _Studio(NamedTuple):
-    """What a worker draws with."""
+    """Everything a worker needs to draw."""
 
     cameras: list[Camera]
     images_dir: Path
@@ -86,13 +81,12 @@ def make_synthetic(
 ) -> Path:
     """Draw a data set: images/ (128 x 64 JPEGs), partitions.pkl, ori_to_new_im_name.pkl. Returns `save_dir`.
 
-    Three of four identities are for training, the others for test. Every identity is seen `images_per_camera` times by
-    each camera: of a test identity one image per camera is a query, from 4 images on another one is a multi-query
-    image, and the rest is gallery, together with as many distractors (person 0) as an identity has images. The same
-    arguments and package versions give the same bytes, whatever `num_workers` (None: one per core). When interrupted,
-    the same call goes on: an image is written whole or not at all, and partitions.pkl last.
-    Raises InputError on numbers that make no data set, and when `save_dir` holds anything else, is written by another
-    process or cannot be written.
+    Three of four identities are for training, the others for test. Each camera sees every identity `images_per_camera`
+    times. Of a test identity, one image per camera is a query and, from 4 images on, another one is multi-query; the
+    rest is gallery, with as many distractors (person 0) as an identity has images. The same arguments and package
+    versions give the same bytes, for any `num_workers` (None: one per core). If interrupted, repeat the call to resume;
+    partitions.pkl is written last. Raises InputError if the numbers make no data set, and if `save_dir` holds anything
+    else, is being written by another process or cannot be written.
     """
     settings = _Settings(num_ids, num_cameras, images_per_camera, seed)
     _check(settings)
@@ -101,14 +95,14 @@ def make_synthetic(
     save_dir = Path(save_dir).expanduser()
     try:
         if save_dir.exists() and not save_dir.is_dir():
-            raise InputError(f"save_dir {save_dir} is no folder; take another one")
+            raise InputError(f"save_dir {save_dir} is not a folder; choose another one")
         save_dir.mkdir(parents=True, exist_ok=True)
         with hold(save_dir, "--save_dir"):
             _claim(save_dir, settings)
             images_dir = save_dir / "images"
             images_dir.mkdir(exist_ok=True)
             _draw_all(_missing_images(images_dir, settings), images_dir, settings, num_workers)
-            names = {name: name for name in _image_names(settings)}  # they have never had other names
+            names = {name: name for name in _image_names(settings)}
             write_atomically(save_dir / "ori_to_new_im_name.pkl", pickle.dumps(names, protocol=2))
             write_partitions(save_dir / "partitions.pkl", _partitions(settings))
     except OSError as error:
@@ -119,32 +113,22 @@ def make_synthetic(
 
 
 def _check(settings: _Settings) -> None:
-    if settings.num_ids < 4:
-        raise InputError(
-            f"num_ids is {settings.num_ids}; 4 are the least: two to train on and two to tell apart in the test"
-        )
-    if settings.num_cameras < 2:
-        raise InputError(
-            f"num_cameras is {settings.num_cameras}; the protocol needs 2, for a query is searched in other cameras"
-        )
-    if settings.images_per_camera < 2:
-        raise InputError(
-            f"images_per_camera is {settings.images_per_camera}; 2 are the least: a query and a gallery image"
-        )
+    limits = {"num_ids": (4, 99_999_999), "num_cameras": (2, 9_999), "images_per_camera": (2, 99_999_999)}
+    for name, (least, most) in limits.items():
+        value = getattr(settings, name)
+        if not least <= value <= most:  # two identities each for training and test; digits in an image's name
+            raise InputError(f"{name} is {value}; it must be from {least} to {most:,}")
     if settings.seed < 0:
         raise InputError(f"seed is {settings.seed}; it must not be negative")
-    for name, most in zip(("num_ids", "num_cameras", "images_per_camera"), MAX_PER_NAME, strict=True):
-        if getattr(settings, name) > most:
-            raise InputError(f"{name} is {getattr(settings, name)}; an image's name has digits for {most}")
 
 
 def _claim(save_dir: Path, settings: _Settings) -> None:
-    """Make the folder ours by writing the settings into it; InputError when it holds anything but a set of these."""
+    """Write the settings into the folder. Raises InputError if it holds anything but a set with these settings."""
     ours = asdict(settings)
     path = save_dir / SETTINGS_NAME
     if not path.exists():
         if any(path.name != LOCK_NAME for path in save_dir.iterdir()):
-            raise InputError(f"save_dir {save_dir} holds other files, which are not overwritten; take another one")
+            raise InputError(f"save_dir {save_dir} holds other files, which are not overwritten; choose another one")
         write_atomically(path, json.dumps(ours, indent=2).encode())
         return
     try:
@@ -153,7 +137,7 @@ def _claim(save_dir: Path, settings: _Settings) -> None:
         theirs = None
     if theirs != ours:
         raise InputError(
-            f"save_dir {save_dir} holds a data set made with other settings ({path}); delete it or take another one"
+            f"save_dir {save_dir} holds a data set made with other settings ({path}); delete it or choose another one"
         )
 
 
@@ -169,7 +153,7 @@ def _image_names(settings: _Settings) -> list[str]:
 
 
 def _missing_images(images_dir: Path, settings: _Settings) -> list[_Job]:
-    """What is still to be drawn; the remains of an interrupted run are cleared away."""
+    """The images still to be drawn; temporary files of an interrupted run are deleted."""
     present = set(os.listdir(images_dir))
     for name in present:
         if name.startswith(".") and name.endswith(".tmp"):
@@ -196,7 +180,7 @@ def _draw_all(jobs: Sequence[_Job], images_dir: Path, settings: _Settings, num_w
         if num_workers == 1:
             _report(map(functools.partial(_draw_person, studio), jobs), num_images)
             return
-        # A forked worker has the cameras and imported modules already: it starts in milliseconds.
+        # A forked worker inherits cameras and imported modules, so it starts in milliseconds.
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(num_workers, context, _start_worker, (studio,)) as pool:
             _report(pool.map(_draw_person_in_worker, jobs, chunksize=4), num_images)
@@ -204,7 +188,7 @@ def _draw_all(jobs: Sequence[_Job], images_dir: Path, settings: _Settings, num_w
 
 @contextlib.contextmanager
 def _one_opencv_thread() -> Iterator[None]:
-    """Pictures are too small to share, and a process forks more safely without OpenCV's threads."""
+    """Pictures are too small for several threads, and forking is safer without OpenCV's threads."""
     num_threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
@@ -219,7 +203,7 @@ _worker_studio: _Studio  # of a worker process, set when it starts
 def _start_worker(studio: _Studio) -> None:
     global _worker_studio
     _worker_studio = studio
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
 
 def _draw_person_in_worker(job: _Job) -> int:
@@ -232,7 +216,7 @@ def _draw_person(studio: _Studio, job: _Job) -> int:
     for camera_number, index in job.images:
         rng = _generator(studio.seed, _IMAGE, job.person_id, camera_number, index)
         seen: Figure | None = figure
-        if job.person_id == DISTRACTOR_ID:  # another passer-by each time, or nobody
+        if job.person_id == DISTRACTOR_ID:  # a different person each time, or nobody
             seen = Figure(sample_person(rng)) if index % 2 else None
         camera = studio.cameras[camera_number - 1]
         image = take_picture(camera, seen, rng)
@@ -243,12 +227,12 @@ def _draw_person(studio: _Studio, job: _Job) -> int:
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:
-    """A stream of its own for each key."""
+    """An independent stream for each key."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def _report(drawn: Iterable[int], num_images: int) -> None:
-    """Take the counts of what has been drawn and show them on stderr: as a bar on a terminal, else in ten lines."""
+    """Consume the counts of drawn images, with progress on stderr: a bar on a terminal, otherwise ten lines."""
     if sys.stderr.isatty():
         with tqdm(total=num_images, desc="Drawing", unit=" images") as bar:
             for count in drawn:
@@ -262,7 +246,7 @@ def _report(drawn: Iterable[int], num_images: int) -> None:
 
 
 def _partitions(settings: _Settings) -> Partitions:
-    """Who is where. Per identity and camera, the last images are query and multi-query, as Market-1501 counts them."""
+    """The parts. Per identity and camera, the last images are query and multi-query, as in Market-1501."""
     multi_query_index = (
         settings.images_per_camera - 1 if settings.images_per_camera >= 4 else settings.images_per_camera
     )
@@ -280,6 +264,6 @@ def _partitions(settings: _Settings) -> Partitions:
                 query.append(name)
             else:
                 gallery.append(name)
-    # Of Market-1501's 751 identities, 100 are for validation.
+    # 100 of Market-1501's 751 identities are for validation.
     num_val_ids = math.ceil(settings.num_train_ids * 100 / 751)
     return build_partitions(trainval, query, gallery, multi_query, num_val_ids)

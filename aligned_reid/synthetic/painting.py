@@ -1,7 +1,7 @@
-"""How a thing is painted: projected, rounded, and put on the two layers of a picture.
+"""Painting: projection, shading, and the two layers of a picture.
 
-The layers are the colour of things and the light on them, to be multiplied at the end. A thing is an outline around a
-spine; brighter copies of the outline, drawn towards the spine, make it round.
+The layers are color and light, which are multiplied at the end. A shape is an outline around a spine; brighter copies
+of the outline, drawn towards the spine, give it volume.
 """
 
 import math
@@ -17,36 +17,36 @@ from aligned_reid.synthetic.person import Cloth
 
 Points = NDArray[np.float64]  # [..., 2] pixels, x then y; [..., 3] figure coordinates
 
-NEUTRAL = 192  # the value in the light layer that leaves a colour as it is
-CREASE_CHOICES = 64  # positions, each way, at which a piece of creased cloth can be cut
-_FRACTION_BITS = 4  # of the fixed-point coordinates that OpenCV takes
-# Copies of an outline: size, way to the light, value in the light layer.
+NEUTRAL = 192  # the value in the light layer that does not change a color
+CREASE_CHOICES = 64  # offsets in each direction at which creased cloth can be cut
+_FRACTION_BITS = 4  # of OpenCV's fixed-point coordinates
+# Copies of an outline: size, shift towards the light, value in the light layer.
 _ROUNDING = np.array([(1, 0, 136), (0.82, 0.1, 166), (0.62, 0.2, 192), (0.36, 0.34, 210)])
-_CAP = np.linspace(np.pi / 2, np.pi * 3 / 2, 7)  # angles of the outline around a limb's end
+_CAP = np.linspace(np.pi / 2, np.pi * 3 / 2, 7)  # angles of the outline around the end of a limb
 POINTS_PER_LIMB = 2 * len(_CAP)
 
 
 class Layers(NamedTuple):
-    """What a picture is painted on."""
+    """The layers of a picture."""
 
     colour: NDArray[np.uint8]  # [H, W, 3], RGB
-    light: NDArray[np.uint8]  # [H, W], NEUTRAL where nothing changes
+    light: NDArray[np.uint8]  # [H, W], NEUTRAL if unchanged
 
 
 @dataclass(frozen=True)
 class Pose:
     """How a person stands in one image: angles in radians, positions in pixels."""
 
-    x: float  # of the ground point between the feet
+    x: float  # of the point on the ground between the feet
     y: float
-    scale: float  # pixels a figure height
+    scale: float  # pixels per figure height
     yaw: float  # 0: faces the camera, pi / 2: walks to the right of the picture, pi: shows its back
     pitch: float  # how far the camera looks down
     phase: float  # of the step
-    stride: float  # factor of the person's
-    elbows: tuple[float, float]  # how far the left and the right arm are bent
+    stride: float  # factor for the person's stride
+    elbows: tuple[float, float]  # angles of the left and right elbow
     light: float  # where the light comes from: -1 left to 1 right
-    creases: tuple[int, int]  # which piece of the creased cloth, each number under CREASE_CHOICES
+    creases: tuple[int, int]  # offset in the creased cloth, each less than CREASE_CHOICES
 
 
 class View:
@@ -67,7 +67,7 @@ class View:
         return pixels, near
 
     def seen(self, half_width: NDArray[np.float64], half_depth: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Half the width in pixels of bodies of elliptic section, with the sign of `half_width`, all [N]."""
+        """Half the width in pixels of bodies with elliptic cross-sections, with the sign of `half_width`, all [N]."""
         return np.copysign(self.pose.scale * np.hypot(half_width * self.cos, half_depth * self.sin), half_width)
 
 
@@ -104,7 +104,7 @@ def paint(layers: Layers, cloth: Cloth, pieces: list[NDArray[np.int32]]) -> None
 
 
 def _paste(canvas: NDArray[np.uint8], texture: NDArray[np.uint8], outline: NDArray[np.int32]) -> None:
-    """Copy what is inside an outline of fixed-point pixels from a picture of the canvas's size."""
+    """Copy the inside of an outline (fixed-point pixels) from a picture of the canvas's size."""
     left, top, width, height = cv2.boundingRect(outline >> _FRACTION_BITS)
     right, bottom = min(left + width, canvas.shape[1]), min(top + height, canvas.shape[0])
     left, top = max(left, 0), max(top, 0)
@@ -124,7 +124,7 @@ def paint_shadow(light: NDArray[np.uint8], pose: Pose) -> None:
 
 
 def crease(light: NDArray[np.uint8], choice: tuple[int, int]) -> None:
-    """Wrinkle what has been painted."""
+    """Add creases to the painted parts."""
     height, width = light.shape
     left, top = choice
     piece = _creased_cloth(height, width)[top : top + height, left : left + width]
@@ -133,7 +133,7 @@ def crease(light: NDArray[np.uint8], choice: tuple[int, int]) -> None:
 
 @cache
 def _creased_cloth(height: int, width: int) -> NDArray[np.int16]:
-    """Light and dark folds, [height + CREASE_CHOICES, width + CREASE_CHOICES], the same at all times."""
+    """Light and dark folds, [height + CREASE_CHOICES, width + CREASE_CHOICES], always the same."""
     noise = np.random.default_rng(0).normal(0, 1, (height + CREASE_CHOICES, width + CREASE_CHOICES)).astype(np.float32)
     folds = cv2.GaussianBlur(noise, (0, 0), sigmaX=5, sigmaY=2)
     return np.rint(folds / folds.std() * 9).astype(np.int16)

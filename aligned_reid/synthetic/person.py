@@ -1,4 +1,4 @@
-"""Who walks there: build, skin, hair, clothes and bag of an identity, drawn from a random generator."""
+"""An identity: build, skin, hair, clothes and bag, drawn from a random generator."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Colour = tuple[int, int, int]  # RGB
 T = TypeVar("T")
 
-TEXTURE_SIZE = 128  # pixels a side of a cloth's pattern: 4 half widths across, 1.5 garment lengths down
+TEXTURE_SIZE = 128  # pixels per side of a cloth's pattern: 4 half widths across, 1.5 garment lengths down
 
 CLOTH_COLOURS: dict[str, Colour] = {
     "black": (30, 30, 34),
@@ -72,32 +72,32 @@ BAGS = ("none", "backpack", "shoulder bag", "handbag", "suitcase")
 
 
 class Cloth(NamedTuple):
-    """What a part is covered with."""
+    """The cover of a body part."""
 
     colour: Colour
     texture: NDArray[np.uint8] | None = (
-        None  # RGB; [TEXTURE_SIZE, TEXTURE_SIZE, 3] as cut, as large as the picture as worn
+        None  # RGB; [TEXTURE_SIZE, TEXTURE_SIZE, 3] when cut, the picture's size when worn
     )
 
 
 @dataclass(frozen=True)
 class Person:
-    """All that stays the same from one image of an identity to the next. Lengths are in figure heights."""
+    """Everything that stays the same in all images of an identity. Lengths are in figure heights."""
 
     leg_length: float
-    shoulder_width: float  # half of it, as is the next
+    shoulder_width: float  # half of it; likewise the next
     hip_width: float
-    girth: float  # factor of every thickness
+    girth: float  # factor for all thicknesses
     head_size: float
-    stride: float  # how far the legs swing, radians
+    stride: float  # angle of the legs' swing, radians
     skin: Colour
     hair: Colour
     hair_style: str
     cap: Colour
     upper: str
-    upper_cloth: Cloth  # its texture is [TEXTURE_SIZE, TEXTURE_SIZE, 3], as is the lower one's
-    sleeve_colour: Colour | None  # None: the sleeves are cut from the same cloth
-    inner_colour: Colour | None  # what an open jacket shows; None: it is closed
+    upper_cloth: Cloth  # its texture is [TEXTURE_SIZE, TEXTURE_SIZE, 3]; likewise the lower one's
+    sleeve_colour: Colour | None  # None: the sleeves have the same cloth
+    inner_colour: Colour | None  # under an open jacket; None: closed
     logo: str
     logo_colour: Colour
     lower: str
@@ -148,7 +148,7 @@ def sample_person(rng: np.random.Generator) -> Person:
 
 
 def pick(rng: np.random.Generator, values: Sequence[T], weights: Sequence[float] | None = None) -> T:
-    """One of `values`, each as likely as the others or as its weight says; the weights sum to 1."""
+    """One of `values`, with equal probability or with `weights`, which sum to 1."""
     if weights is None:
         return values[int(rng.random() * len(values))]
     return values[min(int(np.searchsorted(np.cumsum(weights), rng.random(), side="right")), len(values) - 1)]
@@ -168,7 +168,7 @@ def _jitter(rng: np.random.Generator, colour: Colour, amount: int) -> Colour:
 
 
 def draw_texture(rng: np.random.Generator, pattern: str, ground: Colour, figure: Colour) -> NDArray[np.uint8] | None:
-    """The cloth of a garment, uint8 [TEXTURE_SIZE, TEXTURE_SIZE, 3], its collar a sixth down; None where it is plain.
+    """The cloth of a garment, uint8 [TEXTURE_SIZE, TEXTURE_SIZE, 3], with the collar a sixth down; None if plain.
 
     Nothing in it is finer than what is left to see when the figure is 110 pixels high.
     """
@@ -185,7 +185,7 @@ def draw_texture(rng: np.random.Generator, pattern: str, ground: Colour, figure:
     if pattern in ("pinstripes", "check"):
         for x in range(start - period, size, period):
             cv2.rectangle(texture, (x, 0), (x + width, size), figure, cv2.FILLED)
-    if pattern == "check":  # the threads of both directions mix, but where they cross
+    if pattern == "check":  # threads of both directions mix, except at crossings
         moved = np.roll(texture, period // 2, (0, 1))
         texture = np.asarray(cv2.addWeighted(texture, 0.5, moved, 0.5, 0), np.uint8)
     if pattern == "two-tone":

@@ -1,4 +1,4 @@
-"""The places: walls, shop fronts, parks, plazas, halls and roads, each a long picture of which the images show pieces.
+"""The scenes: walls, shop fronts, parks, plazas, halls and roads, each a long picture; images show parts of it.
 
 Their scale is that of the figures: a person there is 230 pixels high.
 """
@@ -12,13 +12,15 @@ from aligned_reid.synthetic.person import Colour, pick
 Image = NDArray[np.uint8]  # [H, W, 3], RGB
 
 SCENE_HEIGHT, SCENE_WIDTH = 400, 1600
-HORIZON = 170  # rows: where the ground begins
-HAZE = np.float32(140)  # grey that the scene is mixed with
-CLEARNESS = np.float32(0.65)  # of the scene, the rest is haze; 1 makes the images twice as hard to tell apart by pixels
+HORIZON = 170  # row at which the ground begins
+HAZE = np.float32(140)  # gray mixed into the scene
+CLEARNESS = np.float32(
+    0.65
+)  # share of the scene, the rest is haze; 1 makes images twice as hard to tell apart by pixels
 
 
 def draw_scene(rng: np.random.Generator, place: int) -> Image:
-    """A place to walk in, uint8 [SCENE_HEIGHT, SCENE_WIDTH, 3]; `place` chooses its kind, the generator the rest."""
+    """A scene, uint8 [SCENE_HEIGHT, SCENE_WIDTH, 3]; `place` selects its kind, the generator everything else."""
     scene = np.zeros((SCENE_HEIGHT, SCENE_WIDTH, 3), np.uint8)
     kinds = (_brick_street, _shop_front, _park, _plaza, _hall, _road)
     kinds[place % len(kinds)](scene, rng)
@@ -110,7 +112,7 @@ def _road(scene: Image, rng: np.random.Generator) -> None:
 
 
 def _fill(scene: Image, top: int, bottom: int, first: Colour | tuple[int, ...], last: Colour | tuple[int, ...]) -> None:
-    """Rows from `top` to `bottom`, from one colour to the other."""
+    """A vertical gradient from one color to the other in the rows from `top` to `bottom`."""
     blend = np.linspace(0, 1, bottom - top)[:, None, None]
     scene[top:bottom] = np.rint((1 - blend) * np.array(first) + blend * np.array(last))
 
@@ -125,7 +127,7 @@ def _bricks(scene: Image, rng: np.random.Generator, colour: Colour) -> None:
 
 
 def _paving(scene: Image, rng: np.random.Generator, colour: Colour, step: int) -> None:
-    """Slabs from the horizon down, larger the nearer they are."""
+    """Slabs from the horizon down, larger when nearer."""
     dark = tuple(int(0.8 * value) for value in colour)
     _fill(scene, HORIZON, SCENE_HEIGHT, tuple(int(0.9 * value) for value in colour), colour)
     y, row = float(HORIZON), 0
@@ -133,7 +135,7 @@ def _paving(scene: Image, rng: np.random.Generator, colour: Colour, step: int) -
         depth = (y - HORIZON) / (SCENE_HEIGHT - HORIZON)
         below = y + step * (0.35 + 0.65 * depth)
         for x in range(-step * 8, SCENE_WIDTH, step * 2):
-            # All slabs lean the same way, as if the camera looked along the street.
+            # All slabs lean the same way, as if the camera looked down the street.
             shift = int((row % 2) * step + 0.3 * (y - HORIZON))
             cv2.line(scene, (x + shift, int(y)), (x + shift + int(0.3 * (below - y)), int(below)), dark, 2)
         cv2.line(scene, (0, int(below)), (SCENE_WIDTH, int(below)), dark, 2)
@@ -167,7 +169,7 @@ def _leaves(
 
 
 def _bicycles(scene: Image, rng: np.random.Generator, ground: int, spacing: tuple[int, int]) -> None:
-    """Parked in a row, their wheels on the row `ground`."""
+    """Bicycles parked side by side, with their wheels on the row `ground`."""
     x = 0
     while x < SCENE_WIDTH:
         x += int(rng.integers(*spacing))
@@ -183,7 +185,7 @@ def _bicycles(scene: Image, rng: np.random.Generator, ground: int, spacing: tupl
 
 
 def _car(scene: Image, x: int, ground: int, rng: np.random.Generator) -> None:
-    """Parked along the kerb, its wheels on the row `ground`."""
+    """A car parked at the curb, with its wheels on the row `ground`."""
     paint = pick(rng, ((190, 192, 196), (60, 62, 68), (150, 40, 42), (50, 74, 128), (226, 226, 222)))
     cv2.ellipse(scene, (x + 140, ground), (150, 12), 0, 0, 360, (60, 60, 64), cv2.FILLED)
     body = np.array(
@@ -198,7 +200,7 @@ def _car(scene: Image, x: int, ground: int, rng: np.random.Generator) -> None:
 
 
 def _weather(scene: Image, rng: np.random.Generator) -> Image:
-    """Stains, grain, the uneven light of a real place, and the haze that sets it off from who stands before it."""
+    """Stains, grain, uneven light, and haze that separates the scene from the person in front of it."""
     light = np.ones((SCENE_HEIGHT, SCENE_WIDTH), np.float32)
     for cells, amount in (((4, 12), 0.06), ((26, 100), 0.05), ((SCENE_HEIGHT, SCENE_WIDTH), 0.03)):
         coarse = rng.normal(0, amount, cells).astype(np.float32)
