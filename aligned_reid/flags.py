@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, field
 from typing import Any, NamedTuple
 
@@ -133,9 +133,8 @@ def written_value(name: str, value: Any) -> str:
     return NONE_AS.get(name, "") if value is None else format_value(value)
 
 
-def make_parser(options: Iterable[Field], removed: Mapping[str, str]) -> argparse.ArgumentParser:
+def make_parser(options: Sequence[Field], removed: Mapping[str, str]) -> argparse.ArgumentParser:
     """The parser of `options`. removed: flags of earlier versions, and what to use instead."""
-    options = list(options)
     parser = OneLineParser(
         allow_abbrev=False,
         add_help=False,
@@ -187,7 +186,7 @@ def choices_of(one: Field) -> Sequence[str] | None:
     return None if isinstance(one.metadata["allowed"], Range) else one.metadata["allowed"]
 
 
-def flags_page(options: Iterable[Field]) -> str:
+def flags_page(options: Sequence[Field]) -> str:
     """The text of docs/flags.md."""
     lines = [
         "# Flags",

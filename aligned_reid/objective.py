@@ -96,31 +96,31 @@ def gather_batches(features: Features, labels: Tensor) -> tuple[Features, Tensor
     return Features(global_feat, local_feat, None), gather_with_own(labels)
 
 
-class Shown(NamedTuple):
-    """What a model lets the others see of a batch; what --num_models does not use is None."""
+class PeerOutputs(NamedTuple):
+    """The outputs for a batch that the other models learn from; None if a mutual loss does not use it."""
 
     logits: Tensor | None  # [N, C]
     global_dist: Tensor | None  # [N, N]
     local_dist: Tensor | None  # [N, N]
 
-    def detached(self, device: torch.device) -> Shown:
+    def detached(self, device: torch.device) -> PeerOutputs:
         """Without gradient, on another model's device."""
-        return Shown(*(None if one is None else one.detach().to(device) for one in self))
+        return PeerOutputs(*(None if one is None else one.detach().to(device) for one in self))
 
 
-def show(features: Features, config: Config) -> Shown:
-    """What the mutual losses of `config` need of a batch."""
+def peer_outputs(features: Features, config: Config) -> PeerOutputs:
+    """The outputs that the mutual losses of `config` compare."""
     global_feat, local_feat = features.global_feat, features.local_feat
     if config.normalize_feature:
         global_feat, local_feat = normalize(global_feat), normalize(local_feat)
-    return Shown(
+    return PeerOutputs(
         features.logits if config.pm_loss_weight > 0 else None,
         euclidean_distance(global_feat, global_feat) if config.gdm_loss_weight > 0 else None,
         aligned_distance(local_feat, local_feat) if config.ldm_loss_weight > 0 else None,
     )
 
 
-def mutual_loss(config: Config, own: Shown, others: Sequence[Shown]) -> tuple[Tensor, Figures]:
+def mutual_loss(config: Config, own: PeerOutputs, others: Sequence[PeerOutputs]) -> tuple[Tensor, Figures]:
     """Weighted sum of a model's mutual losses, each the mean over the other models, and their figures.
 
     Deep mutual learning, arXiv:1706.00384, section 3.2; on distances arXiv:1711.08184, section 3.2.

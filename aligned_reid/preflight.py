@@ -68,7 +68,9 @@ def open_images(config: Config, reads_images: bool) -> tuple[TestImages, TrainIm
             pad_crop=config.pad_crop,
             erase_prob=config.erase_prob,
         )
-        IdentityBatchSampler(train.person_ids, config.ids_per_batch, config.ims_per_id, config.train_final_batch, seed=0)
+        IdentityBatchSampler(
+            train.person_ids, config.ids_per_batch, config.ims_per_id, config.train_final_batch, seed=0
+        )
     try:
         check_protocol(test.person_ids, test.cameras, test.marks)
     except InputError as error:

@@ -11,14 +11,9 @@ from aligned_reid.config import Config
 
 def main() -> None:
     config = Config.from_arguments()
-    if config.repeat > 1:
-        from aligned_reid.repeat import repeat
+    from aligned_reid.run import run  # importing torch takes seconds; a mistyped flag is reported before
 
-        repeat(config)
-    else:
-        from aligned_reid.run import run  # after parsing: torch takes seconds to import
-
-        run(config)
+    run(config)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,11 @@ def check_device_name(device: str) -> None:
         raise InputError(f"--device {device}: unknown kind of device; choose auto, {', '.join(ACCELERATORS)}")
 
 
-def open_accelerator(
-    device: str, index: int | None, local_rank: int, *, amp_backend: str = "auto", **modes: bool
-) -> Accelerator:
+def open_accelerator(device: str, index: int | None, local_rank: int, **modes: bool) -> Accelerator:
     """The accelerator that --device and --npu name; "auto" takes the first available of npu, cuda, cpu.
 
-    index: device index; None: the process's local rank. amp_backend: "apex" is Huawei's, "native" and "auto" are
-    torch's own. modes: the fields of Modes. Raises InputError with the reason if it cannot be used.
+    index: device index; None: the process's local rank. modes: the fields of Modes. Raises InputError with the reason
+    if it cannot be used.
     """
     check_device_name(device)
     kinds = list(ACCELERATORS) if device == "auto" else [device]
@@ -40,13 +38,12 @@ def open_accelerator(
         raise InputError(f"--npu {index}: only the CPU is available ({'; '.join(filter(None, reasons.values()))})")
     if name != "cpu" and index >= kind.count():
         raise InputError(f"device {name}:{index} is not there: this machine has {kind.count()} (numbers from 0)")
-    if amp_backend == "apex":
+    if modes.get("apex"):
         reason = why_no_apex() if name == "npu" else f"it is for NPUs, and the device is {name}"
         if reason:
-            raise InputError(f"--amp_backend apex: {reason}; use --amp_backend native")
-        modes["apex"] = True
+            raise InputError(f"--amp apex: {reason}; use --amp O1")
     if modes.get("tf32") and not kind.tf32_name:
-        raise InputError(f"--tf32 true: {name} has no reduced float32 (TF32 is CUDA's, HF32 the NPU's)")
+        raise InputError(f"--amp tf32: {name} has no reduced float32 (TF32 is CUDA's, HF32 the NPU's)")
     if modes.get("compiled") and (reason := kind.why_not_compilable()):
         raise InputError(f"--compile true: {reason}")
     try:

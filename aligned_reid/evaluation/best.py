@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from aligned_reid.config import Config
@@ -23,29 +22,35 @@ class Best:
     """Evaluates every `--eval_every` epochs, by global distance only, and keeps the best model of them."""
 
     def __init__(
-        self, config: Config, images: TestImages, accelerator: Accelerator, world: World, log: Log, folder: Path
+        self,
+        config: Config,
+        images: TestImages,
+        accelerator: Accelerator,
+        world: World,
+        log: Log,
+        trained_on: dict[str, list[str]],
     ) -> None:
-        self.config, self.images = config, images
+        """trained_on: see data.identities.identity_record."""
+        self.config, self.images, self.trained_on = config, images, trained_on
         self.accelerator, self.world, self.log = accelerator, world, log
-        self.path = folder / BEST_NAME
-        self.trained_on: dict[str, list[str]] = {}  # see data.identities
+        self.path = config.run_dir / BEST_NAME
         self.record: dict[str, Any] | None = None  # epoch, rank1, mAP of the best; known to rank 0
 
     def resume(self) -> None:
-        """Go on from the run folder's best.pth, if one is there and whole."""
-        if not (self.world.is_main and self.path.is_file()):
+        """Continue from the run folder's best.pth, if --eval_every is on and the file is intact."""
+        if not (self.config.eval_every and self.world.is_main and self.path.is_file()):
             return
         try:
             content = read_weight_file(self.path)
             self.record = {"epoch": int(content["epoch"]), **content["scores"]}
         except (InputError, KeyError, TypeError, ValueError) as error:
-            self.log(f"{self.path} is not gone on from ({error}): the best model is sought anew")
+            self.log(f"{self.path} cannot be continued ({error}): the search for the best model starts again")
 
     def after_epoch(self, model: AlignedReID, epoch: int) -> None:
-        """Evaluate where that is due; every rank calls it. The training after it has the bits of one without it."""
+        """Evaluate if due; every rank calls it. The training that follows has the same bits as without it."""
         if not self.config.eval_every or epoch % self.config.eval_every:
             return
-        states = random_states(self.accelerator)  # a loader draws from them
+        states = random_states(self.accelerator)  # the loader of test images draws from them
         take_from_main(model.buffers())  # the batch norm statistics that the checkpoint holds
         features = extract_features(
             model,

@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from aligned_reid.config import Config
+from aligned_reid.config import Config, names_affecting
 from aligned_reid.data.dataset import TestImages
 from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World
 from aligned_reid.errors import InputError
-from aligned_reid.evaluation.extract import FeatureSet, extract_features
+from aligned_reid.evaluation.extract import extract_features
 from aligned_reid.evaluation.protocol import Measures, evaluate_features
-from aligned_reid.flags import format_value
+from aligned_reid.flags import TEST, format_value
 from aligned_reid.model import AlignedReID, open_model
 from aligned_reid.training.log import Log
 from aligned_reid.weights import settings_of
 
 SCORE_NAMES = ("global", "global_re_ranked", "local", "local_re_ranked", "global_local", "global_local_re_ranked")
-TEST_SETTINGS = (  # what belongs to a model's weights when it is tested
-    "resize_h_w",
-    "last_stride",
-    "pooling",
-    "bnneck",
-    "feature_after_bn",
-    "normalize_feature",
-    "test_distance",
-    "flip_test",
-)
-SetScores = dict[str, dict[str, Any]]  # by the data set's name: scores by distance, None where not measured
 
 
 def settle_test(config: Config, content: Any, log: Log) -> Config:
-    """The config with TEST_SETTINGS as the run had them that wrote a weight file's `content`; given flags stay.
+    """The config with the test options of a weight file's `content`; explicitly given flags stay.
 
-    Raises InputError where the feature after a neck is asked for, and neither the file nor a flag speaks of one.
+    Raises InputError if the feature after a neck is asked for, but neither the file nor a flag says there is a neck.
     """
     settings = settings_of(content)
-    trained = {name: settings[name] for name in TEST_SETTINGS if name in settings}
+    trained = {name: settings[name] for name in names_affecting(TEST) if name in settings}
     if "resize_h_w" in trained:
         trained["resize_h_w"] = tuple(trained["resize_h_w"])
     differing = {name: value for name, value in trained.items() if value != getattr(config, name)}
@@ -52,7 +41,7 @@ def settle_test(config: Config, content: Any, log: Log) -> Config:
         log("the weights were trained at --resize_h_w={} and are tested at {}".format(*sizes))
     if config.feature_after_bn and not config.bnneck:
         raise InputError(
-            "--feature_after_bn needs weights with a neck; where their file does not say so, give --bnneck true"
+            "--feature_after_bn needs weights with a neck; if their file does not say so, add --bnneck true"
         )
     return config
 
@@ -75,13 +64,13 @@ def measures_of(config: Config, *, re_ranked: bool = True) -> Measures:
     return Measures(
         config.normalize_feature or config.test_distance == "cosine",
         re_ranked=re_ranked,
-        multi_query_pool=config.multi_query_pool if config.multi_query else "",
+        multi_query_pool="average" if config.multi_query else "",
     )
 
 
-def measure(
+def evaluate_models(
     models: Sequence[AlignedReID],
-    tests: Mapping[str, TestImages],
+    images: TestImages,
     config: Config,
     world: World,
     accelerator: Accelerator,
@@ -89,53 +78,34 @@ def measure(
     *,
     local: bool,
 ) -> dict[str, Any]:
-    """What results.json has of the test, on rank 0: empty on the others.
+    """The scores in results.json, on rank 0; empty on other ranks.
 
-    The scores of the first model on the first data set; under "datasets" its scores on each, where there are several;
-    under "models" the same of each model, where there are several. All features are extracted before any are compared:
-    no rank waits in a collective for rank 0 to rank.
+    The first model's scores by distance, None if not evaluated; "models" has those of each of several models. All
+    features are extracted first, so that no rank waits in a collective while rank 0 ranks.
     """
     start = time.monotonic()
+    images = images.at_size(config.resize_h_w)
     features = [
-        {
-            name: extract_features(
-                model.to(accelerator.device),
-                images.at_size(config.resize_h_w),
-                accelerator,
-                world,
-                local=local,
-                workers=config.workers,
-                flip=config.flip_test,
-            )
-            for name, images in tests.items()
-        }
+        extract_features(
+            model.to(accelerator.device),
+            images,
+            accelerator,
+            world,
+            local=local,
+            workers=config.workers,
+            flip=config.flip_test,
+        )
         for model in models
     ]
     if not world.is_main:
         return {}
     seconds = time.monotonic() - start
-    num_images = len(models) * sum(map(len, tests.values()))
+    num_images = len(models) * len(images)
     log(f"features of {num_images:,} images in {seconds:.1f}s ({num_images / seconds:.1f} images/s)")
-    measures = measures_of(config)
     results: list[dict[str, Any]] = []
-    for number in range(len(models), 0, -1):  # the first one last: tools read the log's last line
+    for number in range(len(models), 0, -1):  # the first model last: tools read the log's last line
         if len(models) > 1:
             log(f"Model {number} of {len(models)}")
-        scores = evaluate_sets(features[number - 1], tests, log, measures)
-        results.insert(0, {**next(iter(scores.values())), **({"datasets": scores} if len(scores) > 1 else {})})
+        scores = evaluate_features(features[number - 1], images, log, measures_of(config))
+        results.insert(0, {**dict.fromkeys(SCORE_NAMES), **scores})
     return {**results[0], **({"models": results} if len(models) > 1 else {}), "extract_seconds": seconds}
-
-
-def evaluate_sets(
-    features: Mapping[str, FeatureSet], tests: Mapping[str, TestImages], log: Log, measures: Measures
-) -> SetScores:
-    """The scores of each data set by its name, in their order; those that were not measured are None.
-
-    The first set, whose scores are the run's, is evaluated last: tools read the log's last line.
-    """
-    scores: SetScores = {name: dict.fromkeys(SCORE_NAMES) for name in tests}
-    for name in reversed(list(tests)):
-        if len(tests) > 1:
-            log(f"Data set {name}")
-        scores[name].update(evaluate_features(features[name], tests[name], log, measures))
-    return scores

@@ -1,4 +1,4 @@
-"""The run's ckpt.pth: everything that `--resume` goes on from, written whole or not at all."""
+"""The run's ckpt.pth: everything that `--resume` needs, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +17,12 @@ from aligned_reid.config import Config
 from aligned_reid.device import Accelerator
 from aligned_reid.distributed import from_rank, group_size
 from aligned_reid.errors import InputError
+from aligned_reid.flags import TRAINING
+from aligned_reid.training.learner import Learner
 from aligned_reid.weights import CHECKPOINT_NAME, PREVIOUS_NAME, read_weight_file
 
 FORMAT = 1
 WRITING_SHARE = 0.1  # of a run's time at most goes into writing checkpoints
-
-
-class Learns(Protocol):
-    """What a checkpoint holds the state of: a training.learner.Learner."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Checkpoints:
@@ -36,31 +31,28 @@ class Checkpoints:
     def __init__(
         self,
         folder: Path,
-        learners: Sequence[Learns],
+        learners: Sequence[Learner],
         accelerator: Accelerator,
-        *,
-        writes: bool = True,
+        job: dict[str, str],
+        trained_on: dict[str, list[str]],
     ) -> None:
-        """writes: whether this process writes what `save` collects; others may have a part in that."""
-        self.writes = writes
+        """job: identifies the launch, see distributed.World. trained_on: see data.identities."""
         self.path = folder / CHECKPOINT_NAME
         self.learners, self.accelerator = learners, accelerator
-        self.newest_is_good = True  # else it may not take the place of the one before it
-        self.job: dict[str, str] = {}  # who writes; see rendezvous.job_of
-        self.trained_on: dict[str, list[str]] = {}  # see data.identities
+        self.job, self.trained_on = job, trained_on
+        self.newest_is_good = True  # a damaged file must not replace the one before it
         self.last_end, self.last_duration = -float("inf"), 0.0
 
     def is_due(self) -> bool:
-        """Whether writing now keeps to WRITING_SHARE: an epoch of seconds shall not wait for each of its files."""
+        """Whether writing now keeps to WRITING_SHARE: short epochs are not all followed by a checkpoint."""
         return time.monotonic() - self.last_end >= self.last_duration / WRITING_SHARE
 
     def save(
         self, epoch: int, config: Config, step: int = 0, meters: dict[str, Any] | None = None, seconds: float = 0.0
     ) -> None:
-        """Write the state after `epoch`, and `step` steps of the next with its `meters`; it took `seconds`.
+        """Write the state after `epoch` and `step` steps of the next, whose sums are `meters`; it took `seconds`.
 
-        The former file stays beside it, as ckpt.previous.pth. Raises OSError where that fails, and then the former file
-        is still there.
+        The previous file stays as ckpt.previous.pth. Raises OSError if writing fails; then the previous file is intact.
         """
         start = time.monotonic()
         content = {
@@ -78,24 +70,23 @@ class Checkpoints:
             "job": self.job,
             "trained_on": self.trained_on,
         }
-        if self.writes:
-            write_atomically(self.path, content, self.path.with_name(PREVIOUS_NAME) if self.newest_is_good else None)
+        write_atomically(self.path, content, self.path.with_name(PREVIOUS_NAME) if self.newest_is_good else None)
         self.newest_is_good = True
         self.last_end = time.monotonic()
         self.last_duration = self.last_end - start
 
     def made_on(self) -> dict[str, Any]:
-        """What a resumed run has to share with the one before it, to end with the same bits."""
+        """What a resumed run must have in common with the interrupted one to end with the same bits."""
         return {"num_processes": group_size(), "device": self.accelerator.device.type}
 
     def load(self, config: Config) -> LastGood:
-        """Bring model, optimiser, scaler and random states to those of the last good file; returns that.
+        """Restore model, optimizer, scaler and random states from the last good file, and return it.
 
-        Rank 0 reads it and the others get it from there: their machines need not see its folder. Raises InputError
-        where there is none, or it belongs to another model than `config`, the run's, gives.
+        Rank 0 reads it and sends it to the others, whose machines need not see its folder. Raises InputError if there
+        is none, or if it is of another model than `config` gives.
         """
-        content, path, damage = from_rank(0, lambda: read_content(self.path.parent), self.accelerator.device)
-        last = LastGood(content, Path(path), damage)
+        last: LastGood = from_rank(0, lambda: read_last_good(self.path.parent), self.accelerator.device)
+        content = last.content
         self.newest_is_good = not last.damage
         try:
             states = [content, *content.get("other_models", [])]
@@ -104,28 +95,28 @@ class Checkpoints:
             for learner, state in zip(self.learners, states, strict=True):
                 learner.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError) as error:
-            changed, _ = config.differences_by_effect(content.get("config", {}))
+            changed = config.differences(content.get("config", {}), TRAINING)
             reason = "; ".join(changed) or " ".join(str(error).split())[:160]
             raise InputError(
                 f"{last.path} is of another model or other losses than the flags give ({reason}): repeat that run's "
-                "flags, or start anew from its weights, with --model_weight_file in the place of --resume"
+                "flags, or start a new run from its weights with --model_weight_file instead of --resume"
             ) from error
         set_random_states(content["random"], self.accelerator)
         return last
 
 
 class LastGood(NamedTuple):
-    """A checkpoint that --resume goes on from."""
+    """A checkpoint to resume from."""
 
     content: dict[str, Any]
     path: Path
-    damage: str  # what is wrong with the newest; empty where this is it
+    damage: str  # what is wrong with the newest one; empty if this is it
 
 
 def read_last_good(folder: Path) -> LastGood:
-    """The run folder's newest checkpoint, or the one before it where that is damaged.
+    """The run folder's newest checkpoint, or the one before it if that is damaged.
 
-    Raises InputError where neither can be gone on from.
+    Raises InputError if neither can be resumed from.
     """
     newest, previous = folder / CHECKPOINT_NAME, folder / PREVIOUS_NAME
     try:
@@ -139,21 +130,15 @@ def read_last_good(folder: Path) -> LastGood:
     try:
         return LastGood(as_run(read_weight_file(previous), previous), previous, damage)
     except InputError as error:
-        raise InputError(f"no checkpoint to go on from: {damage}; {error}") from error
-
-
-def read_content(folder: Path) -> list[Any]:
-    """`read_last_good` in what torch.save and weights_only know."""
-    last = read_last_good(folder)
-    return [last.content, str(last.path), last.damage]
+        raise InputError(f"no checkpoint to resume from: {damage}; {error}") from error
 
 
 class NotARun(InputError):
-    """A whole file, which is not one of ours."""
+    """An undamaged file that is not a checkpoint of this library."""
 
 
 def on_host(value: Any) -> Any:
-    """Nested dicts and lists with every tensor on the CPU: a file of a device's tensors may need its package."""
+    """Nested dicts and lists with every tensor on the CPU: loading a device's tensors may need its package."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):
@@ -164,16 +149,16 @@ def on_host(value: Any) -> Any:
 
 
 def as_run(content: Any, path: Path) -> dict[str, Any]:
-    """The content of a checkpoint that this library wrote; raises NotARun where it is none."""
+    """The content of a checkpoint that this library wrote. Raises NotARun for any other file."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise NotARun(f"{path} holds no run that --resume could go on from: use it as --model_weight_file")
+        raise NotARun(f"{path} holds no run to resume: use it as --model_weight_file")
     return content
 
 
 def write_atomically(path: Path, content: Any, previous: Path | None = None) -> None:
-    """torch.save into a file beside `path`, then rename: `path` is the old or the new content, never a part of one.
+    """torch.save into a file beside `path`, then rename it: `path` never holds a part of a file.
 
-    previous: the name that the old content keeps. There is a whole file under one of the names at any moment.
+    previous: a name to keep the old content under. One of the two names holds a whole file at any moment.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -184,7 +169,7 @@ def write_atomically(path: Path, content: Any, previous: Path | None = None) -> 
         if previous is not None and path.is_file():
             keep_as(path, previous)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch puts a RuntimeError in front of a full disk's
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk's error in a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__
@@ -193,7 +178,7 @@ def write_atomically(path: Path, content: Any, previous: Path | None = None) -> 
 
 
 def keep_as(path: Path, name: Path) -> None:
-    """Give a file a second name, which another file may have had; where links cannot be made, this name instead."""
+    """Link a file to a second name, replacing what has it; without hard links, rename the file to it."""
     link = name.with_name(name.name + ".tmp")
     try:
         link.unlink(missing_ok=True)
@@ -229,7 +214,7 @@ def random_states(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any], accelerator: Accelerator) -> None:
-    """Undo `random_states`; a state of another kind of device is left out."""
+    """Undo `random_states`; another kind of device's state is skipped."""
     torch.set_rng_state(states["torch"])
     device_state = accelerator.random_state()
     if device_state is not None and device_state.shape == states["device"].shape:
@@ -238,3 +223,41 @@ def set_random_states(states: dict[str, Any], accelerator: Accelerator) -> None:
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal.tolist()), gauss))
+
+
+def describe_resume(config: Config, last: LastGood, made_on: dict[str, Any]) -> list[str]:
+    """Lines for the log: what the run resumes from, and what may make it end differently.
+
+    made_on: this run's processes and device, see `Checkpoints.made_on`.
+    """
+    lines = [f"{last.damage}: the checkpoint before it is used"] if last.damage else []
+    step = last.content.get("step", 0)
+    in_epoch = f" and step {step} of the next" if step else ""
+    lines.append(f"resumed from {last.path} after epoch {last.content['epoch']}{in_epoch}")
+    before = last.content.get("made_on", made_on)
+    names = {"num_processes": "processes", "device": "device"}
+    changed = [f"{names[key]} {before[key]} -> {value}" for key, value in made_on.items() if before[key] != value]
+    if changed:
+        lines.append(f"{', '.join(changed)}: from here on the run is no longer bit-exact")
+    matter = config.differences(last.content["config"], TRAINING)
+    if matter:
+        lines.append(f"flags that differ from the checkpoint's and change the result: {'; '.join(matter)}")
+    others = [line for line in config.differences(last.content["config"]) if line not in matter]
+    others = [line for line in others if not line.startswith("resume:")]
+    if others:
+        lines.append(f"flags that differ from the checkpoint's and do not affect training: {'; '.join(others)}")
+    return lines
+
+
+def first_step(content: dict[str, Any], config: Config, num_processes: int, num_steps: int) -> int:
+    """How many steps of the next epoch, of `num_steps` now, the checkpoint has done.
+
+    If a step now has another number of batches, or other processes share the identities, as many steps as show the same
+    share of the identities.
+    """
+    step = int(content.get("step", 0))
+    step = step * content.get("config", {}).get("accumulate", config.accumulate) // config.accumulate
+    before = content.get("made_on", {}).get("num_processes", num_processes)
+    if config.id_sampling == "sharded" and before != num_processes:
+        step = step * before // num_processes
+    return min(step, num_steps)

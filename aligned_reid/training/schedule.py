@@ -1,11 +1,9 @@
-"""Learning rate schedules; epochs count from 1. The reference's rates hold for a whole epoch, others move by steps."""
+"""Learning rate schedules. Epochs count from 1; the reference's rates change per epoch, warm-up and cosine per step."""
 
 import math
 from collections.abc import Sequence
 
 from aligned_reid.config import Config
-
-LR_SCALE_POWERS = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}
 
 
 def exp_decay(epoch: int, base_lr: float, total_epochs: int, decay_at: int) -> float:
@@ -37,13 +35,10 @@ def warm_up(done: float, warmup_epochs: int, start: float = 0.01) -> float:
     return start + (1 - start) * done / warmup_epochs if done < warmup_epochs else 1.0
 
 
-def learning_rate(epoch: int, config: Config, num_processes: int = 1, share_done: float = 0.0) -> float:
-    """The learning rate that the run's settings give in `epoch`, `share_done` of whose steps are done.
-
-    Scaled by the number of processes as the settings say (arXiv:1706.02677, section 2.1).
-    """
+def learning_rate(epoch: int, config: Config, share_done: float = 0.0) -> float:
+    """The learning rate that the run's settings give in `epoch`, `share_done` of whose steps are done."""
     done = epoch - 1 + share_done
-    base_lr = config.base_lr * num_processes ** LR_SCALE_POWERS[config.lr_scale] * warm_up(done, config.warmup_epochs)
+    base_lr = config.base_lr * warm_up(done, config.warmup_epochs)
     if config.lr_decay_type == "cosine":
         return cosine(done, base_lr, config.total_epochs)
     if config.lr_decay_type == "exp":
