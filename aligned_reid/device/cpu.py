@@ -13,8 +13,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def keep_freed_memory() -> None:
     """Make glibc keep the memory of freed tensors for the next step, instead of returning it to the system.
 
-    Otherwise the system zeroes the activations' pages anew in each step. Peak memory grows by up to 18 %. Other C
-    libraries are left as they are.
+    Otherwise the system zeroes the pages of the activations anew in each step: without this a ResNet-50 step of 32
+    images of 256 x 128 took 20 to 40 % longer. Peak memory grows by up to 20 %. Other C libraries are left as they are.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

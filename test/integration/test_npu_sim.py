@@ -27,7 +27,7 @@ SMALL = (
     "-llw=1",
     "-idlw=1",
 )
-# What crosses to the host in a step: the scaler's scale, which shows an overflow, and numbers that are read.
+# What a step copies to the host: whether a gradient overflowed, the loss scale, and the loss of an earlier step.
 TO_HOST = re.compile(r"_local_scalar_dense|_copy_from\[npu to cpu\]")
 SCALE_IN_FLOAT64 = {"aten::_copy_from[float64]", "aten::reciprocal[float64]"}  # one number, in torch's scaler
 WAITS = re.compile(r"nonzero|masked_select|unique|aten::index$|index_put")  # shapes that depend on values
@@ -93,7 +93,7 @@ def test_float32_equals_the_cpu_and_the_step_stays_on_the_device(train):
     assert step["aten::convolution_backward_overrideable"] == 54
     assert {name for name in step if "float64" in name} <= SCALE_IN_FLOAT64
     assert not [name for name in step if WAITS.search(name)]
-    assert sum(count for name, count in step.items() if TO_HOST.search(name)) <= 2, step
+    assert sum(count for name, count in step.items() if TO_HOST.search(name)) <= 3, step
 
 
 def operators_in(text):
@@ -186,4 +186,4 @@ def test_the_strong_recipe_stays_on_the_device(train):
     assert [float(loss) for loss in npu.losses] == pytest.approx([float(loss) for loss in cpu.losses], rel=1e-3)
     step = npu.reports[0]["steps"][4]
     assert not [name for name in step if WAITS.search(name)]
-    assert sum(count for name, count in step.items() if TO_HOST.search(name)) <= 2, step
+    assert sum(count for name, count in step.items() if TO_HOST.search(name)) <= 3, step
