@@ -11,7 +11,8 @@ import cv2
 import pytest
 
 from aligned_reid.config import Config
-from aligned_reid.data import TestImages, check_protocol, make_synthetic, open_data
+from aligned_reid.data import TestImages, make_synthetic, open_data
+from aligned_reid.data.checks import check_protocol
 from aligned_reid.export import InferenceGraph, export_onnx
 from aligned_reid.model import AlignedReID
 
