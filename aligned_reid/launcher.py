@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -76,7 +77,8 @@ def run_agent(arguments: Sequence[str], options: dict[str, Any], folder: str) ->
     except ChildFailedError as error:
         return explain(error.failures, Path(folder, rank_program.MISTAKE_NAME))
     except multiprocessing.SignalException as error:
-        return 128 + error.sigval, ""
+        files = sorted(Path(folder).rglob("error.json"))
+        return 128 + error.sigval, json.loads(files[-1].read_text())["message"]["message"] if files else ""
     except (RuntimeError, OSError, ValueError) as error:
         return 1, f"the ranks could not start: {error}"
     finally:
@@ -100,8 +102,8 @@ def explain(failures: Mapping[int, Any], mistake: Path) -> tuple[int, str]:
     status, message = failures[rank].exitcode, failures[rank].error_file_data["message"]
     if status < 0:
         return 128 - status, f"rank {rank} on {host} was killed by {failures[rank].signal_name()}"
-    reason = f": {message['message']}" if isinstance(message, dict) else ""  # there may be no error file
-    return status, f"rank {rank} on {host} ended with status {status}{reason}"
+    reason = message["message"] if isinstance(message, dict) else "see its log"  # there may be no error file
+    return status, f"rank {rank} on {host} ended with status {status}: {reason}"
 
 
 def free_port() -> int:

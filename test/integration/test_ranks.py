@@ -1,5 +1,6 @@
 """A rank that dies or hangs ends the whole run in bounded time and is named; restarted ranks resume by themselves."""
 
+import os
 import re
 import subprocess
 import sys
@@ -157,7 +158,8 @@ def test_two_machines_restart_together(job, whole, rank):
     flags = ["--nproc=1", "--nnodes=2", "--addr=127.0.0.1", f"--port={port}", "--max_restarts=2"]
     program = job.program("kill", rank, 4, "--total_epochs=3", "--checkpoint_every_steps=1", "--timeout=60")
     commands = [[sys.executable, LAUNCH, *flags, f"--node_rank={node}", *program] for node in range(2)]
-    machines = [subprocess.Popen(list(map(str, command)), cwd=job.folder) for command in commands]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // 2))}  # as `whole`'s
+    machines = [subprocess.Popen(list(map(str, command)), cwd=job.folder, env=environment) for command in commands]
     assert [machine.wait(120) for machine in machines] == [0, 0]
     assert job.attempts == 2
     assert same(job.weights(), whole)
