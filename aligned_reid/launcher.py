@@ -54,10 +54,7 @@ def launch(
 
 
 def run_agent(arguments: Sequence[str], options: dict[str, Any], folder: str) -> tuple[int, str]:
-    """Run Python with `arguments` as ranks; returns the exit status and, after a failure, the reason.
-
-    options: of torch's LaunchConfig. folder: for the ranks' error files.
-    """
+    """Run Python as ranks, `options` being LaunchConfig's; returns the exit status and the reason of a failure."""
     import torch
     from torch.distributed.elastic import multiprocessing
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
