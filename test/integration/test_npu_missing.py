@@ -91,9 +91,7 @@ def test_every_other_way_to_start_says_why(broken, tiny_data, tmp_path):
     train = [ROOT / "script" / "train.py", *flags, "--device=npu"]
     launched = python(ROOT / "script" / "launch.py", "--nproc=2", f"--log_dir={tmp_path}/logs", *train, **environment)
     assert launched.returncode == 2
-    lines = launched.stderr.splitlines()
-    assert any(line.endswith(f"--device npu: {reason}; use --device auto, or cpu") for line in lines), lines
-    assert "Traceback" not in launched.stderr
+    assert f"--device npu: {reason}" in launched.stderr and launched.stderr.count("\n") == 1
 
     options = (f"--data_path={tiny_data}", "--ids_per_batch=4", "--pretrained=none", "--resize_h_w=64,32")
     for wrapper in ("train_performance_1p.sh", "train_full_8p.sh"):
