@@ -186,13 +186,6 @@ def gather_with_own(own: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def largest_over_ranks(value: Tensor) -> Tensor:
-    """Element-wise maximum of a tensor over all ranks; the tensor itself in a run of one process."""
-    if is_grouped():
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value
-
-
 def from_rank(rank: int, read: Callable[[], Any], device: torch.device) -> Any:
     """What `read` returns on `rank`, on all ranks. Its tensors have to be on the CPU; `device` is the backend's."""
     if not is_grouped():

@@ -115,17 +115,17 @@ def run_lock(config: Config, world: World) -> AbstractContextManager[None]:
 @contextmanager
 def run_folder(config: Config, world: World) -> Iterator[Log]:
     """The run's log. An earlier run's files in the folder are renamed, so that nothing is lost."""
-    folder = config.run_dir
-    log = Log(folder if world.is_main and config.log_to_file else None, is_main=world.is_main)
+    folder, renamed = config.run_dir, []
     if world.is_main and not config.resume:
         earlier = [folder / RESULTS_NAME, folder / CONFIG_NAME]
         if not config.only_test:
             names = (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME, SAFETENSORS_NAME, "log.txt", "tensorboard")
             earlier += [folder / name for name in names] + sorted(folder.glob("model_?.safetensors"))
         renamed = [path.name for path in map(set_aside, earlier) if path]
-        if renamed:
-            log(f"files of an earlier run in {folder} are kept as {', '.join(renamed)}")
         write_json(folder / CONFIG_NAME, config.to_dict())  # of a resumed run: once it is known to fit
+    log = Log(folder if config.log_to_file else None, is_main=world.is_main)
+    if renamed:
+        log(f"files of an earlier run in {folder} are kept as {', '.join(renamed)}")
     try:
         yield log
     finally:

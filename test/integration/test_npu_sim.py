@@ -101,26 +101,26 @@ def operators_in(text):
     return {one.rsplit(maxsplit=1)[0] for one in " ".join(text.split()).split(", ")}
 
 
-@pytest.mark.parametrize("backend", ["native", "apex"])
-def test_mixed_precision(train, backend, tmp_path):
-    run = train(backend, f"--amp_backend={backend}", "--total_epochs=2")
-    if backend == "native":
+@pytest.mark.parametrize("amp", ["O1", "apex"])
+def test_mixed_precision(train, amp, tmp_path):
+    run = train(amp, f"--amp={amp}", "--total_epochs=2")
+    if amp == "O1":
         section = (ROOT / "docs" / "ascend.md").read_text().split("## The operators of a step")[1].split("\n\n")
         listed = next(part for part in section if part.startswith("    "))
-        done = run_script(SIMULATION / "operators_of_step.py", tmp_path / f"report_{backend}.0.json")
+        done = run_script(SIMULATION / "operators_of_step.py", tmp_path / f"report_{amp}.0.json")
         assert operators_in(done.out) == operators_in(listed)
         assert {name for name in run.reports[0]["steps"][3] if "float64" in name} == SCALE_IN_FLOAT64
     assert float(run.losses[-1]) < float(run.losses[0])
-    assert f"float16{' by apex' if backend == 'apex' else ''}" in run.results["device"]
+    assert f"float16{' by apex' if amp == 'apex' else ''}" in run.results["device"]
     saved = torch.load(run.folder / "ckpt.pth", weights_only=True)
     assert saved["scaler"]["scale"] == 128.0
-    if backend == "apex":
+    if amp == "apex":
         assert run.reports[0]["apex"] == {"opt_level": "O1", "loss_scale": 128.0, "combine_grad": True}
 
 
 @pytest.mark.slow
 def test_modes_reach_the_device_and_the_log(train):
-    flags = ("--tf32=true", "--deterministic=true", "--compile=true", "--profile=1", "--amp=O0", "--total_epochs=2")
+    flags = ("--amp=tf32", "--deterministic=true", "--compile=true", "--profile=1", "--total_epochs=2")
     run = train("modes", *flags, NPU_SIM_COMPILER="1")
     assert "float32, HF32 convolutions, deterministic, compiled by npu, torch" in run.results["device"]
     (report,) = run.reports
@@ -143,18 +143,18 @@ def test_a_run_resumes_on_either_device(train, first, second):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["native", "apex"])
-def test_an_overflow_skips_the_step_and_is_logged(train, backend):
-    static = train("static", f"--amp_backend={backend}", "--loss_scale=1e9", "--total_epochs=1")
+@pytest.mark.parametrize("amp", ["O1", "apex"])
+def test_an_overflow_skips_the_step_and_is_logged(train, amp):
+    static = train("static", f"--amp={amp}", "--loss_scale=1e9", "--total_epochs=1")
     assert static.finished.out.count("a gradient is not finite, step skipped (loss scale 1e+09)") == 3
-    dynamic = train("dynamic", f"--amp_backend={backend}", "--loss_scale=dynamic", "--total_epochs=1")
+    dynamic = train("dynamic", f"--amp={amp}", "--loss_scale=dynamic", "--total_epochs=1")
     scale = torch.load(dynamic.folder / "ckpt.pth", weights_only=True)["scaler"]["scale"]
     skipped = dynamic.finished.out.count("step skipped")
     assert scale == 2.0 ** (16 - skipped)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [("--amp=O0",), ("--amp_backend=native",), ("--amp_backend=apex",)])
+@pytest.mark.parametrize("flags", [("--amp=O0",), ("--amp=O1",), ("--amp=apex",)])
 def test_two_devices(train, flags):
     run = train("two", *flags, "--total_epochs=2", nproc=2)
     assert [report["device"] for report in run.reports] == [0, 1]
@@ -169,9 +169,9 @@ def test_two_devices(train, flags):
 
 
 @pytest.mark.slow
-def test_models_apart_equal_models_on_one_device(train):
+def test_models_on_a_device_each_equal_models_on_one(train):
     flags = ("--num_models=2", "-gdmlw=1", "-pmlw=0.5", "--amp=O0", "--total_epochs=1")
-    apart = train("apart", *flags, "--models_apart=true")
+    apart = train("apart", *flags, "--npu=0,1")
     together = train("together", *flags, device="cpu")
     assert apart.losses == together.losses
     for one, other in zip(apart.results["models"], together.results["models"], strict=True):

@@ -142,8 +142,8 @@ def test_only_huaweis_apex_is_accepted(tmp_path, monkeypatch, kind):
 
 
 def test_apex_is_refused_on_other_devices():
-    with pytest.raises(InputError, match="--amp_backend apex: .*cpu"):
-        open_accelerator("cpu", None, 0, amp_backend="apex")
+    with pytest.raises(InputError, match="--amp apex: .*cpu"):
+        open_accelerator("cpu", None, 0, apex=True)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_tf32_applies_to_convolutions_only(monkeypatch, fake_cuda, tf32):
     assert torch.backends.cudnn.allow_tf32 is tf32
     assert torch.backends.cuda.matmul.allow_tf32 is False  # distances are matrix products
     assert ("float32, TF32 convolutions" in gpu.describe()) is tf32
-    with pytest.raises(InputError, match="--tf32 true: cpu"):
+    with pytest.raises(InputError, match="--amp tf32: cpu"):
         open_accelerator("cpu", None, 0, tf32=True)
 
 

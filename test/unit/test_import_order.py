@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).resolve().parents[2] / "aligned_reid"
 # In the direction that data flows. A file belongs to the most specific room that fits its name.
 LINE = """
 errors stop lock cli recipes flags config distributed device
-data.partitions data.transforms data.prepare data
+data.plain_pickle data.partitions data.transforms data.prepare data
 distance losses weights model objective training evaluation
-preflight run export launcher synthetic
+preflight run export rank launcher synthetic
 """
 ROOMS = LINE.split()
 
