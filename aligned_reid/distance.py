@@ -1,8 +1,8 @@
 """Euclidean and aligned distance: pure, differentiable functions on tensors of any device.
 
-Both run in at least float32, whatever the autocast type, because a difference of squares in half precision loses the
-very digits that mining compares; float64 stays float64. No shape depends on a value and no boolean mask selects
-elements, so that nothing here makes a device wait for the host.
+Both compute in at least float32, even under autocast: a difference of squares in half precision loses the digits that
+mining compares. float64 stays float64. No shape depends on a value and no boolean mask selects elements, so the device
+never waits for the host.
 
 Aligned distance: Zhang et al., "AlignedReID: Surpassing Human-Level Performance in Person Re-Identification",
 arXiv:1711.08184, section 3.1.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aligned_reid.errors import InputError
 
-# Squared distances are clamped here before the square root, whose slope at 0 is infinite.
+# Lower bound of squared distances before the square root, whose slope at 0 is infinite.
 MIN_SQUARED_DISTANCE = 1e-12
 
 
@@ -23,12 +23,12 @@ class AlignmentPath(NamedTuple):
     """The cheapest way to match the stripes of two images from top to bottom."""
 
     cells: list[tuple[int, int]]  # stripe pairs (i, j) from (0, 0) to (H - 1, G - 1)
-    cost: Tensor  # [H, G], the cost of each stripe pair, in [0, 1)
-    distance: Tensor  # [], the sum of the costs on the path: the aligned distance
+    cost: Tensor  # [H, G], cost of each stripe pair, in [0, 1)
+    distance: Tensor  # [], the aligned distance: the sum of the costs on the path
 
 
 def normalize(x: Tensor, dim: int = -1) -> Tensor:
-    """x at unit length along `dim`: x / (||x|| + 1e-12), same shape."""
+    """Scale x to unit length along `dim`: x / (||x|| + 1e-12), same shape."""
     (x,) = _same_precision(x)
     return x / (x.norm(p=2, dim=dim, keepdim=True) + 1e-12)
 
@@ -36,8 +36,8 @@ def normalize(x: Tensor, dim: int = -1) -> Tensor:
 def euclidean_distance(x: Tensor, y: Tensor) -> Tensor:
     """Euclidean distance of every pair: [M, D], [N, D] -> [M, N].
 
-    sqrt(clamp(|x|^2 + |y|^2 - 2 x.y, min=1e-12)), so no distance is below 1e-6 and the gradient is finite where points
-    coincide. Raises InputError on other shapes.
+    sqrt(clamp(|x|^2 + |y|^2 - 2 x.y, min=1e-12)): no distance is below 1e-6, and the gradient is finite even if points
+    coincide. Raises InputError for other shapes.
     """
     _check_shapes("euclidean_distance", x, y, "[M, D] and [N, D]", num_dims=2)
     x, y = _same_precision(x, y)
@@ -47,19 +47,19 @@ def euclidean_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def aligned_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Aligned distance of every pair of images from their stripes, top to bottom: [M, H, d], [N, G, d] -> [M, N].
+    """Aligned distance of every pair of images, stripes ordered from top to bottom: [M, H, d], [N, G, d] -> [M, N].
 
-    The cost between two stripes at euclidean distance e is tanh(e / 2) = (exp(e) - 1) / (exp(e) + 1). The distance is
-    the cost of the cheapest path from stripe pair (0, 0) to (H - 1, G - 1) that moves right or down, summed over its
-    H + G - 1 pairs. Raises InputError on other shapes.
+    The cost of two stripes at Euclidean distance e is tanh(e / 2) = (exp(e) - 1) / (exp(e) + 1). The aligned distance
+    is the total cost of the cheapest path from stripe pair (0, 0) to (H - 1, G - 1) that moves right or down; it visits
+    H + G - 1 pairs. Raises InputError for other shapes.
     """
     _check_stripes("aligned_distance", x, y)
     x, y = _same_precision(x, y)
     num_x, num_y = x.shape[1], y.shape[1]
     rows, columns = _cells_by_diagonal(num_x, num_y, x.device)
     with _no_autocast(x):
-        # One small matrix product for each stripe pair, already in the order in which the path needs them: the costs
-        # are never permuted, and the images lie contiguous in memory.
+        # One small matrix product per stripe pair, already in the order that the path needs: the costs are never
+        # permuted, and images are contiguous in memory.
         x_norms = x.square().sum(2).t().index_select(0, rows)  # [H * G, M]
         y_norms = y.square().sum(2).t().index_select(0, columns)  # [H * G, N]
         x_cells = x.transpose(0, 1).index_select(0, rows)  # [H * G, M, d]
@@ -70,10 +70,7 @@ def aligned_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def aligned_distance_pairs(x: Tensor, y: Tensor) -> Tensor:
-    """Aligned distance of image n of x and image n of y only: [N, H, d], [N, G, d] -> [N].
-
-    Otherwise as aligned_distance.
-    """
+    """Like aligned_distance, but only of image n of x and image n of y: [N, H, d], [N, G, d] -> [N]."""
     _check_stripes("aligned_distance_pairs", x, y)
     if x.shape[0] != y.shape[0]:
         raise InputError(f"aligned_distance_pairs: numbers of images differ: {x.shape[0]} and {y.shape[0]}")
@@ -84,10 +81,10 @@ def aligned_distance_pairs(x: Tensor, y: Tensor) -> Tensor:
 
 
 def alignment_path(x: Tensor, y: Tensor) -> AlignmentPath:
-    """Which stripes of two images the aligned distance matches: [H, d], [G, d] -> AlignmentPath, without gradient.
+    """The stripes of two images that the aligned distance matches: [H, d], [G, d] -> AlignmentPath, without gradient.
 
-    Between paths of equal cost the one that moves down later (along the stripes of y first) is taken. Raises InputError
-    on other shapes.
+    Of paths with equal cost, returns the one that moves down last (along the stripes of y first). Raises InputError for
+    other shapes.
     """
     _check_shapes("alignment_path", x, y, "[H, d] and [G, d]", num_dims=2)
     _check_stripes("alignment_path", x.unsqueeze(0), y.unsqueeze(0))
@@ -112,12 +109,12 @@ def alignment_path(x: Tensor, y: Tensor) -> AlignmentPath:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32 where it is narrower (float16, bfloat16, integers), else as it is."""
+    """Convert float16, bfloat16 and integers to float32; leave wider types unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _same_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the widest type among theirs and float32."""
+    """Convert the tensors to their widest type, at least float32."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -133,10 +130,10 @@ def _clamped_sqrt(squared: Tensor) -> Tensor:
 
 
 def _stripe_cost(squared: Tensor) -> Tensor:
-    """Squared stripe distances -> costs, same shape. As tanh, because the quotient of exponentials overflows."""
+    """Squared stripe distances -> costs, same shape. Uses tanh, because the quotient of exponentials overflows."""
     if squared.requires_grad:
         return torch.tanh(_clamped_sqrt(squared) * 0.5)
-    # Mining and evaluation: the same in place, for fresh memory of this size costs more than the arithmetic.
+    # Mining and evaluation compute in place: allocating this much memory costs more than the arithmetic.
     return squared.clamp_(min=MIN_SQUARED_DISTANCE).sqrt_().mul_(0.5).tanh_()
 
 
@@ -148,31 +145,26 @@ def _stripe_cost_pairs(x: Tensor, y: Tensor) -> Tensor:
         return _stripe_cost(torch.baddbmm(norms, x, y.transpose(1, 2), alpha=-2))
 
 
-def _diagonal_sizes(num_x: int, num_y: int) -> list[int]:
-    return [min(k, num_x - 1) - max(0, k - num_y + 1) + 1 for k in range(num_x + num_y - 1)]
-
-
 def _cells_by_diagonal(num_x: int, num_y: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows and columns, each [H * G], of the stripe pairs: anti-diagonal by anti-diagonal, each from its top."""
-    rows = [i for k in range(num_x + num_y - 1) for i in range(max(0, k - num_y + 1), min(k, num_x - 1) + 1)]
-    columns = [k - i for k in range(num_x + num_y - 1) for i in range(max(0, k - num_y + 1), min(k, num_x - 1) + 1)]
-    # One copy that does not wait. Not cached: a tensor made under inference_mode could not serve a later backward.
-    cells = torch.tensor([rows, columns]).to(device, non_blocking=True)
-    return cells[0], cells[1]
+    """Rows and columns of the stripe pairs, each [H * G], by anti-diagonals, each from top to bottom."""
+    cells = [(i, k - i) for k in range(num_x + num_y - 1) for i in range(num_x) if 0 <= k - i < num_y]
+    # A single copy that does not block. Not cached: a tensor created in inference mode could not be used in training.
+    rows, columns = torch.tensor(cells).t().contiguous().to(device, non_blocking=True)
+    return rows, columns
 
 
 def _shortest_path(cost: Tensor, num_x: int, num_y: int) -> Tensor:
-    """Costs by diagonal, [H * G, ...] -> cheapest path, [...].
+    """Costs by anti-diagonals, [H * G, ...] -> total cost of the cheapest path, [...].
 
-    All cells of an anti-diagonal depend on the one before only: H + G - 1 steps instead of H * G.
+    The cells of an anti-diagonal depend only on the previous one, so H + G - 1 steps do instead of H * G.
     """
-    diagonals = cost.split(_diagonal_sizes(num_x, num_y))
+    diagonals = cost.split([min(k, num_x - 1) - max(0, k - num_y + 1) + 1 for k in range(num_x + num_y - 1)])
     total = diagonals[0]
     for k, diagonal in enumerate(diagonals[1:], start=1):
         steps = [torch.minimum(total[:-1], total[1:])]  # from above, from the left
-        if k < num_y:  # cell (0, k): from the left only
+        if k < num_y:  # cell (0, k) is reached only from the left
             steps.insert(0, total[:1])
-        if k < num_x:  # cell (k, 0): from above only
+        if k < num_x:  # cell (k, 0) is reached only from above
             steps.append(total[-1:])
         total = diagonal + torch.cat(steps)
     return total[0]
@@ -186,6 +178,6 @@ def _check_shapes(name: str, x: Tensor, y: Tensor, expected: str, num_dims: int)
 
 
 def _check_stripes(name: str, x: Tensor, y: Tensor) -> None:
-    _check_shapes(name, x, y, "[images, stripes, width] on both sides", num_dims=3)
+    _check_shapes(name, x, y, "[M, H, d] and [N, G, d]", num_dims=3)
     if x.shape[1] == 0 or y.shape[1] == 0:
-        raise InputError(f"{name}: needs at least one stripe an image, got {list(x.shape)} and {list(y.shape)}")
+        raise InputError(f"{name}: each image needs at least one stripe, got {list(x.shape)} and {list(y.shape)}")
