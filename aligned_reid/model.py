@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import Bottleneck
 
 from aligned_reid.distance import at_least_float32
@@ -21,23 +18,22 @@ from aligned_reid.weights import find_state_dict, fits, load_trunk, read_imagene
 TRUNK_CHANNELS = 2048
 TRUNK_STRIDE = 32
 TRUNK_STAGES = 4
-RESIDUAL_START = 0.2
-HEADS = {"local head": "local_", "pooling": "pooling.", "neck": "neck.", "classifier": "fc."}  # how their tensors begin
+HEADS = {"local head": "local_", "pooling": "pooling.", "neck": "neck.", "classifier": "fc."}  # prefixes of names
 
 
 class Features(NamedTuple):
-    """What the model makes of N images."""
+    """Output of the model for N images."""
 
     global_feat: Tensor  # [N, 2048]
-    local_feat: Tensor  # [N, H, local_channels]: H stripes from top to bottom, 8 for 256 pixels of height
-    logits: Tensor | None  # [N, num_classes]; None for a model without classifier
+    local_feat: Tensor  # [N, H, local_channels], H stripes from top to bottom: 8 for a height of 256 pixels
+    logits: Tensor | None  # [N, num_classes]; None if the model has no classifier
 
 
 class GeneralizedMean(nn.Module):
-    """Pooling between mean (p = 1) and maximum (p large), p learnt: [N, C, H, W] -> [N, C].
+    """Pooling between mean (p = 1) and maximum (large p), with p learned: [N, C, H, W] -> [N, C].
 
-    Radenovic et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", arXiv:1711.02512, equation 3. In at
-    least float32.
+    Radenovic et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", arXiv:1711.02512, equation 3. Computes
+    in at least float32.
     """
 
     def __init__(self, start: float = 3.0, smallest: float = 1e-6) -> None:
@@ -52,17 +48,16 @@ class GeneralizedMean(nn.Module):
 
 
 class AlignedReID(nn.Module):
-    """The model; its parameters are named as the reference's: base.*, local_conv.*, local_bn.*, fc.*.
+    """The model; its parameters have the names of the reference: base.*, local_conv.*, local_bn.*, fc.*.
 
-    With `bnneck` the classifier sees the global feature through a batch norm without shift, named neck.* (Luo et al.,
-    arXiv:1903.07071, section 3.6); with `feature_after_bn` a model in eval mode gives the feature after it.
-
-    num_classes: identities of the classifier; None for a model without one.
-    local_channels: channels of a stripe's feature.
-    last_stride: of the trunk's last stage; 1 doubles stripes and columns.
-    pooling: of the global feature: "avg", or "gem", whose exponent is pooling.p.
-    pretrained: start of the trunk: "imagenet" (torchvision's weights), "none", or the path of a ResNet-50 state dict.
-    Raises InputError where the weights cannot be had, are no weights, or lack a tensor of the trunk.
+    num_classes: identities of the classifier; None for a model without classifier.
+    local_channels: width of a stripe's feature.
+    pretrained: initial weights of the trunk: "imagenet" (torchvision's), "none", or the path of a ResNet-50 state dict.
+    last_stride: stride of the trunk's last stage; 1 doubles the number of stripes.
+    pooling: of the global feature: "avg", or "gem" (GeneralizedMean).
+    bnneck: classify the global feature after a batch norm without shift, neck.* (arXiv:1903.07071, section 3.6).
+    feature_after_bn: in eval mode, return the global feature after that batch norm.
+    Raises InputError if the weights cannot be read or downloaded, or do not contain a whole trunk.
     """
 
     def __init__(
@@ -80,12 +75,15 @@ class AlignedReID(nn.Module):
         self.base = make_trunk()
         self.stride = TRUNK_STRIDE
         if last_stride == 1:
-            undo_last_stride(self.base)
             self.stride //= 2
+            for module in self.base.get_submodule("layer4.0").modules():
+                if isinstance(module, nn.Conv2d):  # the 3 x 3 convolution and the shortcut have stride 2
+                    module.stride = (1, 1)
         self.pooling = GeneralizedMean() if pooling == "gem" else None
-        self.neck = make_neck() if bnneck else None
+        self.neck = nn.BatchNorm1d(TRUNK_CHANNELS) if bnneck else None
+        if self.neck is not None:
+            self.neck.bias.requires_grad_(False)  # stays 0, so the classifier separates identities by angle
         self.feature_after_bn = feature_after_bn
-        self.grad_checkpoint = False
         self.local_conv = nn.Conv2d(TRUNK_CHANNELS, local_channels, kernel_size=1)
         self.local_bn = nn.BatchNorm2d(local_channels)
         self.local_relu = nn.ReLU(inplace=True)
@@ -103,7 +101,7 @@ class AlignedReID(nn.Module):
             self.trunk_report = load_trunk(self.base, weights, source=pretrained)
 
     def train_heads(self, *, local: bool, identity: bool) -> None:
-        """Freeze a head that no loss uses: it takes no gradient, is not decayed, and DDP does not wait for it."""
+        """Freeze heads that no loss uses: they get no gradient or weight decay, and DDP does not wait for them."""
         self.local_conv.requires_grad_(local)
         self.local_bn.requires_grad_(local)
         if self.fc is not None:
@@ -112,9 +110,9 @@ class AlignedReID(nn.Module):
             self.neck.weight.requires_grad_(identity)
 
     def freeze_stages(self, num_stages: int) -> None:
-        """Keep the stem and the first `num_stages` of the trunk's 4 stages as they are, and let the others learn.
+        """Freeze the stem and the first `num_stages` of the trunk's 4 stages, and unfreeze the others.
 
-        0: all learn, the stem too. What is kept keeps its batch norm statistics; to be called after train().
+        0 unfreezes the whole trunk. Batch norm statistics of frozen stages stay fixed. Call this after train().
         """
         last_frozen = f"layer{num_stages}"
         frozen = num_stages > 0
@@ -124,15 +122,14 @@ class AlignedReID(nn.Module):
             frozen = frozen and name != last_frozen
 
     def feature_shapes(self, size: tuple[int, int], *, local: bool) -> dict[str, tuple[int, ...]]:
-        """Shapes of one image's features, by name in a feature file; size: height and width of the image."""
+        """Shapes of one image's features by their names in a feature file; size: image height and width."""
         stripes = -(-size[0] // self.stride)
         local_shape = {"local": (stripes, self.local_conv.out_channels)} if local else {}
         return {"global": (TRUNK_CHANNELS,), **local_shape}
 
     def forward(self, images: Tensor) -> Features:
-        """images [N, 3, h, w], normalised; h and w are multiples of 32 (256 x 128 gives 8 stripes)."""
-        run_trunk = checkpointed if self.grad_checkpoint and self.training else nn.Module.__call__
-        feat = run_trunk(self.base, images)  # [N, 2048, H, W]
+        """images [N, 3, h, w], normalized; h and w are multiples of 32 (256 x 128 gives 8 stripes)."""
+        feat = self.base(images)  # [N, 2048, H, W]
         global_feat = feat.mean(dim=(2, 3)) if self.pooling is None else self.pooling(feat)
         stripes = feat.mean(dim=3, keepdim=True)  # [N, 2048, H, 1]
         local_feat = self.local_relu(self.local_bn(self.local_conv(stripes)))
@@ -145,78 +142,24 @@ class AlignedReID(nn.Module):
 
 
 def make_trunk() -> nn.Sequential:
-    """torchvision's ResNet-50 without pooling and classifier; its tensors keep torchvision's names."""
+    """torchvision's ResNet-50, with its names, without pooling and classifier: [N, 3, h, w] -> [N, 2048, H, W]."""
     resnet = torchvision.models.resnet50(weights=None)
     return nn.Sequential(OrderedDict((n, m) for n, m in resnet.named_children() if n not in ("avgpool", "fc")))
 
 
-def undo_last_stride(trunk: nn.Module) -> None:
-    """Stride 1 in the last stage: its first block has one in its 3 x 3 convolution and one in its shortcut."""
-    for module in trunk.get_submodule("layer4.0").modules():
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
-
-
-def make_neck() -> nn.BatchNorm1d:
-    """A batch norm of the global feature whose shift stays 0, so that classes are told apart by angle."""
-    neck = nn.BatchNorm1d(TRUNK_CHANNELS)
-    neck.bias.requires_grad_(False)
-    return neck
-
-
-def checkpointed(trunk: nn.Module, images: Tensor) -> Tensor:
-    """The trunk's output, with only its stages' inputs kept for backward, which computes the rest again.
-
-    Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
-    """
-    stages = list(trunk.children())
-    blocks = [block for stage in stages for block in stage.children() if isinstance(block, Bottleneck)]
-    stem = nn.Sequential(
-        *(stage for stage in stages if not any(isinstance(one, Bottleneck) for one in stage.children()))
-    )
-    feat = images
-    for part in (stem, *blocks):
-        if any(parameter.requires_grad for parameter in part.parameters()):
-            contexts = functools.partial(recomputation_contexts, part)
-            feat = checkpoint(part, feat, use_reentrant=False, context_fn=contexts)
-        else:
-            feat = part(feat)
-    return feat
-
-
-def recomputation_contexts(block: nn.Module) -> tuple[Any, Any]:
-    """For forward and for its repetition, in which batch norms do not count the batch a second time."""
-    return contextlib.nullcontext(), statistics_kept(block)
-
-
-@contextlib.contextmanager
-def statistics_kept(block: nn.Module) -> Iterator[None]:
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.sub_(1)
-
-
 def start_near_identity(trunk: nn.Module) -> None:
-    """Let each residual block of a random trunk begin as little more than its shortcut.
+    """Initialize each residual block of a random trunk to little more than its shortcut.
 
-    The last batch norm of a block starts at 0.2, not at 1, in the spirit of arXiv:1706.02677, section 5.1, which starts
-    it at 0. On drawn pedestrians a trunk then learns in 70 steps what it otherwise does not learn in 300.
+    The scale of its last batch norm starts at 0.2 instead of 1; arXiv:1706.02677, section 5.1, starts it at 0. On
+    synthetic pedestrians, a trunk then learns in 70 steps what it otherwise does not learn in 300.
     """
     for module in trunk.modules():
         if isinstance(module, Bottleneck):
-            nn.init.constant_(module.bn3.weight, RESIDUAL_START)
+            nn.init.constant_(module.bn3.weight, 0.2)
 
 
 def architecture_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of AlignedReID that a run's settings give."""
+    """Select the arguments of AlignedReID from a run's settings."""
     return {
         name: settings[name] for name in ("last_stride", "pooling", "bnneck", "feature_after_bn") if name in settings
     }
@@ -225,10 +168,9 @@ def architecture_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 def open_model(
     content: Any, source: str, *, need_local: bool, settings: Mapping[str, Any] | None = None
 ) -> tuple[AlignedReID, str]:
-    """The model without classifier that a weight file's `content` holds, and a line that says what was loaded.
+    """Build a model without classifier from a weight file's `content`; also returns the report of `load_weights`.
 
-    settings: of the run that it is built by; default: those that the file was written with. Raises InputError where the
-    trunk, or with `need_local` the local branch, is not whole in it.
+    settings: the run's settings; default: those stored in the file. Raises InputError as `load_weights` does.
     """
     weights = find_state_dict(content, source)
     local_channels = weights["local_bn.weight"].numel() if "local_bn.weight" in weights else 128
@@ -238,14 +180,14 @@ def open_model(
 
 
 def load_weights(model: AlignedReID, weights: dict[str, Tensor], source: str, *, need_local: bool) -> str:
-    """Copy a whole model's `weights` into `model` in place; returns a line that says what was loaded, and what not.
+    """Copy `weights` into `model` in place; returns a line that lists what was loaded and what was not.
 
-    Heads are loaded whole or left at their start: the classifier if it is missing or was trained on another number of
-    identities (fine-tuning on other people), the local head unless `need_local`. Raises InputError if the trunk, or a
-    head that is needed, does not fit.
+    A head is loaded completely or keeps its initial weights, such as a classifier of other identities. Raises
+    InputError if the trunk or a required head does not fit: the local head with `need_local`, and without a classifier
+    the model's pooling, and its neck if the feature is taken after it.
     """
     own = {name: value for name, value in model.state_dict().items() if not name.startswith("base.")}
-    ours = any(name.startswith("base.") for name in weights)  # else an `fc` is of some other network
+    ours = any(name.startswith("base.") for name in weights)  # else `fc` belongs to another network
     heads = {name: value for name, value in weights.items() if ours and name in own}
     reports = [load_trunk(model.base, {name: value for name, value in weights.items() if name not in heads}, source)]
     misfits = {}
@@ -254,7 +196,7 @@ def load_weights(model: AlignedReID, weights: dict[str, Tensor], source: str, *,
         missing = [name for name in tensors if name not in heads and not name.endswith("num_batches_tracked")]
         wrong = [name for name in tensors if name in heads and not fits(heads[name], own[name])]
         if missing:
-            misfits[head] = f"{missing[0]} is not in the file" if ours else "the file is of another model"
+            misfits[head] = f"{missing[0]} is not in the file" if ours else "the file holds another model"
         elif wrong:
             misfits[head] = "other identities" if head == "classifier" else f"{wrong[0]} has another shape"
         else:
