@@ -1,4 +1,4 @@
-"""Weight files, our own and those of other projects; untrusted, so read with weights_only (docs/weights.md)."""
+"""Weight files, our own and those of other projects: untrusted, so read with weights_only (docs/weights.md)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import urllib.error
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,126 +21,130 @@ from torch import Tensor, nn
 from aligned_reid.errors import InputError
 
 CHECKPOINT_NAME = "ckpt.pth"
-PREVIOUS_NAME = "ckpt.previous.pth"  # the one that the newest took the place of
+PREVIOUS_NAME = "ckpt.previous.pth"  # the checkpoint that the newest one replaced
 BEST_NAME = "best.pth"
 SAFETENSORS_NAME = "model.safetensors"
 IMAGENET_URL = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
 
 STATE_DICT_KEYS = ("model", "state_dict", "state_dicts", "model_state_dict", "net")
-# Files that people take for weight files, by their first bytes: what they are, and what to do.
+# First bytes of files that users mistake for weight files: what the file is, and what to do.
 OTHER_FORMATS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the weights: run `git lfs pull` in its repository",
     b"<": "is a web page, not the weights: open the link in a browser and download the file itself",
     **dict.fromkeys((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!"), "is compressed: unpack it first"),
     b"\x89HDF": "is an HDF5 file, not one of torch: convert it in the project that wrote it",
-    b"\x08": "looks like an ONNX graph: give the weight file that it was exported from",
+    b"\x08": "looks like an ONNX graph: use the weight file that it was exported from",
 }
-# Classes that checkpoints keep settings and scores in. They are not needed, and nothing of theirs is called.
-UNREAD_CLASSES = (
+# Classes of settings and scores in checkpoints of other projects; skipped when reading, without calling their code.
+SKIPPED_CLASSES = (
     *("argparse.Namespace", "numpy.dtype", "numpy.ndarray"),
     *("numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct", "numpy.core.numeric._frombuffer"),
     *("numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct", "numpy._core.numeric._frombuffer"),
 )
 TRUNK_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")  # torchvision's, in order
-# The layers of a residual network by the blocks of its stages; with two convolutions in a block, 50 is 34.
+# Depth by the number of blocks in each stage; with two convolutions per block, 50 means 34.
 DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 
 
 def read_weight_file(path: str | os.PathLike[str]) -> Any:
-    """The content of a weight file, or of the ckpt.pth in a folder: tensors, numbers, strings and containers of them.
+    """Read a weight file, or the ckpt.pth in a folder: tensors, numbers, strings and containers of them.
 
-    Of a safetensors file it is {"model": tensors by name}, with "config" and "trained_on" from its metadata. The
-    content tells the format, not the file's name. Raises InputError if the file is missing, damaged, cut off, or
-    something else.
+    The content determines the format, not the name. A safetensors file gives {"model": tensors by name} with "config"
+    and "trained_on" from its metadata. Raises InputError if the file is missing, damaged or in another format.
     """
     file = Path(path)
     if file.is_dir():
         file = file / CHECKPOINT_NAME
     if not file.is_file():
-        raise InputError(f"no weight file at {file}: give a weight file, or a folder that holds {CHECKPOINT_NAME}")
-    try:
-        head = first_bytes(file)
-        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:  # the length of the JSON that follows
-            return read_safetensors(file)
-        if other := other_format(head):
-            raise InputError(f"{file} {other}")
-        if head.startswith(b"PK"):  # what torch wrote before 1.6 is no zip and has no checksums
-            check_zip(file)
-        return read_torch_file(file)
-    except InputError as error:
-        former = file.with_name(PREVIOUS_NAME)
-        if file.name != CHECKPOINT_NAME or not former.is_file():
-            raise
-        raise InputError(f"{error}; the one before it is {former}") from error
-
-
-def first_bytes(file: Path) -> bytes:
+        raise InputError(f"no weight file at {file}: give a weight file or a folder with {CHECKPOINT_NAME}")
     try:
         with open(file, "rb") as opened:
-            return opened.read(512)
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
+            head = opened.read(512)
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:  # the size of the JSON header
+            return read_safetensors(file)
+        check_torch_file(file, head)
+        return read_torch_file(file)
+    except (InputError, OSError) as error:
+        message = f"cannot read {file}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        previous = file.with_name(PREVIOUS_NAME)
+        if file.name == CHECKPOINT_NAME and previous.is_file():
+            message += f"; the one before it is {previous}"
+        raise InputError(message) from error
 
 
-def other_format(head: bytes) -> str:
-    """What a file is that begins with `head`, and what to do about it; empty if it may be one of torch."""
+def check_torch_file(file: Path, head: bytes) -> None:
+    """Raise InputError if a file, which starts with `head`, is in another format, cut off, or has a wrong checksum.
+
+    torch.load does not compare checksums. Files written by torch before 1.6 are not zip archives and have none.
+    """
     if not head:
-        return "is empty: download or copy it again"
+        raise InputError(f"{file} is empty: download or copy it again")
     if head[257:262] == b"ustar":
-        return "is a tar archive: unpack it first; if torch 0.1 wrote it, save its tensors again with a newer torch"
-    visible = head.lstrip(b"\xef\xbb\xbf \r\n\t")
-    return next((what for start, what in OTHER_FORMATS.items() if visible.startswith(start)), "")
+        advice = "unpack it first; if torch 0.1 wrote it, save its tensors again with a newer torch"
+        raise InputError(f"{file} is a tar archive: {advice}")
+    text = head.lstrip(b"\xef\xbb\xbf \r\n\t")
+    for start, description in OTHER_FORMATS.items():
+        if text.startswith(start):
+            raise InputError(f"{file} {description}")
+    if not head.startswith(b"PK"):
+        return
+    try:
+        with zipfile.ZipFile(file) as records:
+            names = {name.rpartition("/")[2] for name in records.namelist()}
+            damaged = records.testzip()
+    except Exception as error:  # a damaged zip archive can raise anything
+        raise InputError(f"{file} is damaged or cut off ({first_line(error)})") from error
+    if damaged is not None:
+        raise InputError(f"{file} is damaged: wrong checksum of {printable(damaged)}")
+    if "constants.pkl" in names:
+        raise InputError(f"{file} is a TorchScript program: save its tensors by torch.save(model.state_dict(), ...)")
+    if "data.pkl" not in names:
+        raise InputError(f"{file} is a zip archive, not written by torch.save: unpack it and use the file inside")
 
 
 def read_torch_file(file: Path) -> Any:
-    """What torch.save wrote, under Python 3 or 2. Raises InputError as `read_weight_file` does."""
+    """Read a file written by torch.save under Python 3 or 2. Raises InputError as `read_weight_file` does."""
+    safe_globals = getattr(torch.serialization, "safe_globals", None)  # new in torch 2.5
     try:
-        with classes_left_unread(), open(file, "rb") as opened, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, which says that it ignores `encoding`, and does not
-            return torch.load(opened, map_location="cpu", weights_only=True, encoding="latin1")
+        with open(file, "rb") as opened, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wrongly warns that it ignores `encoding`
+            with safe_globals(skipped_classes()) if safe_globals else contextlib.nullcontext():
+                return torch.load(opened, map_location="cpu", weights_only=True, encoding="latin1")
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).rpartition("WeightsUnpickler error: ")[2] or type(error).__name__
-        if "numpy" in reason and not hasattr(torch.serialization, "safe_globals"):
+        if "numpy" in reason and safe_globals is None:
             raise InputError(f"{file} holds numpy values: it needs torch 2.5, this is {torch.__version__}") from error
         if found := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", reason):
             raise InputError(
                 f"{file} holds an object of {printable(found[1])}, which cannot be read without running code: "
-                "in the project that wrote it, save the tensors alone, by torch.save(model.state_dict(), ...)"
+                "in the project that wrote it, save only the tensors, by torch.save(model.state_dict(), ...)"
             ) from error
         raise InputError(f"{file} is not a weight file, or it is damaged or cut off ({first_line(reason)})") from error
 
 
-def check_zip(path: str | os.PathLike[str]) -> None:
-    """Compare every record of a torch file with its CRC-32, which torch.load does not do.
+def skipped_classes() -> list[type]:
+    """Stand-ins for SKIPPED_CLASSES, which ignore their arguments and state."""
 
-    Raises InputError if one differs, if the file is cut off, or if torch.save did not write it.
-    """
-    try:
-        with zipfile.ZipFile(path) as records:
-            names = {name.rpartition("/")[2] for name in records.namelist()}
-            damaged = records.testzip()
-    except Exception as error:  # so can a damaged zip
-        raise InputError(f"{path} is damaged or cut off ({first_line(error)})") from error
-    if damaged is not None:
-        raise InputError(f"{path} is damaged: the checksum of {printable(damaged)} does not match its bytes")
-    if "constants.pkl" in names:
-        raise InputError(f"{path} is a TorchScript program: save its tensors by torch.save(model.state_dict(), ...)")
-    if "data.pkl" not in names:
-        raise InputError(f"{path} is a zip archive that torch.save did not write: unpack it and give the file within")
+    def ignore(*_: Any) -> None:
+        pass
+
+    names = (name.rpartition(".") for name in SKIPPED_CLASSES)
+    members = {"__init__": ignore, "__setstate__": ignore}
+    return [type(name, (), {"__module__": module, **members}) for module, _, name in names]
 
 
 def read_safetensors(file: Path) -> dict[str, Any]:
-    """Tensors and settings of a safetensors file. Raises InputError if it is damaged or cut off."""
+    """Read tensors and settings of a safetensors file. Raises InputError if it is damaged or cut off."""
     safetensors = import_safetensors(file)
     try:
         with safetensors.safe_open(file, "pt") as content:
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
             metadata = content.metadata() or {}
             settings, trained_on = (json.loads(metadata.get(name, "{}")) for name in ("config", "trained_on"))
-    except Exception as error:  # SafetensorError, and what a damaged header leads torch and json to
+    except Exception as error:  # SafetensorError, or what torch and json raise for a damaged header
         raise InputError(f"{file} is a damaged or cut off safetensors file ({first_line(error)})") from error
-    if "digest" in metadata and metadata["digest"] != digest_of(tensors):  # the format has no checksum of its own
-        raise InputError(f"{file} is damaged: its tensors are not those that were written; take another copy")
+    if "digest" in metadata and metadata["digest"] != digest_of(tensors):  # the format itself has no checksum
+        raise InputError(f"{file} is damaged: wrong checksum of its tensors; use another copy")
     return {"model": tensors, "config": settings, "trained_on": trained_on}
 
 
@@ -150,16 +154,14 @@ def write_safetensors(
     settings: Mapping[str, Any],
     trained_on: Mapping[str, list[str]] | None = None,
 ) -> None:
-    """Write weights for everybody's readers, whole or not at all.
+    """Write weights as safetensors; the file is complete or not written at all.
 
-    The metadata hold `settings` and `trained_on` (see data.identities) as JSON, and a digest of the tensors.
+    Stores `settings` and `trained_on` (see data.identities) as JSON in the metadata, and a digest of the tensors.
     """
-    import_safetensors(path)
-    from safetensors.torch import save
-
+    safetensors = import_safetensors(path)
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"config": json.dumps(settings), "trained_on": json.dumps(trained_on or {})}
-    content = save(dense, {"format": "pt", **metadata, "digest": digest_of(dense)})
+    content = safetensors.torch.save(dense, {"format": "pt", **metadata, "digest": digest_of(dense)})
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -167,54 +169,31 @@ def write_safetensors(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def import_safetensors(file: Path) -> Any:
     try:
-        import safetensors
+        import safetensors.torch
     except ImportError as error:
         raise InputError(f"{file} needs the package safetensors: pip install safetensors") from error
     return safetensors
 
 
-class Unread:
-    """Stands for an object in a weight file that is not needed: takes what it is made from and keeps nothing."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def classes_left_unread() -> Iterator[None]:
-    """Let torch.load(weights_only=True) read files with objects of UNREAD_CLASSES, each an `Unread` in their place."""
-    if not hasattr(torch.serialization, "safe_globals"):  # torch < 2.5
-        yield
-        return
-    names = [name.rpartition(".") for name in UNREAD_CLASSES]
-    with torch.serialization.safe_globals([type(name, (Unread,), {"__module__": module}) for module, _, name in names]):
-        yield
-
-
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The model's tensors in a weight file, as `find_state_dict` names them."""
+    """Read the model's tensors from a weight file, named as by `find_state_dict`."""
     return find_state_dict(read_weight_file(path), str(path))
 
 
 def settings_of(content: Any) -> dict[str, Any]:
-    """The settings of the run that wrote a weight file; empty where it holds none."""
+    """The settings of the run that wrote a weight file; empty if the file has none."""
     settings = content.get("config") if isinstance(content, Mapping) else None
     return settings if isinstance(settings, dict) else {}
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of a model's tensors by name: the same weights give the same one, whatever file they came from."""
+    """Digest of a model's tensors and their names; independent of the file format."""
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -223,61 +202,55 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def find_state_dict(content: Any, source: str) -> dict[str, Tensor]:
-    """The model's tensors in what a weight file holds, named as `plain_names` does.
+    """Find the model's tensors in the content of a weight file; names as by `plain_names`.
 
-    Known forms: the moving average that a run tested, our checkpoints (`model`), the reference's (`state_dicts`: model
-    first), the keys that other projects use, and a bare state dict. Raises InputError, which lists the file's keys, if
-    none of them is there.
+    Looks for the moving average in checkpoints of earlier versions, for STATE_DICT_KEYS (of a list, the first entry),
+    then for tensors at the top level. Raises InputError, which lists the file's keys, if there are no tensors.
     """
-    if isinstance(content, Mapping):
-        for key in ("average", *STATE_DICT_KEYS):
-            inner = content.get(key)
-            if tensors := tensors_of(inner[0] if isinstance(inner, (list, tuple)) and inner else inner):
-                return plain_names(tensors)
-        if tensors := tensors_of(content):
-            return plain_names(tensors)
-        keys = ", ".join(printable(str(key)) for key in list(content)[:8]) or "none"
-        found = f"its keys are: {keys}; save the state dict alone, or under one of: {', '.join(STATE_DICT_KEYS)}"
-    else:
-        found = f"it holds an object of type {type(content).__name__}"
-    raise InputError(f"{source} holds no model weights: {found}")
-
-
-def tensors_of(content: Any) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
-        return {}
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        raise InputError(f"{source} holds no model weights: it holds an object of type {type(content).__name__}")
+    for inner in (*(content.get(key) for key in ("average", *STATE_DICT_KEYS)), content):
+        candidate = inner[0] if isinstance(inner, (list, tuple)) and inner else inner
+        if isinstance(candidate, Mapping):
+            tensors = {str(name): value for name, value in candidate.items() if isinstance(value, Tensor)}
+            if tensors:
+                return plain_names(tensors)
+    keys = ", ".join(printable(str(key)) for key in list(content)[:8]) or "none"
+    advice = f"save the state dict alone, or under one of: {', '.join(STATE_DICT_KEYS)}"
+    raise InputError(f"{source} holds no model weights: its keys are: {keys}; {advice}")
 
 
 def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by our names: without what wrappers put in front of `base.` (`module.`, `_orig_mod.`, `model.`).
+    """Rename tensors as ours: strip prefixes of wrappers before `base.` (`module.`, `_orig_mod.`, `model.`).
 
-    The parts of a trunk that was taken as a sequence, without names, get theirs: `base.4.` is `base.layer1.`.
+    Numbered parts of a trunk in an nn.Sequential get torchvision's names: `base.4.` becomes `base.layer1.`.
     """
     block = "4.0.conv1.weight"
-    sequences = {name.removesuffix(block) for name in tensors if name.endswith(block)}
-    for sequence in sequences:
-        for position, part in enumerate(TRUNK_PARTS if sequence + "0.weight" in tensors else ()):
-            start = f"{sequence}{position}."
+    trunks = {name.removesuffix(block) for name in tensors if name.endswith(block)}
+    for trunk in (trunk for trunk in trunks if f"{trunk}0.weight" in tensors):
+        for position, part in enumerate(TRUNK_PARTS):
+            start = f"{trunk}{position}."
             tensors = {
-                f"{sequence}{part}.{name.removeprefix(start)}" if name.startswith(start) else name: value
+                name.replace(start, f"{trunk}{part}.", 1) if name.startswith(start) else name: value
                 for name, value in tensors.items()
             }
-    outers = [found[1] for name in tensors if (found := re.fullmatch(r"(|.*\.)base\.conv1\.weight", name))]
-    outer = min(outers, default="")
-    return {name.removeprefix(outer): value for name, value in tensors.items()}
+    wrappers = [found[1] for name in tensors if (found := re.fullmatch(r"(|.*\.)base\.conv1\.weight", name))]
+    wrapper = min(wrappers, default="")
+    return {name.removeprefix(wrapper): value for name, value in tensors.items()}
 
 
 def load_trunk(trunk: nn.Module, weights: Mapping[str, Tensor], source: str) -> str:
-    """Copy the ResNet-50 in `weights` into `trunk`, whatever prefix its names have.
+    """Copy the ResNet-50 in `weights`, behind any prefix, into `trunk`.
 
-    Returns a line that says so, and which tensors of `weights` were not loaded. Raises InputError, which names the
-    network in the file, if a tensor of the trunk is missing (num_batches_tracked aside) or has another shape, or if the
-    file's trunk has tensors that a ResNet-50 does not have.
+    Returns a line that lists what was loaded and what was not. Raises InputError, which names the network in the file,
+    if a tensor of the trunk is missing (except num_batches_tracked) or has another shape, or if the file's trunk has
+    tensors that ResNet-50 does not have.
     """
     own = trunk.state_dict()
     needed = [name for name in own if not name.endswith("num_batches_tracked")]
-    prefix = find_trunk(weights, needed)
+    ends = ("layer1.0.conv1.weight", "conv1.weight")
+    prefixes = sorted({name.removesuffix(end) for end in ends for name in weights if name.endswith(end)})
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in weights for name in needed), default="")
     found = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     if misfit := find_misfit(found, own, needed, prefix):
         network = network_of(found)
@@ -285,8 +258,8 @@ def load_trunk(trunk: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
         others = f"; it has {list_parts(weights)}" if not any(name in found for name in needed) else ""
         raise InputError(f"{source} holds {held}: {misfit}{others}")
     trunk.load_state_dict({name: found[name] for name in own if name in found}, strict=False)
-    taken = {prefix + name for name in own}
-    others = list_parts([name for name in weights if name not in taken], prefix)
+    loaded = {prefix + name for name in own}
+    others = list_parts([name for name in weights if name not in loaded], prefix)
     return (
         f"trunk: {len(needed)} of {len(needed)} tensors loaded from {source}"
         + (f" (names behind {prefix!r})" if prefix not in ("", "base.") else "")
@@ -294,22 +267,16 @@ def load_trunk(trunk: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
     )
 
 
-def find_trunk(weights: Mapping[str, Tensor], needed: list[str]) -> str:
-    """What stands in front of the trunk's names in a file: the prefix that finds most of the `needed`."""
-    ends = ("layer1.0.conv1.weight", "conv1.weight")
-    prefixes = {name.removesuffix(end) for end in ends for name in weights if name.endswith(end)}
-    return max(sorted(prefixes), key=lambda prefix: sum(prefix + name in weights for name in needed), default="")
-
-
 def find_misfit(found: Mapping[str, Tensor], own: Mapping[str, Tensor], needed: list[str], prefix: str) -> str:
-    """Why the tensors `found` behind `prefix` are not those of the trunk; empty if they are."""
+    """Why the tensors `found` behind `prefix` do not fit the trunk; empty if they do."""
     missing = [name for name in needed if name not in found]
     if missing:
         return f"{len(missing)} of {len(needed)} tensors are missing, the first is {printable(prefix + missing[0])}"
-    for name in (name for name in own if name in found and not fits(found[name], own[name])):
-        theirs, ours = tuple(found[name].shape), tuple(own[name].shape)
-        return f"{printable(prefix + name)} has shape {theirs} ({found[name].type()}), the trunk's has {ours}"
-    parts = {name.split(".")[0] for name in own}  # a head may stand beside them, behind the same prefix
+    for name in own:
+        if name in found and not fits(found[name], own[name]):
+            theirs, ours = tuple(found[name].shape), tuple(own[name].shape)
+            return f"{printable(prefix + name)} has shape {theirs} ({found[name].type()}), the trunk's has {ours}"
+    parts = {name.split(".")[0] for name in own}  # other parts may be a head behind the same prefix
     surplus = [name for name in found if name.split(".")[0] in parts and name not in own]
     if surplus:
         return f"tensors that ResNet-50 does not have: {len(surplus)}, the first is {printable(prefix + surplus[0])}"
@@ -317,13 +284,13 @@ def find_misfit(found: Mapping[str, Tensor], own: Mapping[str, Tensor], needed: 
 
 
 def fits(tensor: Tensor, own: Tensor) -> bool:
-    """Whether a file's tensor can take the place of a model's: same shape, numbers of the same kind, dense."""
+    """Whether a file's tensor can replace a model's: same shape, both floating point or neither, dense."""
     same_kind = tensor.is_floating_point() == own.is_floating_point()
     return tensor.shape == own.shape and same_kind and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def network_of(tensors: Mapping[str, Tensor]) -> str:
-    """The residual network that tensors of torchvision's names belong to, as "SE-ResNet-101"; empty if unknown."""
+    """The residual network that tensors with torchvision's names form, such as "SE-ResNet-101"; empty if unknown."""
     stages = [{name.split(".")[1] for name in tensors if name.startswith(f"layer{stage}.")} for stage in (1, 2, 3, 4)]
     depth = DEPTHS.get(tuple(len(blocks) for blocks in stages))
     middle = tensors.get("layer1.0.conv2.weight")
@@ -333,7 +300,7 @@ def network_of(tensors: Mapping[str, Tensor]) -> str:
         depth = 34
     family = "ResNet"
     if middle.shape[0] != middle.shape[1]:
-        family = "ResNeXt"  # convolutions in groups
+        family = "ResNeXt"  # grouped convolutions
     elif middle.shape[0] != 64:
         family = "Wide ResNet"
     squeezed = any(".se_module." in name or ".se." in name for name in tensors)
@@ -342,7 +309,10 @@ def network_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def list_parts(names: Iterable[str], prefix: str = "") -> str:
-    """The parts of a network that tensors belong to, as "neck, fc.bias", at most 8; they are named beside `prefix`."""
+    """The parts of a network that tensors belong to, at most 8, such as "neck, fc.bias".
+
+    A part is named one level below what its path shares with the trunk's `prefix`.
+    """
     trunk = prefix.split(".")[:-1]
     members: dict[str, list[str]] = {}
     for name in names:
@@ -352,17 +322,12 @@ def list_parts(names: Iterable[str], prefix: str = "") -> str:
     return ", ".join(parts[:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
 
 
-def imagenet_file() -> Path:
-    """Where torch.hub keeps torchvision's ImageNet weights of ResNet-50."""
-    return Path(torch.hub.get_dir(), "checkpoints", IMAGENET_URL.rsplit("/", 1)[1])
-
-
 def read_imagenet_weights() -> dict[str, Tensor]:
-    """torchvision's ImageNet weights of ResNet-50, from torch.hub's folder, downloaded there when they are missing.
+    """Read torchvision's ImageNet weights of ResNet-50 from torch.hub's folder; download them if they are missing.
 
-    Raises InputError where they can be neither found nor downloaded: it says which file to put where.
+    Raises InputError, which names the file to put there, if the download fails.
     """
-    file = imagenet_file()
+    file = Path(torch.hub.get_dir(), "checkpoints", IMAGENET_URL.rsplit("/", 1)[1])
     if not file.is_file():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -380,5 +345,5 @@ def first_line(error: BaseException | str) -> str:
 
 
 def printable(text: str, length: int = 80) -> str:
-    """Text that a file chose, short and without line breaks and terminal codes."""
+    """Untrusted text from a file, shortened and with line breaks and terminal codes escaped."""
     return ascii(text)[1:-1][:length]

@@ -350,7 +350,7 @@ def test_files_that_hold_no_weights(tmp_path, reference_state):
 def test_imagenet_weights_are_read_from_the_hub_folder(tmp_path, monkeypatch):
     resnet = torchvision.models.resnet50(weights=None)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    file = weights_module.imagenet_file()
+    file = tmp_path / "checkpoints" / "resnet50-0676ba61.pth"
     file.parent.mkdir(parents=True)
     torch.save(resnet.state_dict(), file)
     model = AlignedReID(None, pretrained="imagenet")
