@@ -53,7 +53,8 @@ def run(config: Config) -> dict[str, Any]:
     """
     world = read_world()
     run_input = check_input(config, has_run_dir=world.is_main, reads_images=world.local_rank == 0)
-    accelerator = open_device(config, world)
+    accelerators = open_devices(config, world)
+    accelerator = accelerators[0]
     accelerator.prepare_group(config.timeout)
     group = process_group(world, accelerator.backend, config.addr, config.timeout)
     with run_lock(config, world), group as world:
@@ -64,25 +65,28 @@ def run(config: Config) -> dict[str, Any]:
                 config = settle_test(config, run_input.weights, log)
             settle_precision(config, accelerator, run_input)
             log_settings(config, world, accelerator, run_input, log)
-            return train_and_evaluate(config, world, accelerator, run_input, log)
+            return train_and_evaluate(config, world, accelerators, run_input, log)
 
 
-def open_device(config: Config, world: World, number: int = 0) -> Accelerator:
-    """The device that this process computes on, or that its model `number` does.
+def open_devices(config: Config, world: World) -> list[Accelerator]:
+    """The devices that this process computes on: one, or with several --npu one for each model.
 
-    Raises InputError if it cannot be used as asked.
+    Raises InputError if one cannot be used as asked.
     """
-    index = config.npu[number] if config.npu else None
-    return open_accelerator(
-        config.device,
-        index,
-        world.local_rank,
-        mixed_precision=config.amp in ("O1", "apex"),
-        apex=config.amp == "apex",
-        tf32=config.amp == "tf32",
-        deterministic=config.deterministic,
-        compiled=config.compile,
-    )
+    accelerators = [
+        open_accelerator(
+            config.device,
+            index,
+            world.local_rank,
+            mixed_precision=config.amp in ("O1", "apex"),
+            apex=config.amp == "apex",
+            tf32=config.amp == "tf32",
+            deterministic=config.deterministic,
+            compiled=config.compile,
+        )
+        for index in reversed(config.npu or (None,))  # the first one last: it stays the current device
+    ]
+    return accelerators[::-1]
 
 
 def resume_after_restart(config: Config, world: World, accelerator: Accelerator) -> Config:
@@ -180,9 +184,10 @@ def log_settings(config: Config, world: World, accelerator: Accelerator, run_inp
 
 
 def train_and_evaluate(
-    config: Config, world: World, accelerator: Accelerator, run_input: RunInput, log: Log
+    config: Config, world: World, accelerators: Sequence[Accelerator], run_input: RunInput, log: Log
 ) -> dict[str, Any]:
     """The run itself; returns the content of results.json."""
+    accelerator = accelerators[0]
     training: dict[str, Any] = dict.fromkeys(("FPS", "ids_per_second", "train_seconds", "profile", "best"))
     if run_input.train is None:
         model, local = load_for_test(config, run_input.weights, log)
@@ -190,7 +195,7 @@ def train_and_evaluate(
         if overlap := describe_overlap(run_input.test, run_input.weights):
             log(overlap)
     else:
-        trainer, best = train(config, world, accelerator, run_input, log)
+        trainer, best = train(config, world, accelerators, run_input, log)
         models, local = trainer.tested_models(), config.l_loss_weight > 0
         training = {**trainer.results(), "best": best.record}
         if world.is_main:
@@ -217,7 +222,7 @@ def train_and_evaluate(
 
 
 def train(
-    config: Config, world: World, accelerator: Accelerator, run_input: RunInput, log: Log
+    config: Config, world: World, accelerators: Sequence[Accelerator], run_input: RunInput, log: Log
 ) -> tuple[Trainer, Best]:
     """Train the remaining epochs; returns the trainer, which holds the models, and the best evaluation in between."""
     images = run_input.train
@@ -237,16 +242,12 @@ def train(
             "their images are repeated"
         )
     models = [start_model(config, images.num_classes, run_input.weights, log) for _ in range(config.num_models)]
-    accelerators = [accelerator]
-    for number in range(1, len(config.npu)):
-        accelerators.append(open_device(config, world, number))
-        accelerators[-1].half, accelerators[-1].wrong_half = accelerator.half, accelerator.wrong_half
+    for other in accelerators[1:]:
+        other.half, other.wrong_half = accelerators[0].half, accelerators[0].wrong_half
     if config.cache:
-        open_image_cache(config, world, accelerator, images, log)
-    if not config.resume and start_alike(models):
-        log("the models start with equal trainable weights and stay equal: -idlw or -llw gives each a head")
+        open_image_cache(config, world, accelerators[0], images, log)
     trained_on = identity_record(images, run_input.weights) if world.is_main else {}
-    best = Best(config, run_input.test, accelerator, world, log, trained_on)
+    best = Best(config, run_input.test, accelerators[0], world, log, trained_on)
     trainer = Trainer(
         config,
         models,
@@ -259,6 +260,8 @@ def train(
         trained_on=trained_on,
         after_epoch=best.after_epoch if config.eval_every else None,
     )
+    if not config.resume and start_alike(models):  # once the trainer has frozen the heads that have no loss
+        log("the models start with equal trainable weights and stay equal: -idlw or -llw gives each a head")
     if config.resume:
         trainer.resume()
         best.resume()
@@ -323,7 +326,7 @@ def run_extraction(config: Config, save_file: Path) -> None:
     world = read_world()
     run_input = check_input(config, reads_images=world.local_rank == 0)
     check_save_file(save_file)
-    accelerator = open_device(config, world)
+    (accelerator,) = open_devices(replace(config, npu=config.npu[:1]), world)
     log = Log(None, is_main=world.is_main)
     lock = hold(save_file, "--save_file") if world.is_main else nullcontext()
     accelerator.prepare_group(config.timeout)

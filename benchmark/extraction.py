@@ -35,7 +35,7 @@ from aligned_reid.distributed import World
 from aligned_reid.evaluation import extract
 from aligned_reid.flags import parse_height_width
 from aligned_reid.model import AlignedReID
-from aligned_reid.run import open_device
+from aligned_reid.run import open_devices
 
 PUBLISHED_BATCH = 32
 BATCH_SIZE = extract.BATCH_SIZE
@@ -85,7 +85,7 @@ def published(config: Config, num_images: int) -> Extraction:
 def ours(config: Config, num_images: int) -> Extraction:
     """The library's extraction, as training and script/extract.py run it."""
     images = test_images(config, num_images)
-    accelerator = open_device(config, 0)
+    (accelerator,) = open_devices(config, World())
     extract.BATCHES_PER_BLOCK = 1  # of this process, so that the first batch is a block
     features = []
     given = (make_model(), images, accelerator, World())

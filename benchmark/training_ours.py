@@ -19,7 +19,7 @@ from aligned_reid.data.loader import num_processors
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.distributed import World, close_group, open_group, read_world
 from aligned_reid.model import AlignedReID
-from aligned_reid.run import open_device
+from aligned_reid.run import open_devices
 from aligned_reid.training.learner import Learner
 from aligned_reid.training.log import Log
 from aligned_reid.training.trainer import Trainer
@@ -33,9 +33,9 @@ class TimedTrainer(Trainer):
         self.num_steps = num_steps
         self.step_seconds: list[float] = []
 
-    def progress(self, epoch: int) -> Iterator[Any]:  # type: ignore[override]
+    def steps(self, epoch: int) -> Iterator[Any]:  # type: ignore[override]
         start = time.perf_counter()
-        for batches in itertools.islice(super().progress(epoch), self.num_steps):
+        for batches in itertools.islice(super().steps(epoch), self.num_steps):
             yield batches
             self.accelerator.synchronize()
             now = time.perf_counter()
@@ -46,7 +46,7 @@ class TimedTrainer(Trainer):
 def our_block(config: Config, steps: int, cache_folder: Path) -> Block:
     """Train `steps` timed steps after an untimed one; the process may be a rank."""
     world = read_world()
-    accelerator = open_device(config, world.local_rank)
+    (accelerator,) = open_devices(config, world)
     open_group(world, accelerator.backend)
     images = TrainImages(open_data(config.data_path), size=config.resize_h_w)
     if config.cache:
@@ -77,7 +77,7 @@ def bare_block(config: Config, steps: int) -> Block:
 
     The loss is the mean square of the global features, which costs next to nothing.
     """
-    accelerator = open_device(config, 0)
+    (accelerator,) = open_devices(config, World())
     num_classes = TrainImages(open_data(config.data_path), size=config.resize_h_w).num_classes
     learner = Learner(config, AlignedReID(num_classes, pretrained="none"), accelerator, World())
     learner.start_epoch(1)
@@ -89,8 +89,8 @@ def bare_block(config: Config, steps: int) -> Block:
         learner.optimizer.zero_grad()
         with accelerator.autocast():
             features = learner.network(images)
-        learner.backward(features.global_feat.float().square().mean())
-        learner.step()
+        learner.scaler.backward(features.global_feat.float().square().mean())
+        learner.scaler.step(learner.optimizer)
         accelerator.synchronize()
         seconds.append(time.perf_counter() - start)
     return Block(seconds[1:], peak_memory(), accelerator.describe())

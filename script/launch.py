@@ -72,13 +72,14 @@ def variable(name: str, default: str) -> str:
 def check_input(config: Config, options: Namespace) -> None:
     """Check the input once, before ranks start; with --check=only, the device too."""
     from aligned_reid import preflight
-    from aligned_reid.run import open_device
+    from aligned_reid.distributed import World
+    from aligned_reid.run import open_devices
 
     preflight.check_input(config, has_run_dir=options.node_rank == 0)
     if options.node_rank == 0:
         check_free(config.run_dir, "--exp_dir")
     if options.check == "only":  # this process ends then; a launcher would keep the device busy
-        open_device(config, local_rank=options.nproc - 1)
+        open_devices(config, World(local_rank=options.nproc - 1))
 
 
 def main(options: Namespace) -> None:
