@@ -6,15 +6,13 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from aligned_reid.data.prepare import sources
 from aligned_reid.data.prepare.jpeg import as_jpeg, check_num_bytes, read_as_jpeg
 from aligned_reid.data.prepare.layout import Row, write_table
-from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, check_paths, describe_skipped, ending_of, kind_of
+from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, check_paths, describe_skipped, kind_of
 from aligned_reid.errors import InputError
 
 TRAIN = "bounding_box_train"
@@ -22,13 +20,6 @@ PARTS = {TRAIN: "trainval", "bounding_box_test": "gallery", "query": "query", "g
 JUNK_ID = -1  # detections that fit no person well; the protocol ignores them. Distractors, id 0, are kept
 
 _ORIGINAL_NAME = re.compile(r"(-1|[0-9]+)_c([0-9]+)s[0-9]+_.*")
-
-
-class _Source(NamedTuple):
-    """The original data set: {folder: {name: kind}} of what its folders hold, and a function that reads a JPEG file."""
-
-    kinds: dict[str, dict[str, str]]
-    read: Callable[[str], bytes]
 
 
 def prepare_market1501(source: str | Path, save_dir: str | Path, log: Callable[[str], None] = print) -> Path:
@@ -41,24 +32,25 @@ def prepare_market1501(source: str | Path, save_dir: str | Path, log: Callable[[
     source, save_dir = Path(source).expanduser(), Path(save_dir).expanduser()
     check_paths(source, save_dir)
     try:
-        with _open(source) as opened:
-            return write_table(save_dir, _make_table(source, opened.kinds, log), opened.read)
+        root = _find_root(source)
     except zipfile.BadZipFile as error:
         raise InputError(f"--source {source} is not a zip file, or is cut off; download it again") from error
     except OSError as error:
         raise InputError(f"cannot read --source {source}: {error.strerror}") from error
+    if root is None:
+        raise InputError(
+            f"--source {source} holds no {TRAIN}/; give the original Market-1501 zip, or the folder it unpacks to"
+        )
+    return write_table(save_dir, _make_table(source, root, log), lambda original: _read(root / original))
 
 
 def find_raw_market1501(path: str | Path) -> Path | None:
     """The zip file or root folder of the original Market-1501 that the path is or contains, else None."""
-    path = Path(path)
     try:
-        if path.is_dir():
-            return _find_root(path)
-        with zipfile.ZipFile(path) as archive:
-            return None if _find_prefix(archive) is None else path
+        root = _find_root(Path(path))
     except (OSError, zipfile.BadZipFile):
         return None
+    return Path(path) if isinstance(root, zipfile.Path) else root
 
 
 def prepare_command(raw: Path) -> str:
@@ -66,85 +58,56 @@ def prepare_command(raw: Path) -> str:
     return sources.prepare_command("prepare_market1501.py", raw, "market1501")
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[_Source]:
-    """Open a zip file or folder. Raises InputError if it does not contain Market-1501."""
+def _find_root(path: Path) -> Path | zipfile.Path | None:
+    """The folder that holds bounding_box_train, in a folder or in a zip file."""
     if path.is_dir():
-        root = _find_root(path)
-        if root is not None:
-            kinds = {folder: _kinds_in_folder(root / folder) for folder in PARTS}
-            yield _Source(kinds, lambda original: read_as_jpeg(root / original))
-            return
-    else:
-        with zipfile.ZipFile(path) as archive:
-            prefix = _find_prefix(archive)
-            if prefix is not None:
-                names = {_slashed(info.filename): info for info in archive.infolist()}
-                kinds = {folder: _kinds_in_zip(names, f"{prefix}{folder}/") for folder in PARTS}
-                yield _Source(kinds, lambda original: _read_entry(archive, names[prefix + original], original))
-                return
-    raise InputError(
-        f"--source {path} holds no {TRAIN}/; give the original Market-1501 zip, or the folder it unpacks to"
-    )
-
-
-def _find_root(path: Path) -> Path | None:
-    return next((root for root in sources.folders_to_look_in(path) if os.path.isdir(root / TRAIN)), None)
-
-
-def _find_prefix(archive: zipfile.ZipFile) -> str | None:
-    """What precedes bounding_box_train in the names of a zip file: "" or a path that ends in "/"."""
-    matches = (re.match(rf"((?:[^/]+/)*?){TRAIN}/", _slashed(name)) for name in archive.namelist())
+        return next((root for root in sources.folders_to_look_in(path) if os.path.isdir(root / TRAIN)), None)
+    archive = zipfile.ZipFile(path)
+    for info in archive.filelist:
+        info.filename = info.filename.replace("\\", "/")  # which some Windows programs write
+    archive.NameToInfo = {info.filename: info for info in archive.filelist}
+    matches = (re.match(rf"((?:[^/]+/)*?){TRAIN}/", name) for name in archive.namelist())
     prefixes = {match[1] for match in matches if match and not match[1].startswith("__MACOSX/")}
-    return min(prefixes, key=len, default=None)
+    return zipfile.Path(archive, min(prefixes, key=len)) if prefixes else None
 
 
-def _slashed(name: str) -> str:
-    return name.replace("\\", "/")  # which some Windows programs write into zip files
-
-
-def _kinds_in_folder(folder: Path) -> dict[str, str]:
-    folders, files = sources.list_folder(folder)
-    return {**dict.fromkeys(folders, "folders"), **{name: kind_of(folder / name) for name in files}}
-
-
-def _kinds_in_zip(names: dict[str, zipfile.ZipInfo], start: str) -> dict[str, str]:
-    inner = (name.removeprefix(start) for name in names if name.startswith(start) and name != start)
-    return {name.split("/")[0]: "folders" if "/" in name else ending_of(name) for name in inner}
-
-
-def _read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, original: str) -> bytes:
-    """An image in a zip file as a JPEG file; no more is unpacked than the entry declares."""
-    name = f"{original} in {archive.filename}"
-    check_num_bytes(name, info.file_size)
+def _read(file: Path | zipfile.Path) -> bytes:
+    """An image as a JPEG file; from a zip file, no more is unpacked than the entry declares."""
+    if isinstance(file, Path):
+        return read_as_jpeg(file)
+    name = f"{file.at} in {file.root.filename}"
     try:
-        with archive.open(info) as file:
-            content = file.read(info.file_size + 1)
+        num_bytes = file.root.getinfo(file.at).file_size
+        check_num_bytes(name, num_bytes)
+        with file.open("rb") as entry:
+            content = entry.read(num_bytes + 1)
     # zipfile raises RuntimeError for an encrypted entry, NotImplementedError for an unknown compression.
     except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
-        raise InputError(f"{archive.filename} is damaged at {original}; download it again") from error
+        raise InputError(f"{file.root.filename} is damaged at {file.at}; download it again") from error
     return as_jpeg(name, content)
 
 
-def _make_table(source: Path, kinds: dict[str, dict[str, str]], log: Callable[[str], None]) -> list[Row]:
+def _make_table(source: Path, root: Path | zipfile.Path, log: Callable[[str], None]) -> list[Row]:
     """Order folders as in PARTS and names alphabetically. Multi-query images without a query are left out."""
     rows: list[Row] = []
     query_pairs: set[tuple[int, int]] = set()
     skipped: Counter[str] = Counter()
     for folder, part in PARTS.items():
         num_before = len(rows)
-        for name, kind in sorted(kinds[folder].items()):
+        files: list[Path | zipfile.Path] = [*(root / folder).iterdir()] if (root / folder).is_dir() else []
+        for file in sorted(files, key=lambda file: file.name):
+            kind = kind_of(file)
             if kind not in IMAGE_ENDINGS:
                 skipped[kind] += 1
                 continue
-            match = _ORIGINAL_NAME.fullmatch(name)
+            match = _ORIGINAL_NAME.fullmatch(file.name)
             if match is None:
-                raise InputError(f"{source}: {folder}/{ascii(name)[1:-1]} is not an image name of Market-1501")
+                raise InputError(f"{source}: {folder}/{ascii(file.name)[1:-1]} is not an image name of Market-1501")
             pair = person_id, camera = int(match[1]), int(match[2])
             if part == "query":
                 query_pairs.add(pair)
             if person_id != JUNK_ID and (part != "multi_query" or pair in query_pairs):
-                rows.append(Row(f"{folder}/{name}", person_id, camera, part))
+                rows.append(Row(f"{folder}/{file.name}", person_id, camera, part))
         if len(rows) == num_before and part != "multi_query":  # gt_bbox may be missing
             found = f" ({describe_skipped(skipped)})" if skipped else ""
             raise InputError(f"{source} has no images in {folder}/{found}; unpack or download it again")

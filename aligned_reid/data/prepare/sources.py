@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -47,8 +48,9 @@ def ending_of(name: str) -> str:
     return "hidden" if name.startswith(".") else os.path.splitext(name)[1].lower() or "no ending"
 
 
-def kind_of(path: Path) -> str:
-    return ending_of(path.name) if path.exists() else "dangling links"
+def kind_of(path: Path | zipfile.Path) -> str:
+    """ "folders", "dangling links", or the ending of a file's name."""
+    return "folders" if path.is_dir() else ending_of(path.name) if path.exists() else "dangling links"
 
 
 def describe_skipped(kinds: Mapping[str, int]) -> str:
