@@ -23,7 +23,7 @@ NUM_MUTANTS = 300
 
 
 def damage(content: bytes, random: Random) -> bytes:
-    """A file's content cut, or with some of its bytes flipped, inserted, swapped or zeroed."""
+    """The content truncated, or with some bytes flipped, inserted, swapped or zeroed."""
     mutant = bytearray(content)
     where = random.randrange(len(mutant))
     length = random.randint(1, min(64, len(mutant)))

@@ -136,3 +136,12 @@ def test_the_original_data_set_is_recognized(raw, tmp_path):
         assert find_raw_msmt17(path) is None
     command = f"python script/prepare_msmt17.py --source {raw} --save_dir {raw.parent / 'msmt17'}"
     assert prepare_command(raw) == command
+
+
+def test_the_command_prints_counts_and_the_next_command(command, raw, tmp_path):
+    done = command("prepare_msmt17.py", "--source", raw, "--save_dir", tmp_path / "msmt17")
+    assert done.status == 0, done.err
+    assert done.out.splitlines()[0].split()[:2] == ["trainval", "4"]
+    assert f"--dataset=msmt17 --data_path={tmp_path / 'msmt17'}" in done.out
+    refused = command("prepare_msmt17.py", "--source", raw / "train", "--save_dir", tmp_path / "x")
+    assert refused.status == 2 and refused.err.count("\n") == 1

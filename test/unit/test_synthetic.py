@@ -104,7 +104,6 @@ def test_raw_pixels_find_less_than_half(tmp_path):
         distances = np.linalg.norm(gallery - query, axis=1)
         distances[[other[:2] == image[:2] for other in images[GALLERY]]] = np.inf
         num_correct += images[GALLERY][int(distances.argmin())].person_id == image.person_id
-    print(num_correct / len(pixels[QUERY]))
     assert num_correct / len(pixels[QUERY]) < 0.5
 
 
