@@ -183,11 +183,11 @@ def test_the_original_data_set_is_recognized(raw, tmp_path):
 
 
 def test_the_command_prints_counts_and_the_next_command(command, raw, tmp_path):
-    flags = ("--source", raw, "--save_dir", tmp_path / "cuhk03")
+    flags = ("--source", raw, "--save_dir", tmp_path / "new")
     done = command("prepare_cuhk03.py", *flags, "--kind=labeled")
     assert done.status == 0, done.err
     assert [line.split()[:2] for line in done.out.splitlines()[3:5]] == [["query", "2"], ["gallery", "3"]]
-    assert f"--dataset=cuhk03_labeled --data_path={tmp_path / 'cuhk03'}" in done.out
+    assert f"--dataset=cuhk03_labeled --data_path={tmp_path / 'new'}" in done.out
     for wrong in ((), ("--kind=both",)):
         refused = command("prepare_cuhk03.py", *flags, *wrong)
         assert refused.status == 2 and refused.err.count("\n") == 1 and "--kind" in refused.err
