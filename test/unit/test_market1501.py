@@ -131,13 +131,6 @@ def test_the_root_may_be_two_folders_below_the_source(raw, tmp_path):
     assert_prepared(prepare_market1501(str(around), str(tmp_path / "market1501")))
 
 
-def test_save_dir_may_contain_the_source(raw):
-    save_dir = raw.parent / "data"
-    save_dir.mkdir()
-    prepare_market1501(raw.rename(save_dir / raw.name), save_dir)
-    assert (save_dir / "partitions.pkl").is_file()
-
-
 @pytest.mark.parametrize("prefix", ["", "Market-1501-v15.09.15/", "a/b/"])
 def test_a_zip_with_any_root_is_prepared(raw, tmp_path, prefix):
     assert_prepared(prepare_market1501(zip_of(raw, prefix), tmp_path / "market1501"))
