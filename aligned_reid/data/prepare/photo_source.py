@@ -87,10 +87,13 @@ def find_photos(path: str | Path) -> Path | None:
     path = Path(path)
     try:
         if path.is_dir():
-            tops = {
-                levels[0] for file, levels in _files_below(path) if levels and ending_of(file.name) in IMAGE_ENDINGS
-            }
-            return path if sum(not (path / top / PARTITIONS_NAME).exists() for top in tops) > 1 else None
+            tops: set[str] = set()
+            for file, levels in _files_below(path):
+                if levels and ending_of(file.name) in IMAGE_ENDINGS:
+                    tops |= set() if (path / levels[0] / PARTITIONS_NAME).exists() else {levels[0]}
+                if len(tops) == 2:
+                    return path
+            return None
         with open(path, "rb") as table:
             columns, _, _ = _read_header(io.StringIO(_decode(table.read(4000), "replace")))
         return path if {"path", "person"} <= set(columns) else None
