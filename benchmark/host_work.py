@@ -38,8 +38,8 @@ from aligned_reid.flags import parse_height_width
 from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import Features
 from aligned_reid.objective import Objective
+from aligned_reid.training.guards import LossGuard
 from aligned_reid.training.log import Meters, Throughput
-from aligned_reid.training.trainer import LossWatch
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class Ours:
         self.batches = itertools.chain.from_iterable(itertools.repeat(loader))
         self.accelerator = Accelerator(mixed_precision=False)
         self.objective, self.meters, self.throughput = Objective(Config()), Meters(), Throughput()
-        self.watch = LossWatch(self.accelerator, lambda step, indices: str(step))
+        self.watch = LossGuard(self.accelerator, lambda step, indices: str(step))
 
     def make_batch(self) -> TrainBatch:
         return next(self.batches)
