@@ -25,7 +25,7 @@ from aligned_reid.errors import InputError
 from aligned_reid.evaluation.best import Best
 from aligned_reid.evaluation.evaluate import evaluate_models, load_for_test, settle_test
 from aligned_reid.evaluation.extract import feature_blocks, inference_copy
-from aligned_reid.evaluation.feature_file import FeatureWriter
+from aligned_reid.evaluation.features import FeatureWriter
 from aligned_reid.lock import hold
 from aligned_reid.model import AlignedReID, architecture_of, load_weights
 from aligned_reid.preflight import RunInput, check_input, check_save_file
@@ -348,7 +348,7 @@ def run_extraction(config: Config, save_file: Path) -> None:
         for first, block in blocks:
             if writer:
                 feats = {"global": block.global_feat, "local": block.local_feat}
-                writer.write(first, {name: feat.numpy() for name, feat in feats.items() if feat is not None})
+                writer.write(first, {name: feat.cpu().numpy() for name, feat in feats.items() if feat is not None})
         if writer:
             writer.finish()
     next_command = f"python script/evaluate.py --features {shlex.quote(str(save_file))}"

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_reid.cli import parse_bool, parse_ints
 from aligned_reid.evaluation import rank, re_rank_features
-from aligned_reid.evaluation.feature_file import FeatureWriter, load_features, open_features
+from aligned_reid.evaluation.features import FeatureWriter, read_features
 from aligned_reid.evaluation.streaming import LargeSet, rank_streamed, re_rank_streamed
 
 NUM_QUERY, NUM_MARKET, NUM_PEOPLE, NUM_CAMERAS = 3368, 15913, 750, 6
@@ -86,10 +86,10 @@ def measure(function: Callable[..., Any], *given: Any) -> tuple[float, float, An
 
 
 def compare_with_matrices(data: LargeSet, state: Path) -> None:
-    """Check streamed scores against those of whole matrices; for small galleries."""
-    query, *gallery = [piece.get(slice(0, piece.num_images)) for piece in data.pieces()]
-    ids, cams = data.gallery_labels()
-    whole = rank(re_rank_features(query, torch.cat(gallery)), data.query_ids, ids, data.query_cams, cams)
+    """At the smallest size the streamed scores are held against those of whole matrices."""
+    query, *gallery = [piece.get(slice(0, piece.num_images)) for piece in data.global_pieces]
+    labels = (data.query_ids, data.gallery_ids, data.query_cams, data.gallery_cams)
+    whole = rank(re_rank_features(query, torch.cat(gallery)), *labels)
     streamed = re_rank_streamed(data, 20, 6, 0.3, state)["global_re_ranked"]
     assert abs(streamed.mean_ap - whole.mean_ap) < 1e-6, (streamed.mean_ap, whole.mean_ap)
 
@@ -100,7 +100,7 @@ def measure_size(folder: Path, num_gallery: int, local: bool, re_rank: bool) -> 
     write_features(path, num_gallery, local)
     rows = []
     for name, with_local in (("global", False), ("local, global + local", True))[: 1 + local]:
-        seconds, megabytes, _ = measure(lambda with_local=with_local: rank_streamed(open_set(path, with_local), state))
+        seconds, megabytes, _ = measure(lambda with_local=with_local: rank_streamed(open_set(path, with_local)))
         rows.append((name, seconds, megabytes))
     if re_rank:
         seconds, megabytes, _ = measure(lambda: re_rank_streamed(open_set(path, False), 20, 6, 0.3, state))
@@ -112,8 +112,8 @@ def measure_size(folder: Path, num_gallery: int, local: bool, re_rank: bool) -> 
 
 
 def open_set(path: Path, local: bool) -> LargeSet:
-    """Open features as script/evaluate.py does: each is read once and checked."""
-    return LargeSet.of([load_features(open_features(path))], normalize_feature=False, local=local)
+    """As script/evaluate.py opens it: every feature is read once and checked."""
+    return LargeSet.of([read_features(path)], normalize_feature=False, local=local)
 
 
 def read_rows(printed: str) -> list[tuple[int, str, float, float]]:

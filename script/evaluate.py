@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from aligned_reid.evaluation.protocol import Measures
+    from aligned_reid.evaluation.protocol import EvaluationSettings
     from aligned_reid.evaluation.saved import evaluate_files
     from aligned_reid.lock import hold
     from aligned_reid.preflight import check_save_file
@@ -64,7 +64,7 @@ def main() -> None:
     with hold(arguments.save_file, "--save_file"):
         results = evaluate_files(
             [arguments.features, *arguments.gallery],
-            Measures(**options),
+            EvaluationSettings(**options),
             print,
             state=arguments.save_file.with_name(arguments.save_file.name + ".part.npz"),
             normalize_feature=arguments.normalize_feature,

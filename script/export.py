@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from aligned_reid.data import TestImages, open_data  # torch takes seconds to import
-    from aligned_reid.evaluation.protocol import Measures, evaluate_features
+    from aligned_reid.evaluation.protocol import EvaluationSettings, evaluate_features
     from aligned_reid.export import InferenceGraph, OnnxFeatures, check_packages, export_onnx
     from aligned_reid.lock import hold
     from aligned_reid.model import open_model
@@ -73,7 +73,7 @@ def main() -> None:
         print("the weights were trained for --flip_test; the graph does not average over flips, do that in the caller")
     if images is not None:
         features = OnnxFeatures(arguments.save_file).extract(images, arguments.workers)
-        evaluate_features(features, images, print, Measures())
+        evaluate_features(features, images, print, EvaluationSettings())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from aligned_reid.data.dataset import TestImages
 from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World, take_from_main
 from aligned_reid.errors import InputError
-from aligned_reid.evaluation.evaluate import measures_of
+from aligned_reid.evaluation.evaluate import evaluation_settings
 from aligned_reid.evaluation.extract import extract_features
 from aligned_reid.evaluation.protocol import evaluate_features
 from aligned_reid.model import AlignedReID
@@ -64,8 +64,8 @@ class Best:
         set_random_states(states, self.accelerator)
         if not self.world.is_main:
             return
-        measures = measures_of(self.config, re_ranked=False)
-        measured = evaluate_features(features, self.images, lambda line: None, measures)["global"]
+        settings = evaluation_settings(self.config, re_ranked=False)
+        measured = evaluate_features(features, self.images, lambda line: None, settings)["global"]
         scores = {"rank1": measured["cmc1"] or 0.0, "mAP": measured["mAP"] or 0.0}
         if self.record is None or scores["rank1"] > self.record["rank1"]:
             content = {

@@ -1,4 +1,4 @@
-"""The test of a run: its models on its data sets, as the weights were trained unless a flag says otherwise."""
+"""The test of a run: its models on its data sets, with the settings stored with the weights unless a flag differs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.extract import extract_features
-from aligned_reid.evaluation.protocol import Measures, evaluate_features
+from aligned_reid.evaluation.protocol import EvaluationSettings, evaluate_features
 from aligned_reid.flags import TEST, format_value
 from aligned_reid.model import AlignedReID, open_model
 from aligned_reid.training.log import Log
@@ -47,10 +47,7 @@ def settle_test(config: Config, content: Any, log: Log) -> Config:
 
 
 def load_for_test(config: Config, content: Any, log: Log) -> tuple[AlignedReID, bool]:
-    """The model to evaluate, and whether its local branch was trained: as its checkpoint says, else as the flags do.
-
-    content: of the weight file.
-    """
+    """The model in a weight file's `content`, and whether its local branch was trained (file or flags say so)."""
     source = config.model_weight_file or str(config.run_dir)
     trained = config.l_loss_weight > 0 or settings_of(content).get("l_loss_weight", 0.0) > 0
     need_local = trained if config.use_local_distance is None else config.use_local_distance
@@ -59,9 +56,9 @@ def load_for_test(config: Config, content: Any, log: Log) -> tuple[AlignedReID, 
     return model, trained
 
 
-def measures_of(config: Config, *, re_ranked: bool = True) -> Measures:
-    """What a run's settings measure, and how; cosine distance is euclidean distance at unit length."""
-    return Measures(
+def evaluation_settings(config: Config, *, re_ranked: bool = True) -> EvaluationSettings:
+    """The evaluation that a run's settings ask for; cosine distance is euclidean distance at unit length."""
+    return EvaluationSettings(
         config.normalize_feature or config.test_distance == "cosine",
         re_ranked=re_ranked,
         multi_query_pool="average" if config.multi_query else "",
@@ -106,6 +103,6 @@ def evaluate_models(
     for number in range(len(models), 0, -1):  # the first model last: tools read the log's last line
         if len(models) > 1:
             log(f"Model {number} of {len(models)}")
-        scores = evaluate_features(features[number - 1], images, log, measures_of(config))
+        scores = evaluate_features(features[number - 1], images, log, evaluation_settings(config))
         results.insert(0, {**dict.fromkeys(SCORE_NAMES), **scores})
     return {**results[0], **({"models": results} if len(models) > 1 else {}), "extract_seconds": seconds}

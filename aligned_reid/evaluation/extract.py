@@ -1,10 +1,10 @@
-"""From images to features: the test part of a data set through the model, each rank its share."""
+"""From images to features: the test part of a data set through the model, split over the ranks."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,15 @@ from aligned_reid.distributed import World, gather_rows, share_of
 from aligned_reid.model import AlignedReID, Features
 
 BATCH_SIZE = 64
-BATCHES_PER_BLOCK = 8  # of each rank: what is gathered at a time, and what an interrupted extraction loses at most
+BATCHES_PER_BLOCK = 8  # of each rank: gathered together, and lost at most if an extraction is interrupted
+BYTES_ON_DEVICE = 4 * 2**30  # larger features move to the host, where distances are then computed
 
 
 class FeatureSet(NamedTuple):
-    """Features of N images on the host, float32."""
+    """Features of N images, float32, on the device that computes their distances."""
 
     global_feat: Tensor  # [N, 2048]
-    local_feat: Tensor | None  # [N, H, local_channels]; None where it was not asked for
+    local_feat: Tensor | None  # [N, H, local_channels]
 
 
 def extract_features(
@@ -39,14 +40,19 @@ def extract_features(
     workers: int,
     flip: bool = False,
 ) -> FeatureSet:
-    """Features of all `images`, on every rank; each rank runs its share of them through the model.
+    """Features of all `images`, on every rank; each rank runs its share through the model.
 
-    flip: the mean of the features of an image and of its mirror image.
+    They stay on the device unless they take more than BYTES_ON_DEVICE. flip: average the features of each image and its
+    mirror image.
     """
-    parts = feature_blocks(model, images, accelerator, world, local=local, workers=workers, flip=flip)
-    blocks = [block for _, block in parts]
-    local_feats = [block.local_feat for block in blocks if block.local_feat is not None]
-    return FeatureSet(torch.cat([block.global_feat for block in blocks]), torch.cat(local_feats) if local else None)
+    global_feats, local_feats = [], []
+    for _, block in feature_blocks(model, images, accelerator, world, local=local, workers=workers, flip=flip):
+        num_values = sum(feat[0].numel() for feat in block if feat is not None)
+        device = accelerator.device if 4 * num_values * len(images) <= BYTES_ON_DEVICE else torch.device("cpu")
+        global_feats.append(block.global_feat.to(device))
+        if block.local_feat is not None:
+            local_feats.append(block.local_feat.to(device))
+    return FeatureSet(torch.cat(global_feats), torch.cat(local_feats) if local else None)
 
 
 def feature_blocks(
@@ -60,7 +66,7 @@ def feature_blocks(
     start: int = 0,
     flip: bool = False,
 ) -> Iterator[tuple[int, FeatureSet]]:
-    """Features of images[start:], some batches at a time and in order: (first image, features), on every rank."""
+    """Features of images[start:] in order, some batches at a time: (first image, features on the device)."""
     folded = inference_copy(model).to(accelerator.device).to(memory_format=accelerator.memory_format)
     network = accelerator.compile(folded, inference=True)
     firsts = range(start, len(images), BATCHES_PER_BLOCK * BATCH_SIZE * world.size)
@@ -72,27 +78,27 @@ def feature_blocks(
         for begin in range(share.start, share.stop, BATCH_SIZE)
     ]
     loader = iter(make_loader(images, batches, workers=workers, pin_memory=accelerator.pin_memory))
-    height, width = images.size
-    blank = torch.zeros((1, height, width, 3), dtype=torch.uint8, device=accelerator.device)
-    with progress(len(images), start, world) as bar:
-        with torch.inference_mode():
-            example = run_network(network, blank, accelerator)  # for the shapes, and for a rank whose share is empty
+    blank = torch.zeros((1, *images.size, 3), dtype=torch.uint8, device=accelerator.device)
+    with torch.inference_mode():
+        example = run_network(network, blank, accelerator)  # for the shapes, and for a rank without a share
+    empty = Features(example.global_feat[:0], example.local_feat[:0], None)
+    # disable=None: the bar is shown on a terminal only.
+    hidden = None if world.is_main else True
+    with tqdm(total=len(images), initial=start, unit="im", desc="features", leave=False, disable=hidden) as bar:
         for first, total, share in zip(firsts, totals, shares, strict=True):
             with torch.inference_mode():
-                parts = [Features(example.global_feat[:0], example.local_feat[:0], None)]
+                parts = [empty]
                 for _ in range(-(-len(share) // BATCH_SIZE)):
                     pixels = next(loader).images.to(accelerator.device, non_blocking=True)
                     parts.append(run_network(network, pixels, accelerator, flip))
-                global_feat = gather_rows(torch.cat([part.global_feat for part in parts]).float(), total).cpu()
-                local_feat = None
-                if local:
-                    local_feat = gather_rows(torch.cat([part.local_feat for part in parts]).float(), total).cpu()
+                feats = zip(*(part[: 1 + local] for part in parts), strict=True)
+                gathered = [gather_rows(torch.cat(one).float(), total) for one in feats]
             bar.update(total)
-            yield first, FeatureSet(global_feat, local_feat)
+            yield first, FeatureSet(gathered[0], gathered[1] if local else None)
 
 
 def run_network(network: nn.Module, images: Tensor, accelerator: Accelerator, flip: bool = False) -> Features:
-    """Features of uint8 images [N, h, w, 3]; a compiled network always sees BATCH_SIZE of them, to compile once."""
+    """Features of uint8 images [N, h, w, 3]. A compiled network always gets BATCH_SIZE images, to compile once."""
     if flip:
         features, mirrored = (run_network(network, one, accelerator) for one in (images, images.flip(2)))
         means = [(one.float() + other.float()) / 2 for one, other in zip(features[:2], mirrored[:2], strict=True)]
@@ -105,16 +111,10 @@ def run_network(network: nn.Module, images: Tensor, accelerator: Accelerator, fl
     return Features(features.global_feat[:num_images], features.local_feat[:num_images], None)
 
 
-def progress(total: int, start: int, world: World) -> tqdm[NoReturn]:
-    """A bar of images on a terminal; nothing where there is none, or on another rank than 0."""
-    hidden = None if world.is_main else True
-    return tqdm(total=total, initial=start, unit="im", desc="features", leave=False, disable=hidden)
-
-
 def inference_copy(model: AlignedReID) -> AlignedReID:
     """A copy of `model` for inference: without classifier, batch norms folded into the convolutions before them.
 
-    Folding multiplies each convolution's weights by its batch norm's scale once instead of scaling every activation; it
+    Folding multiplies each convolution's weights by its batch norm's scale once instead of scaling every activation. It
     saves a quarter of the time on a CPU and changes features by rounding only.
     """
     network = copy.deepcopy(model).eval()
@@ -124,7 +124,7 @@ def inference_copy(model: AlignedReID) -> AlignedReID:
 
 
 def fold_batch_norms(module: nn.Module) -> None:
-    """Fold each batch norm into the convolution that is registered just before it, in place, in all of `module`."""
+    """Fold each batch norm in `module` into the convolution that is registered just before it, in place."""
     children = list(module.named_children())
     for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):

@@ -4,214 +4,145 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from aligned_reid.data.partitions import GALLERY, QUERY
-from aligned_reid.distance import normalize
-from aligned_reid.evaluation.compiled import to_tensor
-from aligned_reid.evaluation.distance_matrix import global_distance_matrix, local_distance_matrix
-from aligned_reid.evaluation.extract import FeatureSet
-from aligned_reid.evaluation.feature_distances import FeatureDistances, Piece
-from aligned_reid.evaluation.feature_file import FeatureTable
+from aligned_reid.evaluation.distances import (
+    FeatureDistances,
+    Piece,
+    global_distance_matrix,
+    local_distance_matrix,
+)
+from aligned_reid.evaluation.features import FeatureTable
+from aligned_reid.evaluation.kernels import to_tensor
+from aligned_reid.evaluation.neighbours import find_neighbours
 from aligned_reid.evaluation.ranking import BlockRanker, RankedRows, Ranking
 from aligned_reid.evaluation.re_ranking import ReRanker, list_length
 
-BLOCK_BYTES = 2**30  # distances of some queries to the whole gallery; there may be two such blocks
+BLOCK_BYTES = 2**30  # distances of some queries to the whole gallery; at most two such blocks exist
 GALLERY_ROWS_PER_PART = 8192  # copied out of the mapped file at a time
-ROWS_PER_STEP = 64  # of queries in a block: what ranking takes in one go
+ROWS_PER_STEP = 64  # queries that ranking takes at a time
+
+Float32s = NDArray[np.float32]
+Indices = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class LargeSet:
+class LargeSet(NamedTuple):
     """Queries in memory, and a gallery that may lie in several mapped files."""
 
-    query: FeatureSet
-    query_ids: NDArray[np.int64]
-    query_cams: NDArray[np.int64]
-    gallery: Sequence[FeatureTable]  # their rows of mark 1
-    normalize_feature: bool
+    query_ids: Indices
+    query_cams: Indices
+    gallery_ids: Indices
+    gallery_cams: Indices
+    global_pieces: list[Piece]  # the queries, then the gallery images of each file
+    local_pieces: list[Piece]  # the same; empty if local distances are not evaluated
+    key: str  # identifies the files and settings
 
     @classmethod
     def of(cls, tables: Sequence[FeatureTable], *, normalize_feature: bool, local: bool) -> LargeSet:
-        """Queries of the first table, gallery images of all. Local features are used where `local`."""
-        first = tables[0]
-        rows = np.flatnonzero(first.marks == QUERY)
-        query = take(first, rows, normalize_feature, local)
-        return cls(query, first.person_ids[rows], first.cameras[rows], tables, normalize_feature)
+        """Queries of the first table, gallery images of all."""
+        query = np.flatnonzero(tables[0].marks == QUERY)
+        galleries = [(table, np.flatnonzero(table.marks == GALLERY)) for table in tables]
+        galleries = [(table, rows) for table, rows in galleries if len(rows)]
 
-    @property
-    def rows(self) -> list[NDArray[np.int64]]:
-        """Of each table, its gallery images."""
-        return [np.flatnonzero(table.marks == GALLERY) for table in self.gallery]
+        def pieces(name: str) -> list[Piece]:
+            parts = [
+                Piece(to_tensor(getattr(table, name)), rows, normalize_feature)
+                for table, rows in [(tables[0], query), *galleries]
+            ]
+            return [Piece(parts[0].get(slice(0, len(query)))), *parts[1:]]
 
-    @property
-    def num_gallery(self) -> int:
-        return sum(map(len, self.rows))
+        def labels(name: str) -> Indices:
+            return np.concatenate([getattr(table, name)[rows] for table, rows in galleries])
 
-    def pieces(self) -> list[Piece]:
-        """The global features of the queries, then of the gallery."""
-        pieces = [Piece(self.query.global_feat)]
-        for table, rows in zip(self.gallery, self.rows, strict=True):
-            if len(rows):
-                pieces.append(Piece(to_tensor(table.global_feat), rows, self.normalize_feature))
-        return pieces
-
-    def gallery_labels(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Person and camera of every gallery image, both [G]."""
-        pairs = list(zip(self.gallery, self.rows, strict=True))
-        ids, cams = ([getattr(table, name)[rows] for table, rows in pairs] for name in ("person_ids", "cameras"))
-        return np.concatenate(ids), np.concatenate(cams)
-
-    def gallery_parts(self) -> Iterator[tuple[slice, FeatureSet]]:
-        """The gallery's features, some at a time, each with its place among all."""
-        begin = 0
-        for table, rows in zip(self.gallery, self.rows, strict=True):
-            for first in range(0, len(rows), GALLERY_ROWS_PER_PART):
-                part = rows[first : first + GALLERY_ROWS_PER_PART]
-                feat = take(table, part, self.normalize_feature, self.query.local_feat is not None)
-                yield slice(begin, begin + len(part)), feat
-                begin += len(part)
+        files = [
+            (os.path.realpath(table.source), os.stat(table.source).st_mtime_ns, len(rows)) for table, rows in galleries
+        ]
+        return cls(
+            tables[0].person_ids[query],
+            tables[0].cameras[query],
+            labels("person_ids"),
+            labels("cameras"),
+            pieces("global_feat"),
+            pieces("local_feat") if local else [],
+            blake2b(json.dumps([files, normalize_feature, len(query)]).encode(), digest_size=16).hexdigest(),
+        )
 
 
-def take(table: FeatureTable, rows: NDArray[np.int64], normalize_feature: bool, local: bool) -> FeatureSet:
-    """Copies of some rows' features, in memory; rows ascend."""
-    contiguous = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1
-    index: Any = slice(rows[0], rows[-1] + 1) if contiguous else rows
+def rank_streamed(data: LargeSet) -> dict[str, Ranking]:
+    """`rank` of global, and with local features of local and global + local distances, without a matrix.
 
-    def feature(feat: NDArray[Any]) -> Tensor:
-        copy = torch.from_numpy(np.array(feat[index], np.float32))
-        return normalize(copy) if normalize_feature else copy
-
-    return FeatureSet(
-        feature(table.global_feat), feature(table.local_feat) if local and table.local_feat is not None else None
-    )
-
-
-def rank_streamed(data: LargeSet, state: Path) -> dict[str, Ranking]:
-    """`rank` of global, and where there are local features of local and global + local distances, without a matrix.
-
-    Its scores are those of the whole matrices. Distances of one block of queries are in memory, and so many queries are
-    a block that they fill BLOCK_BYTES. What is ranked is kept in the file `state` until all is: an interrupted call on
-    the same data goes on behind it.
+    The scores equal those of whole matrices. Only the distances of one block of queries are in memory.
     """
-    names = ("local", "global_local", "global") if data.query.local_feat is not None else ("global",)
-    num_gallery = data.num_gallery
+    names = ("local", "global_local", "global") if data.local_pieces else ("global",)
 
-    def rank_block(ranker: BlockRanker, first: int, last: int) -> dict[str, RankedRows]:
-        dist, local_dist = block_distances(data, first, last, num_gallery)
-        ranked = {"global": ranker.rank_rows(dist, first)}
-        if local_dist is not None:
-            ranked["local"] = ranker.rank_rows(local_dist, first)
-            ranked["global_local"] = ranker.rank_rows(np.add(local_dist, dist, out=local_dist), first)
-        return ranked
+    def distances(first: int, last: int) -> Iterable[tuple[str, Float32s]]:
+        dist = distances_to_gallery(global_distance_matrix, data.global_pieces, first, last)
+        yield "global", dist
+        if data.local_pieces:
+            local_dist = distances_to_gallery(local_distance_matrix, data.local_pieces, first, last)
+            yield "local", local_dist
+            yield "global_local", np.add(local_dist, dist, out=local_dist)
 
-    return rank_blocks(data, names, rank_block, state, fingerprint(data))
+    return rank_blocks(data, names, distances)
 
 
 def re_rank_streamed(data: LargeSet, k1: int, k2: int, lambda_value: float, state: Path) -> dict[str, Ranking]:
-    """`rank` of the global distances that `re_rank_features` gives, without a matrix; resumed as rank_streamed is.
+    """`rank` of the global distances that `re_rank_features` returns, without a matrix.
 
-    The nearest images of every image are found first, which is nearly all of the work: it grows with the square of the
-    number of images.
+    Finding the nearest images of every image is nearly all of the work, and grows with the square of their number.
+    The file `state` keeps the progress: an interrupted call on the same data resumes.
     """
-    key = f"{fingerprint(data)} {k1} {k2} {lambda_value}"
-    distances = FeatureDistances(data.pieces())
-    nearest_state = state.with_name(f"{state.name}.neighbours")
-    lists = distances.lists(list_length(distances.num_images, k1, k2), None, nearest_state, key)
-    re_ranker = ReRanker(distances, lists, k1, k2, lambda_value)
+    features = FeatureDistances(data.global_pieces)
+    length = list_length(features.num_images, k1, k2)
+    neighbours = find_neighbours(features, length, state=state, key=f"{data.key} {k1} {k2} {lambda_value}")
+    re_ranker = ReRanker(features.num_query, neighbours, features.entries, k1, k2, lambda_value)
 
-    def rank_block(ranker: BlockRanker, first: int, last: int) -> dict[str, RankedRows]:
-        dist = distances.to_gallery(first, last)
+    def distances(first: int, last: int) -> Iterable[tuple[str, Float32s]]:
+        dist = features.to_gallery(first, last)
         re_ranker.blend(dist, first)
-        return {"global_re_ranked": ranker.rank_rows(dist, first)}
+        yield "global_re_ranked", dist
 
-    rankings = rank_blocks(data, ("global_re_ranked",), rank_block, state, key)
-    nearest_state.unlink(missing_ok=True)
-    return rankings
-
-
-def rank_blocks(
-    data: LargeSet,
-    names: Sequence[str],
-    rank_block: Callable[[BlockRanker, int, int], dict[str, RankedRows]],
-    state: Path,
-    key: str,
-) -> dict[str, Ranking]:
-    """Rank all queries, a block at a time; `state` keeps what is done, for a call with the same `key`."""
-    gallery_ids, gallery_cams = data.gallery_labels()
-    num_query, num_gallery = len(data.query_ids), len(gallery_ids)
-    ranker = BlockRanker((num_query, num_gallery), data.query_ids, gallery_ids, data.query_cams, gallery_cams)
-    size = max(1, BLOCK_BYTES // (4 * num_gallery * ROWS_PER_STEP)) * ROWS_PER_STEP
-    done = Progress(state, f"{key} {size}", names)
-    with tqdm(total=num_query, initial=done.num_queries, unit="query", desc=names[-1], disable=None) as bar:
-        for first in range(done.num_queries, num_query, size):
-            last = min(first + size, num_query)
-            done.add(rank_block(ranker, first, last), last)
-            bar.update(last - first)
-    rankings = {name: ranker.finish(done.parts[name]) for name in names}
+    rankings = rank_blocks(data, ("global_re_ranked",), distances)
     state.unlink(missing_ok=True)
     return rankings
 
 
-def block_distances(
-    data: LargeSet, first: int, last: int, num_gallery: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Global and local distances [last - first, G] of some queries."""
-    query = FeatureSet(*(None if feat is None else feat[first:last] for feat in data.query))  # type: ignore[arg-type]
-    dist = np.empty((last - first, num_gallery), np.float32)
-    local_dist = None if query.local_feat is None else np.empty_like(dist)
-    for place, part in data.gallery_parts():
-        dist[:, place] = global_distance_matrix(query.global_feat, part.global_feat)
-        if local_dist is not None:
-            local_dist[:, place] = local_distance_matrix(query.local_feat, part.local_feat)
-    return dist, local_dist
+def rank_blocks(
+    data: LargeSet, names: Sequence[str], distances: Callable[[int, int], Iterable[tuple[str, Float32s]]]
+) -> dict[str, Ranking]:
+    """Rank all queries, a block of BLOCK_BYTES at a time. distances: of queries first to last, by name."""
+    num_query, num_gallery = len(data.query_ids), len(data.gallery_ids)
+    ranker = BlockRanker((num_query, num_gallery), data.query_ids, data.gallery_ids, data.query_cams, data.gallery_cams)
+    size = max(1, BLOCK_BYTES // (4 * num_gallery * ROWS_PER_STEP)) * ROWS_PER_STEP
+    parts: dict[str, list[RankedRows]] = {name: [] for name in names}
+    with tqdm(total=num_query, unit="query", desc=names[-1], disable=None) as bar:
+        for first in range(0, num_query, size):
+            last = min(first + size, num_query)
+            for name, dist in distances(first, last):
+                parts[name].append(ranker.rank_rows(dist, first))
+            bar.update(last - first)
+    return {name: ranker.finish(parts[name]) for name in names}
 
 
-def fingerprint(data: LargeSet) -> str:
-    """What a state file has to have in common with a run that goes on with it."""
-    files = [(os.path.realpath(table.source), os.stat(table.source).st_mtime_ns, len(table)) for table in data.gallery]
-    has_local = data.query.local_feat is not None
-    text = json.dumps([files, data.normalize_feature, has_local, len(data.query_ids)])
-    return blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-class Progress:
-    """What is ranked so far, in a file that is replaced whole after each block."""
-
-    def __init__(self, state: Path, key: str, names: Sequence[str]) -> None:
-        self.state, self.key, self.num_queries = state, key, 0
-        self.parts: dict[str, list[RankedRows]] = {name: [] for name in names}
-        try:
-            with np.load(state, allow_pickle=False) as saved:
-                if str(saved["key"]) == key:
-                    self.parts = {
-                        name: [RankedRows(*(saved[f"{name}/{f}"] for f in RankedRows._fields))] for name in names
-                    }
-                    self.num_queries = int(saved["num_queries"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return  # none, or cut off: all is ranked again
-
-    def add(self, ranked: dict[str, RankedRows], num_queries: int) -> None:
-        """Take one more block of queries; `num_queries` are done then."""
-        content: dict[str, Any] = {"key": np.array(self.key), "num_queries": np.array(num_queries)}
-        for name, parts in self.parts.items():
-            self.parts[name] = [*parts, ranked[name]]
-            for field in RankedRows._fields:
-                values = [getattr(part, field) for part in self.parts[name]]
-                content[f"{name}/{field}"] = np.sum(values, axis=0) if field == "increments" else np.concatenate(values)
-        self.num_queries = num_queries
-        temporary = self.state.with_name(self.state.name + ".tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, **content)
-        temporary.replace(self.state)
+def distances_to_gallery(
+    distance_matrix: Callable[[Tensor, Tensor], Float32s], pieces: Sequence[Piece], first: int, last: int
+) -> Float32s:
+    """Distances [last - first, G] of some queries."""
+    query = pieces[0].get(slice(first, last))
+    dist = np.empty((last - first, sum(piece.num_images for piece in pieces[1:])), np.float32)
+    column = 0
+    for piece in pieces[1:]:
+        for begin in range(0, piece.num_images, GALLERY_ROWS_PER_PART):
+            part = piece.get(slice(begin, min(begin + GALLERY_ROWS_PER_PART, piece.num_images)))
+            dist[:, column : column + len(part)] = distance_matrix(query, part)
+            column += len(part)
+    return dist

@@ -16,7 +16,7 @@ from aligned_reid.data import prepare_market1501, read_partitions
 from aligned_reid.data.prepare.photos import prepare_photos
 from aligned_reid.data.transforms import decode_image
 from aligned_reid.errors import InputError
-from aligned_reid.evaluation.feature_file import load_features, open_features
+from aligned_reid.evaluation.features import read_features
 from aligned_reid.weights import read_state_dict
 
 NUM_MUTANTS = 300
@@ -130,9 +130,9 @@ def make_partitions(path, tiny_data):
 
 READERS = {
     "image.jpg": (make_image, decode_image),
-    "features.h5": (make_h5, lambda path: load_features(open_features(path))),
-    "features.npz": (make_npz, lambda path: load_features(open_features(path))),
-    "features.mat": (make_mat, lambda path: load_features(open_features(path))),
+    "features.h5": (make_h5, read_features),
+    "features.npz": (make_npz, read_features),
+    "features.mat": (make_mat, read_features),
     "photos.csv": (make_table, lambda path: prepare(prepare_photos, path)),
     "market.zip": (make_zip, lambda path: prepare(prepare_market1501, path)),
     "weights.pth": (make_weights, read_state_dict),

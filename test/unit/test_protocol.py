@@ -1,11 +1,11 @@
-"""What is measured, in which order: pooled queries, and the plain global distance last."""
+"""What is evaluated in which order: pooled queries, and the plain global distance last."""
 
 import numpy as np
 import pytest
 import torch
 
 from aligned_reid.evaluation.extract import FeatureSet
-from aligned_reid.evaluation.protocol import LabelArrays, Measures, evaluate_features, pool_queries
+from aligned_reid.evaluation.protocol import LabelArrays, EvaluationSettings, evaluate_features, pool_queries
 
 LABELS = LabelArrays(
     np.array([1, 1, 1, 1, 2, 2, 1, 2]), np.array([0, 0, 0, 1, 0, 1, 1, 0]), np.array([0, 2, 2, 2, 0, 1, 1, 1])
@@ -25,7 +25,9 @@ def test_queries_are_pooled_over_person_and_camera(pool, form):
     pooled = pool_queries(features, LABELS, pool)
     assert torch.equal(pooled.global_feat[0], form(features.global_feat[[1, 2]]))  # not 3, of another camera
     assert torch.equal(pooled.local_feat[0], form(features.local_feat[[1, 2]]))
-    assert torch.equal(pooled.global_feat[1], features.global_feat[4])  # it has none: its own
+    assert torch.equal(
+        pooled.global_feat[1], features.global_feat[4]
+    )  # without multi-query images it keeps its feature
     assert len(pooled.global_feat) == 2
 
 
@@ -33,19 +35,23 @@ def test_queries_are_pooled_over_person_and_camera(pool, form):
 @pytest.mark.parametrize("re_ranked", [True, False])
 def test_order_and_names(local, re_ranked):
     lines = []
-    measures = Measures(re_ranked=re_ranked, multi_query_pool="average")
-    scores = evaluate_features(make_features(local), LABELS, lines.append, measures)
+    settings = EvaluationSettings(re_ranked=re_ranked, multi_query_pool="average")
+    scores = evaluate_features(make_features(local), LABELS, lines.append, settings)
     names = ["local", "global_local", "global"] if local else ["global"]
     names = [one for name in names for one in ([f"{name}_re_ranked"] if re_ranked else []) + [name]]
     assert list(scores) == [f"{name}_multi_query" for name in names] + names
-    assert lines[-2] == "Global distance"
+    assert lines[-2].startswith("Global distance (")
+    assert "trapezoid" in lines[-2]
+    assert not any(word in line for line in lines[::2] for word in ("cmc1", "FPS", "Ep"))  # parsed by tools
     assert lines[-1].split()[3] == f"{scores['global']['cmc1']:.2%}],"
-    assert lines[2 * len(names) - 2] == "Global distance, multi-query (average)"
+    assert lines[2 * len(names) - 2].startswith("Global distance, multi-query (average)")
 
 
 def test_pooled_queries_are_what_is_ranked():
-    """Where pooling moves the query beside its match, it is found first."""
+    """Pooling moves the first query next to its match."""
     feats = torch.tensor([[9.0], [0.0], [2.0], [50.0], [0.0], [0.1], [1.0], [9.0]])
-    scores = evaluate_features(FeatureSet(feats, None), LABELS, lambda line: None, Measures(multi_query_pool="average"))
+    scores = evaluate_features(
+        FeatureSet(feats, None), LABELS, lambda line: None, EvaluationSettings(multi_query_pool="average")
+    )
     assert scores["global"]["cmc1"] == 0.5  # the first query, at 9, is nearest to the other person at 9
     assert scores["global_multi_query"]["cmc1"] == 1.0  # pooled it is at 1, where its match is

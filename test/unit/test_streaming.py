@@ -1,4 +1,4 @@
-"""Streamed scores are those of whole matrices, over several files, in bounded memory, and after an interruption."""
+"""Streamed scores are those of whole matrices, over several files, and re-ranking resumes after an interruption."""
 
 import numpy as np
 import pytest
@@ -6,15 +6,14 @@ import torch
 
 from aligned_reid.distance import normalize
 from aligned_reid.evaluation import (
-    feature_distances,
     global_distance_matrix,
     local_distance_matrix,
+    neighbours,
     rank,
     re_rank_features,
     streaming,
 )
-from aligned_reid.evaluation.feature_distances import FeatureDistances
-from aligned_reid.evaluation.feature_file import FeatureTable
+from aligned_reid.evaluation.features import FeatureTable
 from aligned_reid.evaluation.streaming import LargeSet, rank_streamed, re_rank_streamed
 
 
@@ -56,86 +55,61 @@ def expected(tables, normalize_feature):
 
 
 @pytest.mark.parametrize("normalize_feature", [False, True])
-def test_scores_are_those_of_the_whole_matrices(tables, tmp_path, normalize_feature):
+def test_scores_equal_those_of_whole_matrices(tables, normalize_feature):
     data = LargeSet.of(tables, normalize_feature=normalize_feature, local=True)
     assert len(data.query_ids) > 3 * 16  # several blocks
-    found = rank_streamed(data, tmp_path / "state.npz")
+    found = rank_streamed(data)
     assert list(found) == ["local", "global_local", "global"]
     for name, ranking in expected(tables, normalize_feature).items():
         np.testing.assert_allclose(found[name].ap, ranking.ap, rtol=1e-12)
         np.testing.assert_allclose(found[name].ap_step, ranking.ap_step, rtol=1e-12)
         np.testing.assert_array_equal(found[name].cmc, ranking.cmc)
         assert found[name].mean_inp == pytest.approx(ranking.mean_inp, rel=1e-12)
-    assert not (tmp_path / "state.npz").exists()
-    alone = rank_streamed(LargeSet.of(tables, normalize_feature=normalize_feature, local=False), tmp_path / "state.npz")
+    alone = rank_streamed(LargeSet.of(tables, normalize_feature=normalize_feature, local=False))
     assert list(alone) == ["global"]
     assert alone["global"].mean_ap == found["global"].mean_ap
 
 
-def test_an_interrupted_run_goes_on(tables, tmp_path, monkeypatch):
-    data = LargeSet.of(tables, normalize_feature=False, local=True)
-    state = tmp_path / "state.npz"
-    whole = rank_streamed(data, state)
-    computed = []
-    block_distances = streaming.block_distances
+def interrupt(monkeypatch, after):
+    """Let the search for neighbours stop after some blocks; returns a list that grows with the blocks added."""
+    added, add_block = [], neighbours.add_block
 
-    def interrupted(data, first, last, num_gallery):
-        if len(computed) == 2:
+    def counted(distances, found, blocks, final):
+        if len(added) == after:
             raise KeyboardInterrupt
-        computed.append(first)
-        return block_distances(data, first, last, num_gallery)
+        add_block(distances, found, blocks, final)
+        added.append(len(blocks))
 
-    monkeypatch.setattr(streaming, "block_distances", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        rank_streamed(data, state)
-    kept = state.read_bytes()
-    computed[:] = [-1]
-    with pytest.raises(KeyboardInterrupt):  # goes on behind the two, with the third
-        rank_streamed(data, state)
-    assert computed == [-1, 32]
-    monkeypatch.setattr(streaming, "block_distances", block_distances)
-    found = rank_streamed(data, state)
-    for name, ranking in whole.items():
-        np.testing.assert_array_equal(found[name].cmc, ranking.cmc)
-        np.testing.assert_array_equal(found[name].ap, ranking.ap)
-
-    for content in (kept[: len(kept) // 2], b"", kept):  # cut off, empty, of other settings: none is gone on with
-        state.write_bytes(content)
-        other = LargeSet.of(tables, normalize_feature=True, local=True)
-        assert rank_streamed(other, state)["global"].mean_ap == expected(tables, True)["global"].mean_ap
+    monkeypatch.setattr(neighbours, "add_block", counted)
+    return added
 
 
 @pytest.mark.parametrize("normalize_feature", [False, True])
-def test_re_ranked_scores_are_those_of_the_matrix(tables, tmp_path, monkeypatch, normalize_feature):
-    monkeypatch.setattr(feature_distances, "TILE", 40)
-    monkeypatch.setattr(feature_distances, "UNIT", 16)
-    monkeypatch.setattr(feature_distances, "SECONDS_BETWEEN_SAVES", -1)
+def test_re_ranked_scores_equal_those_of_the_matrix_after_an_interruption(
+    tables, tmp_path, monkeypatch, normalize_feature
+):
+    for name, value in {"TILE": 40, "UNIT": 16, "SECONDS_BETWEEN_SAVES": -1}.items():
+        monkeypatch.setattr(neighbours, name, value)
     data = LargeSet.of(tables, normalize_feature=normalize_feature, local=False)
-    query, *gallery = [piece.get(slice(0, piece.num_images)) for piece in data.pieces()]
+    query, *gallery = [piece.get(slice(0, piece.num_images)) for piece in data.global_pieces]
     matrix = re_rank_features(query, torch.cat(gallery), 9, 3, 0.4)
-    gallery_ids, gallery_cams = data.gallery_labels()
-    whole = rank(matrix, data.query_ids, gallery_ids, data.query_cams, gallery_cams)
-
+    whole = rank(matrix, data.query_ids, data.gallery_ids, data.query_cams, data.gallery_cams)
     state = tmp_path / "state.npz"
-    add_block = FeatureDistances.add_block
-
-    def interrupted(self, blocks, units, number, final):
-        if number == len(blocks) - 2:
-            raise KeyboardInterrupt
-        add_block(self, blocks, units, number, final)
-
-    monkeypatch.setattr(FeatureDistances, "add_block", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, after=3)
         re_rank_streamed(data, 9, 3, 0.4, state)
-    added = []
-
-    def counted(self, blocks, units, number, final):
-        added.append(number)
-        add_block(self, blocks, units, number, final)
-
-    monkeypatch.setattr(FeatureDistances, "add_block", counted)
-    found = re_rank_streamed(data, 9, 3, 0.4, state)["global_re_ranked"]
-    assert len(added) == 2  # the rest was in the state file
-    np.testing.assert_allclose(found.ap, whole.ap, atol=1e-6)
-    np.testing.assert_array_equal(found.cmc, whole.cmc)
-    assert not list(tmp_path.glob("state*"))
+    kept = state.read_bytes()
+    for content, resumed in ((kept[: len(kept) // 2], False), (b"", False), (kept, True)):
+        state.write_bytes(content)
+        with monkeypatch.context() as patch:
+            added = interrupt(patch, after=None)
+            found = re_rank_streamed(data, 9, 3, 0.4, state)["global_re_ranked"]
+        assert (added[0] == 4) == resumed
+        np.testing.assert_allclose(found.ap, whole.ap, atol=1e-6)
+        np.testing.assert_array_equal(found.cmc, whole.cmc)
+        assert not list(tmp_path.glob("state*"))
+    state.write_bytes(kept)
+    with monkeypatch.context() as patch:
+        added = interrupt(patch, after=None)
+        re_rank_streamed(data, 8, 3, 0.4, state)
+    assert added[0] == 1  # other settings: from the beginning
