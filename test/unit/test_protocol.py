@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from aligned_reid.evaluation.extract import FeatureSet
-from aligned_reid.evaluation.protocol import LabelArrays, EvaluationSettings, evaluate_features, pool_queries
+from aligned_reid.evaluation.protocol import EvaluationSettings, LabelArrays, evaluate_features, pool_queries
 
 LABELS = LabelArrays(
     np.array([1, 1, 1, 1, 2, 2, 1, 2]), np.array([0, 0, 0, 1, 0, 1, 1, 0]), np.array([0, 2, 2, 2, 0, 1, 1, 1])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from aligned_reid.training.resume import describe_resume, first_step
 
 from aligned_reid import InputError
 from aligned_reid.config import Config
@@ -10,7 +11,6 @@ from aligned_reid.distributed import World
 from aligned_reid.preflight import check_input
 from aligned_reid.run import go_on_after_restart, run
 from aligned_reid.training.checkpoint import LastGood
-from aligned_reid.training.resume import describe_resume, first_step
 from aligned_reid.weights import read_weight_file
 
 HERE = {"num_processes": 2, "device": "cpu"}

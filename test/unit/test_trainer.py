@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from aligned_reid.training.watch import LOSS_CHECK_LAG, LossWatch
 
 from aligned_reid import InputError
 from aligned_reid.config import Config
@@ -21,7 +22,6 @@ from aligned_reid.losses import mutual_distance_loss, mutual_probability_loss
 from aligned_reid.model import AlignedReID
 from aligned_reid.training import trainer as trainer_module
 from aligned_reid.training.trainer import Trainer
-from aligned_reid.training.watch import LOSS_CHECK_LAG, LossWatch
 from aligned_reid.weights import find_state_dict, read_weight_file
 
 pytestmark = pytest.mark.usefixtures("small_trunk")
