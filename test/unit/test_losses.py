@@ -93,24 +93,9 @@ def test_batch_hard_selects_the_first_farthest_positive_and_nearest_negative(dis
         assert [value[n] for value in hard] == [dist[n, p_ind], dist[n, n_ind], p_ind, n_ind]
 
 
-def test_batch_hard_gradient_flows_into_the_selected_distances_only():
-    dist = random_tensor(0, 10, 10).requires_grad_()
-    hard = batch_hard(dist, UNEQUAL_LABELS)
-    (hard.dist_ap.sum() - 2 * hard.dist_an.sum()).backward()
-    expected = torch.zeros(10, 10, dtype=torch.float64)
-    expected[torch.arange(10), hard.p_inds] += 1
-    expected[torch.arange(10), hard.n_inds] -= 2
-    assert torch.equal(dist.grad, expected)
-
-
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [
-        ([3, 3, 3, 3], "no negative.* 4 images"),
-        ([3, 3, 4, 5], "no positive.* 4, 5$"),
-        ([3], "no negative"),
-        ([], "no negative"),
-    ],
+    [([3, 3, 3, 3], "no negative.* 4 images"), ([3, 3, 4, 5], "no positive.* 4, 5$"), ([], "no negative")],
 )
 def test_an_anchor_without_partner_is_an_error(labels, message):
     labels = torch.tensor(labels, dtype=torch.int64)
@@ -171,8 +156,8 @@ def test_soft_margin_does_not_overflow():
 
 
 def test_local_loss_equals_the_loss_of_the_whole_distance_matrix():
-    feat = random_tensor(3, 180, 8, 4).requires_grad_()  # mined in two blocks of rows
-    labels = UNEQUAL_LABELS.repeat(18)
+    feat = random_tensor(3, 130, 8, 4).requires_grad_()  # mined in two blocks of rows
+    labels = UNEQUAL_LABELS.repeat(13)
     loss, dist_ap, dist_an = local_loss(TripletLoss(0.3), feat, labels)
     unit = normalize(feat)
     hard = batch_hard(aligned_distance(unit, unit), labels)
@@ -194,17 +179,6 @@ def test_losses_are_in_at_least_float32_under_autocast(dtype):
     (global_value + local_value).backward()
     assert feat.grad.dtype == dtype
     assert torch.isfinite(feat.grad).all()
-
-
-def test_identical_images_keep_loss_and_gradient_finite():
-    feat = torch.ones(4, 5, 6, requires_grad=True)
-    labels = torch.tensor([0, 0, 1, 1])
-    for margin in (0.3, None):
-        loss = global_loss(TripletLoss(margin), feat[:, 0], labels, normalize_feature=True)[0]
-        loss = loss + local_loss(TripletLoss(margin), feat, labels)[0]
-        (gradient,) = torch.autograd.grad(loss, feat)
-        assert torch.isfinite(loss)
-        assert torch.isfinite(gradient).all()
 
 
 def test_wrong_arguments_are_errors():
