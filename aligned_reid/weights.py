@@ -95,7 +95,7 @@ def check_torch_file(file: Path, head: bytes) -> None:
     except Exception as error:  # a damaged zip archive can raise anything
         raise InputError(f"{file} is damaged or cut off ({first_line(error)})") from error
     if damaged is not None:
-        raise InputError(f"{file} is damaged: wrong checksum of {printable(damaged)}")
+        raise InputError(f"{file} is damaged: the checksum of {printable(damaged)} does not match")
     if "constants.pkl" in names:
         raise InputError(f"{file} is a TorchScript program: save its tensors by torch.save(model.state_dict(), ...)")
     if "data.pkl" not in names:
@@ -144,7 +144,7 @@ def read_safetensors(file: Path) -> dict[str, Any]:
     except Exception as error:  # SafetensorError, or what torch and json raise for a damaged header
         raise InputError(f"{file} is a damaged or cut off safetensors file ({first_line(error)})") from error
     if "digest" in metadata and metadata["digest"] != digest_of(tensors):  # the format itself has no checksum
-        raise InputError(f"{file} is damaged: wrong checksum of its tensors; use another copy")
+        raise InputError(f"{file} is damaged: the checksum of its tensors does not match; use another copy")
     return {"model": tensors, "config": settings, "trained_on": trained_on}
 
 
