@@ -17,7 +17,6 @@ from aligned_reid.weights import find_state_dict, fits, load_trunk, read_imagene
 
 TRUNK_CHANNELS = 2048
 TRUNK_STRIDE = 32
-TRUNK_STAGES = 4
 HEADS = {"local head": "local_", "pooling": "pooling.", "neck": "neck.", "classifier": "fc."}  # prefixes of names
 
 
