@@ -1,0 +1,140 @@
+"""Guards: a loss that is not finite, a step that hangs, and signs of a collapse."""
+
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from aligned_reid.config import Config
+from aligned_reid.device import Accelerator
+from aligned_reid.errors import RunStopped
+from aligned_reid.training.guards import LOSS_CHECK_LAG, CollapseGuard, LossGuard, end_if_hung
+
+HEALTHY = {"gp": 0.4, "gd_ap": 9.0, "gd_an": 8.7, "gL": 1.1}
+
+
+# ---- losses
+
+
+class SlowDevice(Accelerator):
+    """Counts the values that were read."""
+
+    num_read = 0
+
+    def read_later(self, value):
+        def read():
+            self.num_read += 1
+            return value
+
+        return read
+
+
+def test_a_loss_is_checked_a_few_steps_later():
+    device = SlowDevice()
+    guard = LossGuard(device, lambda step, indices: f"step {step}, images {indices.tolist()}")
+    for step in range(1, LOSS_CHECK_LAG + 1):
+        guard.add(step, torch.tensor(1.0), torch.tensor([step]))
+    assert device.num_read == 0
+    guard.add(4, torch.tensor(math.inf), torch.tensor([4]))
+    assert device.num_read == 1
+    with pytest.raises(RunStopped, match=r"inf at step 4, images \[4\]"):
+        guard.check()
+
+
+# ---- hangs
+
+
+def run_batches(loading, step, timeout=0.5):
+    """Run a process with two batches: `loading` runs before the second one, and `step` after each."""
+    program = f"""
+import time
+from aligned_reid.training.guards import end_if_hung
+def batches():
+    yield 1
+    {loading}
+    yield 2
+for batch in end_if_hung(batches(), {timeout}):
+    {step}
+time.sleep(1.5)
+print("end")
+"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=40, check=False)
+    return done, time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("loading", "step", "limit"),
+    [("time.sleep(60)", "pass", 0.5), ("pass", "time.sleep(60)", 1.0), ("while True: pass", "pass", 0.5)],
+)
+def test_a_hang_ends_the_process_and_shows_where(loading, step, limit):
+    done, seconds = run_batches(loading, step)
+    assert done.returncode == 1
+    assert limit < seconds < 40
+    assert "Timeout" in done.stderr
+    assert 'File "<string>"' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("loading", "step", "timeout"),
+    [("time.sleep(0.3)", "time.sleep(0.7)", 0.5), ("time.sleep(0.3)", "pass", 0)],
+)
+def test_slow_steps_and_the_time_after_the_last_one_are_no_hang(loading, step, timeout):
+    done, _ = run_batches(loading, step, timeout)
+    assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
+
+
+def test_all_batches_are_passed_on():
+    assert list(end_if_hung([1, 2], 0)) == list(end_if_hung([1, 2], 60)) == [1, 2]
+
+
+# ---- collapse
+
+
+def figures(branch="g", dist_ap=5.0, dist_an=5.0, loss=0.3, model=""):
+    return {f"{branch}d_ap{model}": dist_ap, f"{branch}d_an{model}": dist_an, f"{branch}L{model}": loss}
+
+
+def test_healthy_epochs_have_no_sign():
+    guard = CollapseGuard(Config())
+    assert guard.find(1, HEALTHY, 20, 0) == []
+    assert guard.find(2, {**HEALTHY, "gL": 0.3}, 20, 1) == []  # at the margin, but the distances differ
+    assert guard.find(3, figures(loss=0.7), 20, 0) == []  # the distances are equal in the mean only
+    assert guard.find(4, figures(dist_ap=4.0, loss=0.05), 20, 0) == []
+
+
+def test_features_without_spread_are_reported_when_it_starts():
+    guard = CollapseGuard(Config())
+    point = figures(dist_ap=1e-3, dist_an=9e-4, loss=0.3001)
+    (line,) = guard.find(7, point, 20, 0)
+    assert line.startswith("epoch 7: collapse: the global features have no spread")
+    assert guard.find(8, point, 20, 0) == []
+    assert guard.find(9, HEALTHY, 20, 0) == []
+    assert len(guard.find(10, point, 20, 0)) == 1
+
+
+@pytest.mark.parametrize(("margin", "value"), [(0.3, 0.3), (0.5, 0.5), (None, math.log(2))])
+@pytest.mark.parametrize(("branch", "name"), [("g", "global"), ("l", "local")])
+def test_a_loss_at_the_margin_for_two_epochs_is_stuck(margin, value, branch, name):
+    guard = CollapseGuard(Config(global_margin=margin, local_margin=margin, l_loss_weight=1.0))
+    means = figures(branch, 5.001, 5.0, value + 1e-3)
+    assert guard.find(1, means, 20, 0) == []
+    (line,) = guard.find(2, means, 20, 0)
+    assert line.startswith(f"epoch 2: collapse: the {name} loss is stuck at {value + 1e-3:.4f}")
+
+
+def test_more_skipped_steps_than_others_are_reported():
+    guard = CollapseGuard(Config())
+    assert guard.find(1, HEALTHY, 20, 10) == []
+    (line,) = guard.find(2, HEALTHY, 20, 11)
+    assert "11 of 20 steps" in line
+    assert "--loss_scale" in line
+
+
+def test_each_of_several_models_is_checked():
+    means = figures(dist_ap=9.0, loss=1.0, model=".1") | figures(dist_ap=1e-3, dist_an=1e-3, model=".2")
+    (line,) = CollapseGuard(Config()).find(1, means, 20, 0)
+    assert "of model 2" in line
