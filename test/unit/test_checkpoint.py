@@ -1,6 +1,8 @@
-"""ckpt.pth: whole or not at all, read back to the bit, nothing of a former run lost."""
+"""ckpt.pth: written whole or not at all, read back exactly, and what a resumed run logs and where it starts."""
 
+import os
 import random
+import time
 import zipfile
 
 import numpy as np
@@ -10,9 +12,15 @@ import torch
 from aligned_reid import InputError
 from aligned_reid.config import Config
 from aligned_reid.device import Accelerator
-from aligned_reid.training import checkpoint as checkpoint_module
+from aligned_reid.distributed import World
+from aligned_reid.preflight import check_input
+from aligned_reid.run import resume_after_restart, run
 from aligned_reid.training.checkpoint import (
+    WRITING_SHARE,
     Checkpoints,
+    LastGood,
+    describe_resume,
+    first_step,
     random_states,
     read_last_good,
     set_aside,
@@ -21,15 +29,19 @@ from aligned_reid.training.checkpoint import (
 from aligned_reid.weights import read_weight_file
 
 
+CONFIG = Config(seed=3)
+HERE = {"num_processes": 2, "device": "cpu"}
+
+
 class Parts:
-    """A small model with what a checkpoint holds."""
+    """A small learner and its checkpoints."""
 
     def __init__(self, folder, width=3):
         torch.manual_seed(0)
         accelerator = Accelerator()
         self.model = torch.nn.Linear(width, 2)
         self.optimizer = accelerator.adam(self.model.parameters(), 0.1, 5e-4)
-        self.checkpoints = Checkpoints(folder, [self], accelerator)
+        self.checkpoints = Checkpoints(folder, [self], accelerator, {}, {})
 
     def state_dict(self):
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -42,21 +54,27 @@ class Parts:
         self.optimizer.zero_grad()
         self.model(torch.ones(1, self.model.in_features)).sum().backward()
         self.optimizer.step()
+        return self.weights()
+
+    def weights(self):
         return [parameter.detach().clone() for parameter in self.model.parameters()]
 
 
-def test_what_is_read_goes_on_to_the_bit(tmp_path):
-    config = Config(seed=3)
+def epochs_in(folder):
+    return {path.name: torch.load(path, weights_only=True)["epoch"] for path in folder.iterdir()}
+
+
+def test_load_restores_weights_optimizer_and_random_states(tmp_path):
     first = Parts(tmp_path)
     first.step()
-    first.checkpoints.save(1, config)
+    first.checkpoints.save(1, CONFIG)
     drawn = torch.rand(3), np.random.rand(3), random.random()
     expected = first.step()
 
     second = Parts(tmp_path)
-    content = second.checkpoints.load(Config(seed=3)).content
+    content = second.checkpoints.load(CONFIG).content
     assert (content["epoch"], content["sampler"]) == (1, {"seed": 3, "epoch": 1})
-    assert content["config"] == config.to_dict()
+    assert content["config"] == CONFIG.to_dict()
     assert torch.equal(torch.rand(3), drawn[0])
     assert np.array_equal(np.random.rand(3), drawn[1])
     assert random.random() == drawn[2]
@@ -64,49 +82,34 @@ def test_what_is_read_goes_on_to_the_bit(tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_it_holds_tensors_numbers_and_strings_only(tmp_path):
-    parts = Parts(tmp_path)
-    parts.step()
-    parts.checkpoints.save(1, Config(seed=3))
-    with open(tmp_path / "ckpt.pth", "rb") as file:
-        assert torch.load(file, weights_only=True)["epoch"] == 1
-
-
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 1 vs 2")])
-def test_a_failed_write_leaves_the_former_file(tmp_path, monkeypatch, failure):
+def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch, failure):
     parts = Parts(tmp_path)
-    parts.checkpoints.save(1, Config(seed=3))
+    parts.checkpoints.save(1, CONFIG)
 
     def fail(content, file):
         file.write(b"a part")
         raise failure
 
-    monkeypatch.setattr(checkpoint_module.torch, "save", fail)
+    monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError):
-        parts.checkpoints.save(2, Config(seed=3))
+        parts.checkpoints.save(2, CONFIG)
     assert read_weight_file(tmp_path)["epoch"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pth"]
 
 
-def test_the_one_before_is_kept_beside_the_newest(tmp_path):
+def refuse_link(*_):
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_the_previous_checkpoint_is_kept(tmp_path, monkeypatch, has_links):
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse_link)
     parts = Parts(tmp_path)
     for epoch in (1, 2, 3):
-        parts.checkpoints.save(epoch, Config(seed=3))
-    epochs = {path.name: torch.load(path, weights_only=True)["epoch"] for path in tmp_path.iterdir()}
-    assert epochs == {"ckpt.pth": 3, "ckpt.previous.pth": 2}
-
-
-def test_a_disk_without_links_keeps_it_too(tmp_path, monkeypatch):
-    def no_links(*_):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(checkpoint_module.os, "link", no_links)
-    parts = Parts(tmp_path)
-    for epoch in (1, 2):
-        parts.checkpoints.save(epoch, Config(seed=3))
-    assert torch.load(tmp_path / "ckpt.previous.pth", weights_only=True)["epoch"] == 1
-    (tmp_path / "ckpt.pth").unlink()  # where a kill comes between the two names
-    assert read_last_good(tmp_path).content["epoch"] == 1
+        parts.checkpoints.save(epoch, CONFIG)
+    assert epochs_in(tmp_path) == {"ckpt.pth": 3, "ckpt.previous.pth": 2}
 
 
 def flip_a_byte(path):
@@ -127,62 +130,57 @@ def remove(path):
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, cut_off, remove])
-def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, damage):
     parts = Parts(tmp_path, width=40)
-    parts.checkpoints.save(1, Config(seed=3))
-    first = [parameter.detach().clone() for parameter in parts.model.parameters()]
+    parts.checkpoints.save(1, CONFIG)
+    first = parts.weights()
     parts.step()
-    parts.checkpoints.save(2, Config(seed=3))
+    parts.checkpoints.save(2, CONFIG)
     damage(tmp_path / "ckpt.pth")
-    last = parts.checkpoints.load(Config(seed=3))
+    with pytest.raises(InputError, match=r"ckpt\.previous\.pth" if damage is not remove else "ckpt"):
+        read_weight_file(tmp_path / "ckpt.pth")  # weights to test are not replaced silently
+    last = parts.checkpoints.load(CONFIG)
     assert (last.path.name, last.content["epoch"]) == ("ckpt.previous.pth", 1)
-    assert str(tmp_path / "ckpt.pth") in last.damage and "\n" not in last.damage
-    for ours, theirs in zip(parts.model.parameters(), first, strict=True):
-        assert torch.equal(ours, theirs)
-    parts.checkpoints.save(3, Config(seed=3))  # the damaged file must not take the place of the good one
-    epochs = {path.name: torch.load(path, weights_only=True)["epoch"] for path in tmp_path.iterdir()}
-    assert epochs == {"ckpt.pth": 3, "ckpt.previous.pth": 1}
+    assert str(tmp_path / "ckpt.pth") in last.damage
+    assert "\n" not in last.damage
+    assert all(map(torch.equal, parts.weights(), first))
+    parts.checkpoints.save(3, CONFIG)  # must not replace the good file with the damaged one
+    assert epochs_in(tmp_path) == {"ckpt.pth": 3, "ckpt.previous.pth": 1}
 
     for path in tmp_path.iterdir():
         flip_a_byte(path)
-    with pytest.raises(InputError, match="no checkpoint to go on from") as error:
-        parts.checkpoints.load(Config(seed=3))
-    assert str(error.value).count("the checksum of") == 2 and "\n" not in str(error.value)
+    with pytest.raises(InputError, match="no checkpoint") as error:
+        parts.checkpoints.load(CONFIG)
+    assert str(error.value).count("checksum") == 2
+    assert "\n" not in str(error.value)
 
 
-def test_weights_to_test_are_not_taken_from_a_damaged_file(tmp_path):
-    parts = Parts(tmp_path, width=40)
-    for epoch in (1, 2):
-        parts.checkpoints.save(epoch, Config(seed=3))
-    flip_a_byte(tmp_path / "ckpt.pth")
-    with pytest.raises(
-        InputError, match=rf"{tmp_path}/ckpt\.pth is damaged.*the one before it is .*ckpt\.previous\.pth"
-    ):
-        read_weight_file(tmp_path / "ckpt.pth")
-    assert read_weight_file(tmp_path / "ckpt.previous.pth")["epoch"] == 1
-
-
-def test_a_file_that_is_no_run_or_another_model_is_refused(tmp_path):
+def test_bare_weights_and_another_model_are_refused(tmp_path):
     parts = Parts(tmp_path)
     torch.save(parts.model.state_dict(), tmp_path / "ckpt.pth")
     with pytest.raises(InputError, match="--model_weight_file"):
-        parts.checkpoints.load(Config(seed=3))
+        parts.checkpoints.load(CONFIG)
     Parts(tmp_path, width=5).checkpoints.save(1, Config(seed=3, bnneck=True))
-    with pytest.raises(InputError, match=r"another model or .* the flags give \(bnneck: True -> False\)"):
-        parts.checkpoints.load(Config(seed=3))
+    with pytest.raises(InputError, match="bnneck: True -> False"):
+        parts.checkpoints.load(CONFIG)
 
 
 def test_writing_takes_a_bounded_share_of_the_time(tmp_path, monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr(checkpoint_module.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(checkpoint_module, "write_atomically", lambda *_: clock.__setitem__(0, clock[0] + 2))
-    parts = Parts(tmp_path)
-    assert parts.checkpoints.is_due()
-    parts.checkpoints.save(1, Config(seed=3))
-    clock[0] += 19
-    assert not parts.checkpoints.is_due()
+    clock, save = [100.0], torch.save
+
+    def save_in_two_seconds(*given):
+        clock[0] += 2
+        save(*given)
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(torch, "save", save_in_two_seconds)
+    checkpoints = Parts(tmp_path).checkpoints
+    assert checkpoints.is_due()
+    checkpoints.save(1, CONFIG)
+    clock[0] += 2 / WRITING_SHARE - 1
+    assert not checkpoints.is_due()
     clock[0] += 2
-    assert parts.checkpoints.is_due()
+    assert checkpoints.is_due()
 
 
 def test_set_aside_never_overwrites(tmp_path):
@@ -194,14 +192,14 @@ def test_set_aside_never_overwrites(tmp_path):
     assert kept == {"ckpt.old1.pth": "first", "ckpt.old2.pth": "second", "ckpt.old3.pth": "third"}
 
 
-def test_states_of_another_kind_of_device_are_left_out():
+def test_random_states_of_another_kind_of_device_are_skipped():
     states = random_states(Accelerator())
     states["device"] = torch.ones(16, dtype=torch.uint8)
-    set_random_states(states, Accelerator())  # a CPU has no random state besides torch's
+    set_random_states(states, Accelerator())
     assert torch.equal(torch.get_rng_state(), states["torch"])
 
 
-def test_an_optimiser_of_another_device_goes_on_here():
+def test_an_optimizer_state_of_another_device_is_loaded():
     parameter = torch.nn.Parameter(torch.ones(3))
     accelerator = Accelerator(mixed_precision=False)
     optimizer = accelerator.adam([parameter], 0.1, 0.0)
@@ -210,14 +208,113 @@ def test_an_optimiser_of_another_device_goes_on_here():
     accelerator.load_optimizer(optimizer, theirs)
     assert float(optimizer.state[parameter]["step"]) == 7
     assert torch.equal(optimizer.state[parameter]["exp_avg"], state["exp_avg"])
-    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)  # the settings are this run's
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)  # this run's
     parameter.grad = torch.ones(3)
     optimizer.step()
     assert float(optimizer.state[parameter]["step"]) == 8
 
 
-def test_an_optimiser_of_other_parameters_is_refused():
+def test_an_optimizer_state_of_other_parameters_is_refused():
     accelerator = Accelerator(mixed_precision=False)
     optimizer = accelerator.adam([torch.nn.Parameter(torch.ones(3))], 0.1, 0.0)
     with pytest.raises(ValueError, match="other parameters"):
         accelerator.load_optimizer(optimizer, {"state": {}, "param_groups": [{"params": [0, 1]}]})
+
+
+# ---- resuming
+
+
+def last_good(tmp_path, damage="", **content):
+    return LastGood({"config": Config().to_dict(), "epoch": 3, "step": 0, **content}, tmp_path / "ckpt.pth", damage)
+
+
+@pytest.mark.parametrize("content", [{"made_on": HERE}, {}])  # old files have no made_on
+def test_resuming_the_same_run_logs_one_line(tmp_path, content):
+    (line,) = describe_resume(Config(resume=True), last_good(tmp_path, **content), HERE)
+    assert f"{tmp_path}/ckpt.pth after epoch 3" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "last", "expected"),
+    [
+        ({}, {"step": 4}, ["epoch 3 and step 4"]),
+        ({}, {"damage": "ckpt.pth is damaged"}, ["ckpt.pth is damaged", "resumed"]),
+        (
+            {},
+            {"made_on": {"num_processes": 8, "device": "npu"}},
+            ["resumed", "processes 8 -> 2, device npu -> cpu: from here on the run is no longer bit-exact"],
+        ),
+        (
+            {"base_lr": 0.5, "checkpoint_every_steps": 7},
+            {},
+            ["resumed", "change the result: base_lr: 0.0002 -> 0.5", "not affect training: checkpoint_every_steps: 0"],
+        ),
+    ],
+)
+def test_resuming_logs_what_differs(tmp_path, settings, last, expected):
+    lines = describe_resume(Config(**settings), last_good(tmp_path, **last), HERE)
+    assert len(lines) == len(expected)
+    for line, part in zip(lines, expected, strict=True):
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("sampling", "before", "now", "expected"),
+    [("independent", 1, 2, 6), ("sharded", 1, 2, 3), ("sharded", 4, 2, 10), ("sharded", 2, 2, 6)],
+)
+def test_another_number_of_processes_keeps_the_share_of_the_epoch(sampling, before, now, expected):
+    content = {"step": 6, "made_on": {"num_processes": before, "device": "cpu"}}
+    assert first_step(content, Config(id_sampling=sampling), now, num_steps=10) == expected
+
+
+@pytest.mark.parametrize(("before", "now", "expected"), [(1, 2, 3), (2, 1, 12), (2, 3, 4), (2, 2, 6)])
+def test_another_number_of_batches_per_step_keeps_the_share_of_the_epoch(before, now, expected):
+    content = {"step": 6, "config": Config(accumulate=before).to_dict()}
+    assert first_step(content, Config(accumulate=now), 1, num_steps=20) == expected
+
+
+def config_of(data, folder, **settings):
+    common = {"data_path": str(data), "exp_dir": str(folder), "pretrained": "none", "resize_h_w": (64, 32), "seed": 1}
+    common |= {"ids_per_batch": 4, "ims_per_id": 2, "workers": 0, "device": "cpu", "amp": "O0", "total_epochs": 2}
+    return Config(**common | settings)
+
+
+def test_only_rank_0_needs_the_run_folder(tiny_data, tmp_path):
+    config = config_of(tiny_data, tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"--resume.*ckpt\.pth"):
+        check_input(config)
+    assert check_input(config, has_run_dir=False).weights is None
+
+
+def test_a_run_resumes_from_the_previous_checkpoint(tiny_data, tmp_path, small_trunk):
+    run(config_of(tiny_data, tmp_path))
+    cut_off(tmp_path / "ckpt.pth")
+    run(config_of(tiny_data, tmp_path, resume=True))
+    log = (tmp_path / "log.txt").read_text()
+    assert f"{tmp_path}/ckpt.pth is damaged" in log
+    assert f"resumed from {tmp_path}/ckpt.previous.pth after epoch 1" in log
+    assert read_weight_file(tmp_path / "ckpt.pth")["epoch"] == 2
+
+
+def test_train_seconds_include_those_before_a_resume(tiny_data, tmp_path, small_trunk):
+    results = run(config_of(tiny_data, tmp_path, total_epochs=1))
+    content = read_weight_file(tmp_path)
+    assert 0 < content["train_seconds"] <= results["train_seconds"]
+    torch.save({**content, "train_seconds": 1000.0}, tmp_path / "ckpt.pth")
+    assert run(config_of(tiny_data, tmp_path, resume=True))["train_seconds"] > 1000
+
+
+@pytest.mark.parametrize(
+    ("job", "resumes"),
+    [({"token": "a"}, True), ({"token": "b"}, False), ({"token": "a", "name": ""}, False), ({}, False), (None, False)],
+)
+def test_a_restart_resumes_its_own_launch_only(tiny_data, tmp_path, job, resumes):
+    config, accelerator = config_of(tiny_data, tmp_path), Accelerator(mixed_precision=False)
+    world = World(job={"token": "a"})
+    assert not resume_after_restart(config, world, accelerator).resume  # no checkpoint yet
+    parts = Parts(tmp_path)
+    parts.checkpoints.job = job
+    parts.checkpoints.save(1, config)
+    if job is None:
+        (tmp_path / "ckpt.pth").write_bytes(b"damaged")
+    assert resume_after_restart(config, world, accelerator).resume == resumes

@@ -1,4 +1,4 @@
-"""The weighted sum of losses, and the figures of an epoch's line."""
+"""The weighted sum of losses, the figures of an epoch's line, and what models learn from each other."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from aligned_reid.config import Config
 from aligned_reid.losses import TripletLoss, global_loss, local_loss
 from aligned_reid.model import Features
-from aligned_reid.objective import Objective
+from aligned_reid.objective import Objective, peer_outputs
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def batch():
     return features, labels
 
 
-def test_global_loss_alone_touches_no_other_head(batch):
+def test_global_loss_alone_reaches_no_other_head(batch):
     features, labels = batch
     loss, figures = Objective(Config())(features, labels)
     expected, hard, _ = global_loss(TripletLoss(0.3), features.global_feat, labels, False)
@@ -38,7 +38,7 @@ def test_global_loss_alone_touches_no_other_head(batch):
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_weights_add_up(batch, own):
+def test_the_loss_is_the_weighted_sum(batch, own):
     features, labels = batch
     config = Config(g_loss_weight=0.5, l_loss_weight=2.0, id_loss_weight=0.25, local_dist_own_hard_sample=own)
     loss, figures = Objective(config)(features, labels)
@@ -53,8 +53,7 @@ def test_weights_add_up(batch, own):
 
 def test_local_loss_alone_uses_the_global_hard_samples(batch):
     features, labels = batch
-    config = Config(g_loss_weight=0.0, l_loss_weight=1.0)
-    loss, figures = Objective(config)(features, labels)
+    loss, figures = Objective(Config(g_loss_weight=0.0, l_loss_weight=1.0))(features, labels)
     _, hard, _ = global_loss(TripletLoss(0.3), features.global_feat, labels, False)
     expected, _, _ = local_loss(
         TripletLoss(0.3), features.local_feat, p_inds=hard.p_inds, n_inds=hard.n_inds, normalize_feature=False
@@ -63,8 +62,18 @@ def test_local_loss_alone_uses_the_global_hard_samples(batch):
     assert "gL" not in figures
 
 
-def test_soft_margin(batch):
+def test_a_soft_margin_counts_the_order_only(batch):
     features, labels = batch
     loss, figures = Objective(Config(global_margin=None))(features, labels)
     assert math.isfinite(loss.item())
     assert figures["gm"] == figures["gp"]
+
+
+@pytest.mark.parametrize("used", ["logits", "global_dist", "local_dist"])
+def test_peers_see_only_what_a_mutual_loss_uses(batch, used):
+    weight = {"logits": "pm", "global_dist": "gdm", "local_dist": "ldm"}[used]
+    outputs = peer_outputs(batch[0], Config(**{f"{weight}_loss_weight": 1.0, "num_models": 2}))
+    assert [name for name, value in outputs._asdict().items() if value is not None] == [used]
+    detached = outputs.detached(torch.device("cpu"))
+    assert torch.equal(getattr(detached, used), getattr(outputs, used))
+    assert not getattr(detached, used).requires_grad

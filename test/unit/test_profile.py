@@ -1,4 +1,4 @@
-"""What a step costs: counted exactly where it can be worked out by hand, and traced into files."""
+"""What a step costs: operations and bytes that can be worked out by hand, and a trace in files."""
 
 import gzip
 import json
@@ -53,7 +53,7 @@ def extra_copies(total, x, weight, y):
     return rest
 
 
-def test_a_trace_is_written_for_a_viewer(profile_steps):
+def test_the_trace_holds_each_operator_of_each_step(profile_steps):
     profile, lines, _ = profile_steps(2, 6)
     trace = json.loads(gzip.decompress((profile.folder / "trace.json.gz").read_bytes()))
     assert sum(event.get("name") == "aten::mm" for event in trace["traceEvents"]) == 2 * 2  # 2 steps of 2 products
@@ -61,14 +61,14 @@ def test_a_trace_is_written_for_a_viewer(profile_steps):
     assert str(profile.folder) in lines[1]
 
 
-def test_what_was_traced_is_reported_where_the_run_ends_early(profile_steps):
+def test_a_run_that_ends_early_reports_the_steps_traced_so_far(profile_steps):
     profile, lines, _ = profile_steps(100, Throughput.WARM_UP_STEPS + 1 + 3)
     assert profile.num_traced == 3
     assert "a step over 3" in lines[1]
 
 
 @pytest.mark.parametrize(("num_steps", "num_batches"), [(0, 6), (2, 2)])
-def test_nothing_is_profiled_without_being_asked_or_without_steps(profile_steps, num_steps, num_batches):
+def test_without_steps_to_trace_nothing_is_written(profile_steps, num_steps, num_batches):
     profile, lines, seen = profile_steps(num_steps, num_batches)
     assert seen == num_batches
     assert lines == []

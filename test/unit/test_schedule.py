@@ -1,6 +1,7 @@
-"""Learning rates against the reference's."""
+"""Learning rate schedules: the reference's, cosine and warm-up."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ CASES = json.loads((Path(__file__).parents[1] / "golden" / "lr_schedules.json").
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['type']}-{case['total_epochs']}")
-def test_rates_are_the_references(case):
+def test_rates_match_the_reference(case):
     for epoch, expected in enumerate(case["lr_per_epoch"], start=1):
         if case["type"] == "exp":
             rate = exp_decay(epoch, case["base_lr"], case["total_epochs"], case["exp_decay_at_epoch"])
@@ -29,14 +30,7 @@ def test_settings_choose_the_schedule():
     assert [learning_rate(epoch, config) for epoch in (2, 3, 5)] == pytest.approx([1e-3, 1e-4, 1e-5])
 
 
-@pytest.mark.parametrize(("scale", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2)])
-def test_the_rate_follows_the_number_of_processes_where_asked(scale, factor):
-    config = Config(base_lr=1e-3, total_epochs=10, exp_decay_at_epoch=6, lr_scale=scale)
-    for epoch in (1, 6, 10):
-        assert learning_rate(epoch, config, 4) == pytest.approx(factor * learning_rate(epoch, config, 1))
-
-
-def test_cosine_moves_with_the_steps_to_a_thousandth():
+def test_cosine_falls_to_a_thousandth_step_by_step():
     config = Config(base_lr=1e-3, total_epochs=10, lr_decay_type="cosine")
     assert learning_rate(1, config) == pytest.approx(1e-3)
     assert learning_rate(6, config) == pytest.approx((1e-3 + 1e-6) / 2)
@@ -47,7 +41,7 @@ def test_cosine_moves_with_the_steps_to_a_thousandth():
 @pytest.mark.parametrize("decay", ["exp", "staircase", "cosine"])
 def test_the_rate_warms_up_step_by_step(decay):
     settled = Config(base_lr=1e-3, total_epochs=10, lr_decay_type=decay)
-    config = Config(base_lr=1e-3, total_epochs=10, lr_decay_type=decay, warmup_epochs=2)
+    config = replace(settled, warmup_epochs=2)
     factors = [
         learning_rate(epoch, config, share_done=share) / learning_rate(epoch, settled, share_done=share)
         for epoch, share in ((1, 0.0), (1, 0.5), (2, 0.0), (3, 0.0), (9, 0.5))
