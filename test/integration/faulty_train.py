@@ -37,7 +37,7 @@ FAULTS = {
 
 
 def at_step(function, step, fault):
-    """`function`, whose `step`-th call does something else first."""
+    """`function`, whose `step`-th call begins with `fault`."""
     calls = 0
 
     def counted(*given, **named):

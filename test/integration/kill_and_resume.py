@@ -1,7 +1,7 @@
 """Train with kills: python kill_and_resume.py <data> <folder> <kills> <ranks> <workers>, for test_resume_command.py.
 
-Every attempt is forked from this process, which has imported all there is to import and computed nothing. A rank kills
-itself at a random moment of a random step, the writing of a checkpoint among them; the next attempt resumes.
+Every attempt is forked from this process, which has imported everything and computed nothing. A rank kills itself at a
+random moment of a random step, which may be while a checkpoint is written; the next attempt resumes.
 """
 
 import os
@@ -16,9 +16,9 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from conftest import make_small_trunk  # noqa: E402
 
-from aligned_reid import model, preflight, run  # noqa: E402
+from aligned_reid import model, objective, preflight, run  # noqa: E402
 from aligned_reid.config import Config  # noqa: E402
-from aligned_reid.training import checkpoint, objective, trainer  # noqa: E402
+from aligned_reid.training import checkpoint, trainer  # noqa: E402
 
 MOMENTS = ("loss", "step", "write", "keep", "rename")
 
@@ -28,7 +28,7 @@ def kill() -> None:
 
 
 def kill_at(moment: str, step: int) -> None:
-    """Let this process die at `moment` of its `step`-th step."""
+    """Kill this process at `moment` of its `step`-th step, or of the first later one that has it."""
     steps = 0
 
     def counted(function, here, before=True):
@@ -44,14 +44,14 @@ def kill_at(moment: str, step: int) -> None:
         return call
 
     objective.Objective.__call__ = counted(objective.Objective.__call__, "loss")
-    trainer.Trainer.end_step = counted(trainer.Trainer.end_step, "step")
+    trainer.Trainer.save_or_stop = counted(trainer.Trainer.save_or_stop, "step")
     checkpoint.torch.save = counted(checkpoint.torch.save, "write", before=False)
     checkpoint.keep_as = counted(checkpoint.keep_as, "keep", before=False)
     checkpoint.os.replace = counted(checkpoint.os.replace, "rename")
 
 
 def attempt(config: Config, ranks: int, victim: int | None, moment: str, step: int) -> bool:
-    """One attempt, in `ranks` processes; whether all of them came to the end."""
+    """Train in `ranks` processes; whether all of them finished."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -96,7 +96,7 @@ def main() -> None:
         print(f"kill {number + 1}: rank {victim}, {moment}", flush=True)
         if (folder / "killed" / "ckpt.pth").exists():
             config = Config(**common, exp_dir=str(folder / "killed"), resume=True)
-        assert not attempt(config, ranks, victim, moment, draw.randint(1, 4)), "it was to be killed"
+        assert not attempt(config, ranks, victim, moment, draw.randint(1, 4)), "no rank was killed"
     assert attempt(Config(**common, exp_dir=str(folder / "killed"), resume=True), ranks, None, "", 0)
 
 

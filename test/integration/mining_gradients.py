@@ -35,8 +35,8 @@ def main(file: str, dtype: torch.dtype) -> None:
     own = slice(world.rank * NUM_IDS // world.size, (world.rank + 1) * NUM_IDS // world.size)
     labels = torch.arange(NUM_IDS).repeat_interleave(NUM_IMAGES).view(NUM_IDS, NUM_IMAGES)
     features = learner.network(images[own].flatten(0, 1))
-    loss, figures = learner.judge(features, labels[own].flatten())
-    learner.backward(loss)
+    loss, figures = learner.objective(features, labels[own].flatten())
+    learner.scaler.backward(loss)
     if world.is_main:
         gradients = {name: one.grad for name, one in network.named_parameters() if one.grad is not None}
         torch.save({"gradients": gradients, "figures": {name: value.item() for name, value in figures.items()}}, file)
