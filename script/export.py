@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aligned_reid.cli import OneLineParser, parse_bool, parse_path
-from aligned_reid.flags import parse_height_width, run_command
+from aligned_reid.cli import OneLineParser, parse_bool, parse_path, run_command
+from aligned_reid.flags import parse_height_width
 
 
 def parse_batch_size(text: str) -> int | None:

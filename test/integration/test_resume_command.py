@@ -93,7 +93,9 @@ def test_a_signal_saves_first(tiny_data, tmp_path, number, status):
         _, err = process.communicate(timeout=60)
     assert process.returncode == status
     assert err.count("\n") == 1, err
-    step, epoch = map(int, re.search(rf"{number.name} at step (\d+) of epoch (\d+); .*{tmp_path}/ckpt\.pth", err).groups())
+    step, epoch = map(
+        int, re.search(rf"{number.name} at step (\d+) of epoch (\d+); .*{tmp_path}/ckpt\.pth", err).groups()
+    )
     saved = torch.load(tmp_path / "ckpt.pth", weights_only=True)
     assert (saved["step"], saved["epoch"]) == (step, epoch - 1)
 

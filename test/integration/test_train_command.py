@@ -354,16 +354,6 @@ def test_a_folder_that_cannot_be_written_is_refused(command, tiny_flags, tmp_pat
     assert_refused(command("train.py", *tiny_flags, f"--exp_dir={tmp_path / 'file' / 'run'}"), "is a file")
 
 
-def test_a_full_disk_is_reported_before_training(command, tiny_flags, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
-    done = command("train.py", *tiny_flags, f"--exp_dir={tmp_path / 'run'}")
-    assert_refused(done, "1 MB are free, checkpoints need 960")  # three files
-    done = command("train.py", *tiny_flags, "--num_models=2", f"--exp_dir={tmp_path / 'run'}")
-    assert_refused(done, "1 MB are free, checkpoints need 2520")
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_loss_that_is_not_finite_has_status_1(command, tiny_flags, tmp_path, small_trunk):
     state = AlignedReID(12, pretrained="none").state_dict()
     state["base.conv2.bias"].fill_(math.nan)
@@ -377,10 +367,12 @@ def test_a_loss_that_is_not_finite_has_status_1(command, tiny_flags, tmp_path, s
     assert not (tmp_path / "run" / "ckpt.pth").exists()
 
 
-def test_help_names_every_flag(command):
-    done = command("train.py", "--help")
-    assert done.status == 0
-    assert all(f"--{name}" in done.out for name in Config().to_dict())
+def test_help_lists_the_common_flags_or_all(command):
+    plain, all_flags = command("train.py", "--help"), command("train.py", "--help", "all")
+    assert plain.status == all_flags.status == 0
+    assert "--total_epochs" in plain.out
+    assert "--deterministic" not in plain.out
+    assert all(f"--{name}" in all_flags.out for name in Config().to_dict())
 
 
 # ---- folders and paths of every command

@@ -22,12 +22,10 @@ from aligned_reid.training.checkpoint import (
     describe_resume,
     first_step,
     random_states,
-    read_last_good,
     set_aside,
     set_random_states,
 )
 from aligned_reid.weights import read_weight_file
-
 
 CONFIG = Config(seed=3)
 HERE = {"num_processes": 2, "device": "cpu"}
