@@ -96,6 +96,19 @@ def test_float32_equals_the_cpu_and_the_step_stays_on_the_device(train):
     assert sum(count for name, count in step.items() if TO_HOST.search(name)) <= 3, step
 
 
+def test_evaluation_runs_on_the_device_with_the_cpus_scores(train):
+    trained = train("trained", "--amp=O0", "--total_epochs=1", device="cpu")
+    flags = ("--only_test=true", f"--model_weight_file={trained.folder}", "--amp=O0")
+    npu, cpu = train("npu", *flags), train("cpu", *flags, device="cpu")
+    assert without_figures(npu.results) == without_figures(cpu.results)
+    calls = npu.reports[0]["calls"]
+    assert calls["aten::addmm"] == 3  # global distances of queries and gallery, and within each
+    assert calls["aten::baddbmm"] == 3  # aligned distances of queries and gallery, and within each
+    assert calls["aten::minimum"] >= 2 * calls["aten::baddbmm"]  # the cheapest path, by diagonals
+    assert calls["aten::mm"] == 3  # products for re-ranking: tiles of queries and gallery
+    assert not [name for name in calls if "float64" in name]
+
+
 def operators_in(text):
     """The names in 'name calls, name calls, ...'."""
     return {one.rsplit(maxsplit=1)[0] for one in " ".join(text.split()).split(", ")}
