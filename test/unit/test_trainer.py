@@ -6,7 +6,6 @@ import signal
 
 import pytest
 import torch
-from aligned_reid.training.watch import LOSS_CHECK_LAG, LossWatch
 
 from aligned_reid import InputError
 from aligned_reid.config import Config
