@@ -1,4 +1,4 @@
-"""A trained model as an ONNX graph for inference elsewhere, and the check that it computes the same."""
+"""Exports a trained model as an ONNX graph and verifies its features against torch's."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from aligned_reid.evaluation.extract import FeatureSet, inference_copy
 from aligned_reid.model import AlignedReID
 
 OPSETS = range(13, 19)
-NEW_EXPORTER_OPSET = 18  # torch's newer exporter writes this one and newer; it does not convert to an older
+NEW_EXPORTER_OPSET = 18  # the oldest that torch's newer exporter (torch 2.5) writes
+HAS_NEW_EXPORTER = "dynamo" in inspect.signature(torch.onnx.export).parameters
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TOLERANCE = 1e-4  # of the largest value of a feature
 CHECK_BATCHES = (3, 1)
 
 
 class InferenceGraph(nn.Module):
-    """What the graph holds: images as they come from a decoder and a resize, normalisation, the folded network.
+    """The exported computation: normalization of decoded and resized RGB images, then the folded network.
 
-    uint8_input: images are uint8 [N, H, W, 3]; else float32 [N, 3, H, W] from 0 to 1. RGB in either case.
+    uint8_input: images are uint8 [N, H, W, 3]; else float32 [N, 3, H, W] from 0 to 1.
     """
 
     mean: Tensor
@@ -49,7 +50,7 @@ class InferenceGraph(nn.Module):
         self.register_buffer("std", scale * torch.tensor(IM_STD).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images -> global_feat [N, 2048] and, where asked for, local_feat [N, H / 32, local_channels]."""
+        """Images -> global_feat [N, 2048] and, if `local`, local_feat [N, H / 32, local_channels]."""
         if self.uint8_input:
             images = images.permute(0, 3, 1, 2).to(torch.float32)
         features = self.network((images - self.mean) / self.std)
@@ -61,7 +62,7 @@ class InferenceGraph(nn.Module):
         return ["global_feat", "local_feat"][: 1 + self.local]
 
     def example(self, num_images: int, size: tuple[int, int], seed: int = 0) -> Tensor:
-        """Images of noise in the graph's form."""
+        """Random images in the graph's input format."""
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.randint(0, 256, (num_images, *size, 3), dtype=torch.uint8, generator=generator)
         return pixels if self.uint8_input else to_float_images(pixels)
@@ -73,33 +74,29 @@ def to_float_images(pixels: Tensor) -> Tensor:
 
 
 def check_packages(opset: int) -> None:
-    """Raise InputError where `opset` cannot be written or checked with what is installed."""
+    """Raise InputError if the installed packages cannot write or verify `opset`."""
     if opset not in OPSETS:
         raise InputError(f"--opset {opset}: choose one of {OPSETS[0]} to {OPSETS[-1]}")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"export needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    if opset >= NEW_EXPORTER_OPSET and not has_new_exporter():
+    if opset >= NEW_EXPORTER_OPSET and not HAS_NEW_EXPORTER:
         raise InputError(f"--opset {opset} needs torch 2.5 or newer, and this is {torch.__version__}; use --opset 17")
-
-
-def has_new_exporter() -> bool:
-    return "dynamo" in inspect.signature(torch.onnx.export).parameters
 
 
 def export_onnx(
     graph: InferenceGraph, path: Path, size: tuple[int, int], *, opset: int, batch_size: int | None
 ) -> tuple[float, str]:
-    """Write `graph` to `path` and check it; returns the largest difference from torch and a line about the graph.
+    """Write `graph` to `path` and verify it; returns the largest difference from torch and a description of the graph.
 
-    size: height and width of its images. batch_size: None lets it take any number of images. The difference is that of
-    ONNX Runtime's features, as a share of the largest value. A graph that differs by more than TOLERANCE raises
-    RunStopped and is not left at `path`; what was there before is.
+    size: height and width of its images. batch_size: None accepts any number of images. The difference is that of ONNX
+    Runtime's features, relative to the largest value. If it exceeds TOLERANCE, raises RunStopped and leaves `path` as
+    it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     graph = graph.eval()
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet_exporter():
             write_graph(graph, temporary, size, opset, batch_size)
         difference = compare(graph, temporary, size, [batch_size] if batch_size else CHECK_BATCHES)
         if not difference <= TOLERANCE:
@@ -117,15 +114,15 @@ def write_graph(graph: InferenceGraph, path: Path, size: tuple[int, int], opset:
         shapes = None if batch_size else {"images": {0: torch.export.Dim("N")}}
         torch.onnx.export(graph, (example,), path, dynamo=True, dynamic_shapes=shapes, external_data=False, **named)
         return
-    if has_new_exporter():
+    if HAS_NEW_EXPORTER:
         named["dynamo"] = False
     axes = None if batch_size else {name: {0: "N"} for name in ("images", *graph.output_names)}
     torch.onnx.export(graph, (example,), str(path), dynamic_axes=axes, **named)
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the exporters' remarks about themselves."""
+def quiet_exporter() -> Iterator[None]:
+    """Suppress warnings and output of torch's exporters."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -138,7 +135,7 @@ def quiet() -> Iterator[None]:
 
 
 def compare(graph: InferenceGraph, path: Path, size: tuple[int, int], batch_sizes: Any) -> float:
-    """The largest difference of ONNX Runtime's features from torch's, as a share of the largest value."""
+    """The largest difference of ONNX Runtime's features from torch's, relative to the largest value."""
     session = OnnxFeatures(path)
     differences = []
     for seed, num_images in enumerate(batch_sizes, start=1):
@@ -167,27 +164,27 @@ def describe_graph(path: Path) -> str:
 
 
 class OnnxFeatures:
-    """An exported graph on ONNX Runtime's CPU: images [N, ...] -> its outputs as arrays."""
+    """An exported graph in ONNX Runtime on the CPU: images [N, ...] -> its outputs as arrays."""
 
     def __init__(self, path: Path) -> None:
         import onnxruntime
 
         self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        self.batch_size: int | str = self.session.get_inputs()[0].shape[0]  # a name where any number may come
+        self.batch_size: int | str = self.session.get_inputs()[0].shape[0]  # a name if it accepts any number
         self.takes_uint8 = self.session.get_inputs()[0].type == "tensor(uint8)"
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
         return self.session.run(None, {"images": images})
 
     def extract(self, images: TestImages, workers: int = 0) -> FeatureSet:
-        """Features of all `images`; the last batch is filled up where the graph takes one size only."""
+        """Features of all `images`; the last batch is padded if the graph has a fixed batch size."""
         batch_size = self.batch_size if isinstance(self.batch_size, int) else 32
         parts = []
         for batch in make_loader(images, batch_size=batch_size, workers=workers):
             pixels, num_images = batch.images, len(batch.images)
             if num_images < batch_size and isinstance(self.batch_size, int):
                 pixels = torch.cat([pixels, pixels.new_zeros((batch_size - num_images, *pixels.shape[1:]))])
-            given = pixels if self.takes_uint8 else to_float_images(pixels)
-            parts.append([torch.from_numpy(output[:num_images]) for output in self(given.numpy())])
+            inputs = pixels if self.takes_uint8 else to_float_images(pixels)
+            parts.append([torch.from_numpy(output[:num_images]) for output in self(inputs.numpy())])
         outputs = [torch.cat(blocks) for blocks in zip(*parts, strict=True)]
         return FeatureSet(outputs[0], outputs[1] if len(outputs) > 1 else None)

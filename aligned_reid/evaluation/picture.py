@@ -1,4 +1,4 @@
-"""A picture of what a model found: queries and their nearest gallery images."""
+"""Draws queries and their nearest gallery images."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ COLOURS = {"query": (90, 90, 90), "right": (46, 160, 67), "wrong": (208, 52, 44)
 
 
 def draw_matches(path: str | Path, images: TestImages, dist: np.ndarray, query_rows: list[int], topk: int = 8) -> None:
-    """Write a PNG: a row for each of `query_rows` with the query, then its `topk` nearest gallery images.
+    """Write a PNG with a row for each of `query_rows`: the query, then its `topk` nearest gallery images.
 
-    dist [Q, G]: distances of the queries and gallery images of `images`, in their order. A frame is green where the
-    person is the query's, red elsewhere; the query's own person under the query's camera is left out, as in the
-    protocol.
+    dist [Q, G]: distances of the queries and gallery images of `images`, in order. Frames are green for the query's
+    person, red otherwise; images of the query's person and camera are left out, as in the protocol.
     """
     queries, gallery = np.flatnonzero(images.marks == QUERY), np.flatnonzero(images.marks == GALLERY)
     rows = []
@@ -33,13 +32,12 @@ def draw_matches(path: str | Path, images: TestImages, dist: np.ndarray, query_r
         tiles = [frame(images, int(query), "query"), np.full((TILE[0] + 2 * GAP, 2 * GAP, 3), 255, np.uint8)]
         tiles += [frame(images, int(gallery[one]), "right" if same_person[one] else "wrong") for one in nearest]
         rows.append(np.concatenate(tiles, axis=1))
-    picture = np.concatenate(rows, axis=0)
-    if not cv2.imwrite(str(path), picture[:, :, ::-1]):
+    if not cv2.imwrite(str(path), np.concatenate(rows, axis=0)[:, :, ::-1]):
         raise OSError(f"cannot write {path}")
 
 
 def frame(images: TestImages, index: int, kind: str) -> np.ndarray:
-    """An image in its frame, uint8 [height + 2 GAP, width + 2 GAP, 3]."""
+    """An image with a frame around it, uint8 [height + 2 GAP, width + 2 GAP, 3]."""
     tile = resize_image(images.decode(index), TILE)
     inner = cv2.copyMakeBorder(tile, 3, 3, 3, 3, cv2.BORDER_CONSTANT, value=COLOURS[kind])
     outer = GAP - 3

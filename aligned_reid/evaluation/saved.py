@@ -46,20 +46,11 @@ def evaluate_files(
     Raises InputError for a file that is unusable or does not fit the first.
     """
     check_settings(settings.k1, settings.k2, settings.lambda_value)
-    tables = [
-        read_features(path, default_mark=None if path is paths[0] else GALLERY, local=use_local is not False)
-        for path in paths
-    ]
-    first, *others = tables = ignore_junk(tables, log)
-    for other in others:
-        check_partner(first, other)
+    tables, local = read_tables(paths, use_local, log)
+    first = tables[0]
     if normalize_feature is None:
         normalize_feature = bool(first.made_by.get("normalize_feature", False))
     settings = dataclasses.replace(settings, normalize_feature=normalize_feature)
-    local = all(table.local_feat is not None for table in tables) if use_local is None else use_local
-    for table in tables:
-        if local and table.local_feat is None:
-            raise InputError(f"{table.source} has no field local: use --use_local_distance false")
     num_query = int((first.marks == QUERY).sum())
     num_gallery = sum(int((table.marks == GALLERY).sum()) for table in tables)
     if num_query == 0 or num_gallery == 0:
@@ -83,6 +74,24 @@ def evaluate_files(
         "files": {table.source: dict(table.made_by) for table in tables},
         **dataclasses.asdict(settings),
     }
+
+
+def read_tables(
+    paths: Sequence[Path], use_local: bool | None, log: Callable[[str], None]
+) -> tuple[list[FeatureTable], bool]:
+    """The files' features, junk marked as ignored, and whether local distances are evaluated."""
+    tables = [
+        read_features(path, default_mark=None if path is paths[0] else GALLERY, local=use_local is not False)
+        for path in paths
+    ]
+    tables = ignore_junk(tables, log)
+    for other in tables[1:]:
+        check_partner(tables[0], other)
+    local = all(table.local_feat is not None for table in tables) if use_local is None else use_local
+    for table in tables:
+        if local and table.local_feat is None:
+            raise InputError(f"{table.source} has no field local: use --use_local_distance false")
+    return tables, local
 
 
 def ignore_junk(tables: Sequence[FeatureTable], log: Callable[[str], None]) -> list[FeatureTable]:

@@ -63,7 +63,7 @@ def test_safetensors_hold_what_export_needs(command, tiny_flags, tmp_path, small
         assert done.err.count("\n") == 1 and f"{weights} is a damaged or cut off" in done.err
 
 
-def test_it_says_that_the_graph_does_not_mirror(command, tiny_flags, tmp_path, small_trunk):
+def test_flip_test_is_left_to_the_caller(command, tiny_flags, tmp_path, small_trunk):
     flags = (*tiny_flags, "--total_epochs=1", "--flip_test=true", f"--exp_dir={tmp_path / 'run'}")
     assert command("train.py", *flags).status == 0
     done = command("export.py", f"--model_weight_file={tmp_path / 'run'}", f"--save_file={tmp_path / 'model.onnx'}")
