@@ -97,7 +97,7 @@ def test_mistakes_are_one_line(command, tmp_path, small_trunk):
         ((f"--model_weight_file={weights}", f"--save_file={target}", "--to=om"), "invalid choice: 'om'"),
         ((f"--model_weight_file={weights}", f"--save_file={target}", "--batch_size=0"), "neither a number"),
         ((f"--model_weight_file={weights}", f"--save_file={tmp_path}"), "is a folder"),
-        ((f"--model_weight_file={weights}", f"--save_file={tmp_path}/none/model.onnx"), "there is no folder"),
+        ((f"--model_weight_file={weights}", f"--save_file={tmp_path}/none/model.onnx"), "does not exist"),
         ((f"--model_weight_file={weights}", f"--save_file={target}", "--data_path=/none"), "/none"),
     ):
         done = command("export.py", *flags)

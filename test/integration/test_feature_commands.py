@@ -187,7 +187,7 @@ def test_mistakes_are_one_line(command, tiny_flags, tmp_path, small_trunk):
         ("evaluate.py", (f"--features={features}", "--k1=0"), "k1"),
         ("evaluate.py", (f"--features={features}", "--k2=-1"), "k2"),
         ("evaluate.py", (f"--features={features}", "--lambda_value=2"), "lambda_value"),
-        ("evaluate.py", (f"--features={features}", "--save_file=/none/results.json"), "there is no folder /none"),
+        ("evaluate.py", (f"--features={features}", "--save_file=/none/results.json"), "/none does not exist"),
         ("evaluate.py", (f"--features={tmp_path}/apart.npz", "--use_local_distance=true"), "has no field local"),
         ("extract.py", tiny_flags, "required: --save_file"),
         ("extract.py", (*tiny_flags, f"--save_file={tmp_path}/f.h5", "--model_weight_file=/none"), "no weight file"),
