@@ -37,7 +37,7 @@ def open_accelerator(device: str, index: int | None, local_rank: int, **modes: b
     if name == "cpu" and index > local_rank:
         raise InputError(f"--npu {index}: only the CPU is available ({'; '.join(filter(None, reasons.values()))})")
     if name != "cpu" and index >= kind.count():
-        raise InputError(f"device {name}:{index} is not there: this machine has {kind.count()} (numbers from 0)")
+        raise InputError(f"no device {name}:{index}: this machine has {kind.count()}, numbered from 0")
     if modes.get("apex"):
         reason = why_no_apex() if name == "npu" else f"it is for NPUs, and the device is {name}"
         if reason:

@@ -60,7 +60,7 @@ def test_auto_finds_it_and_its_devices_are_counted(loopback, command, tiny_flags
     flags = [flag for flag in tiny_flags if not flag.startswith("--device")]
     done = command("train.py", *flags, "--device=loopback", "--npu=2")
     assert (done.status, done.out) == (2, "")
-    assert "device loopback:2 is not there: this machine has 2" in done.err
+    assert "no device loopback:2: this machine has 2" in done.err
 
 
 def test_a_kind_of_device_that_there_is_not(command, tiny_flags):
