@@ -234,6 +234,8 @@ def describe_resume(config: Config, last: LastGood, made_on: dict[str, Any]) -> 
     step = last.content.get("step", 0)
     in_epoch = f" and step {step} of the next" if step else ""
     lines.append(f"resumed from {last.path} after epoch {last.content['epoch']}{in_epoch}")
+    if "average" in last.content:
+        lines.append("the checkpoint's average of the weights (--ema_decay, now removed) is not continued")
     before = last.content.get("made_on", made_on)
     names = {"num_processes": "processes", "device": "device"}
     changed = [f"{names[key]} {before[key]} -> {value}" for key, value in made_on.items() if before[key] != value]

@@ -237,6 +237,7 @@ def test_resuming_the_same_run_logs_one_line(tmp_path, content):
     [
         ({}, {"step": 4}, ["epoch 3 and step 4"]),
         ({}, {"damage": "ckpt.pth is damaged"}, ["ckpt.pth is damaged", "resumed"]),
+        ({}, {"average": {}}, ["resumed", "--ema_decay"]),
         (
             {},
             {"made_on": {"num_processes": 8, "device": "npu"}},
