@@ -129,4 +129,4 @@ def test_more_steps_than_an_epoch_has_are_refused(tiny_data, run_here, capsys):
     with pytest.raises(SystemExit) as exit_:
         run_here("training", f"--data_path={tiny_data}", "--ids_per_batch=8", "--steps=2")
     assert exit_.value.code == 2
-    assert "--steps 2 and one before them are more than the 1 steps of an epoch" in capsys.readouterr().err
+    assert "--steps 2" in capsys.readouterr().err.splitlines()[-1]
