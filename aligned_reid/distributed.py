@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import secrets
@@ -141,8 +142,10 @@ def describe_timeout(store: dist.Store, world: World, timeout: float) -> str:
 
 
 def close_group() -> None:
+    """Leave the process group; if it outlived the interpreter, its threads would abort the process."""
     if is_grouped():
         dist.destroy_process_group()
+        gc.collect()  # a data parallel model in a reference cycle still holds the group
 
 
 def is_grouped() -> bool:
