@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -53,7 +54,8 @@ def decode_jpeg(path: str | Path, content: bytes, check_size: bool = False) -> n
     except ValueError as error:
         reason = str(error)
     pixels_lost = "premature end" in reason.lower() or ("Corrupt" in reason and "extraneous bytes" not in reason)
-    if not pixels_lost:  # simplejpeg refuses what other decoders accept, such as stray bytes between header segments
+    # simplejpeg refuses what other decoders accept, such as stray bytes between header segments.
+    if not pixels_lost and not _is_segment_lost(content, reason):
         try:
             with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
                 return np.array(image.convert("RGB"))
@@ -62,6 +64,20 @@ def decode_jpeg(path: str | Path, content: bytes, check_size: bool = False) -> n
     if "premature end" in reason.lower():
         raise InputError(f"image {path} is cut off")
     raise InputError(f"image {path} cannot be decoded: {' '.join(reason.split())[:100]}")
+
+
+def _is_segment_lost(content: bytes, reason: str) -> bool:
+    """Whether the extraneous bytes of libjpeg's `reason` are a header segment whose marker is damaged, such as a table.
+
+    Decoders then use standard tables, and the pixels are wrong. A segment is two bytes and then its own length.
+    """
+    match = re.search(r"(\d+) extraneous bytes before marker 0x(\w\w)", reason)
+    if match is None:
+        return False
+    num_bytes, marker = int(match[1]), bytes([0xFF, int(match[2], 16)])
+    length = (num_bytes - 2).to_bytes(4, "big", signed=True)[2:]
+    ends = [found.start() for found in re.finditer(re.escape(marker), content)]
+    return any(content[end - num_bytes :][2:4] == length for end in ends if end >= num_bytes)
 
 
 def _check_size(path: str | Path, content: bytes) -> None:

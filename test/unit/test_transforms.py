@@ -261,3 +261,10 @@ def test_erasing_fills_one_rectangle_within_the_limits():
         assert 0.01 < height * width / (64 * 32) < 0.45
         assert 0.2 < height / width < 5
         assert (erased[changed] == MEAN_COLOR).all()
+
+
+def test_a_lost_huffman_table_is_not_filled_in(write):
+    content = bytearray(jpeg(scene()))
+    content[content.rindex(b"\xff\xc4")] = 0
+    with pytest.raises(InputError, match="cannot be decoded"):
+        decode_image(write(bytes(content)))
