@@ -9,7 +9,7 @@ class InputError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """A run that cannot go on, through no fault of its input; commands print its one line and exit with `status`."""
+    """A run with valid input that cannot continue; commands print its one line and exit with `status`."""
 
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)

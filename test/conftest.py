@@ -72,7 +72,7 @@ def command(monkeypatch, capfd):
 
 
 def run_script(name, *arguments, cwd=None, environment=None, timeout=240):
-    """Run script/<name> in a process of its own."""
+    """Run script/<name> in a new process."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "script" / name), *map(str, arguments)],
         cwd=cwd,

@@ -139,8 +139,8 @@ class BlockRanker:
         num_valid = int(np.count_nonzero(~np.isnan(ap)))
         if num_valid == 0:
             raise InputError(
-                "No valid query: a query needs an image of the same person from another camera in the gallery (those "
-                "of its own camera are removed), and no query has one; check person ids and cameras"
+                "No valid query: no query has an image of its person from another camera in the gallery (images from "
+                "the query's camera are removed); check person ids and cameras"
             )
         mean_ap, mean_ap_step, mean_inp = (float(np.nanmean(values)) for values in (ap, ap_step, inp))
         return Ranking(increments.cumsum() / num_valid, mean_ap, mean_ap_step, mean_inp, num_valid, ap, ap_step)

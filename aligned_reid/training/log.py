@@ -1,4 +1,4 @@
-"""What a run says: console, log.txt, tensorboard, and the means of an epoch."""
+"""A run's output: console, log.txt, tensorboard, and the means of an epoch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-FPS_OF_ALL = re.compile(r", FPS [^,]+, ids/s [^,]+")  # of all ranks together: who adds up log files shall find it once
+FPS_OF_ALL = re.compile(r", FPS [^,]+, ids/s [^,]+")  # of all ranks together: only rank 0 prints it, so that log files can be added up
 RANK_LOG = "ALIGNED_REID_RANK_LOG"  # set by rank.py
 
 
 class Log:
     """Lines for the console and, in a run folder, log.txt; scalars for tensorboard.
 
-    Ranks other than 0 are silent, but where the launcher gives each a log file of its own.
+    Ranks other than 0 print only if the launcher gives each rank a log file.
     """
 
     def __init__(self, folder: Path | None, *, is_main: bool = True) -> None:
@@ -59,7 +59,7 @@ class Log:
 
 
 class Meters:
-    """Means of named scalars over an epoch's steps, kept on the device: nothing waits for it until `means`."""
+    """Means of named scalars over an epoch's steps. Sums stay on the device, and only `means` waits for it."""
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
@@ -88,7 +88,7 @@ class Meters:
 
 
 class Throughput:
-    """Images per second over wall time; the process's first steps, which warm up caches and kernels, are left out."""
+    """Images per second of wall time, without the process's first steps, which warm up caches and kernels."""
 
     WARM_UP_STEPS = 2
 
@@ -111,7 +111,7 @@ class Throughput:
             self.timed_start, self.timed_images = time.monotonic(), 0
 
     def end_epoch(self) -> tuple[float, float, int]:
-        """Seconds of the epoch, seconds that were timed, and images in these; all of it where it was warm-up only."""
+        """Seconds of the epoch, timed seconds and timed images; if all steps were warm-up, the whole epoch is timed."""
         now = time.monotonic()
         if self.timed_images == 0:
             return now - self.epoch_start, now - self.epoch_start, self.epoch_images
@@ -119,7 +119,7 @@ class Throughput:
 
 
 def format_epoch(epoch: int, seconds: float, fps: float, ids_per_second: float, means: Mapping[str, float]) -> str:
-    """The line of an epoch, as the reference writes it, with throughput: tools read its fields by position."""
+    """The reference's line of an epoch, with throughput; tools read its fields by position."""
     parts = [f"Ep {epoch}", f"{seconds:.2f}s", f"FPS {fps:.2f}", f"ids/s {ids_per_second:.2f}"]
     for name, value in means.items():
         is_share = name.partition(".")[0] in ("gp", "gm", "lp", "lm")

@@ -22,7 +22,7 @@ def numbers(row):
 
 
 def run(name, *arguments):
-    """A benchmark as a user runs it: each side in a process of its own."""
+    """A benchmark as a user runs it: each side in a separate process."""
     command = [sys.executable, str(ROOT / "benchmark" / name), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

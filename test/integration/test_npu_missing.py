@@ -1,6 +1,6 @@
 """Machines whose NPU cannot be used: one line that says why, from every command, and never a crash of `import torch`.
 
-Each case has a torch_npu of its own, which torch would load by itself and fail to, as it does where CANN is missing.
+Each case has a fake torch_npu that torch would load automatically and that fails to load, as it does without CANN.
 """
 
 import os
@@ -105,7 +105,7 @@ def test_every_other_way_to_start_says_why(broken, tiny_data, tmp_path):
         )
         assert_one_line(done, reason)
 
-    # torchrun imports torch before anything of ours: whoever calls it sets the variable.
+    # torchrun imports torch before the script runs, so the caller has to set the variable.
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", *train)
     done = python(*torchrun, TORCH_DEVICE_BACKEND_AUTOLOAD="0", **environment)
     assert done.returncode != 0

@@ -64,7 +64,7 @@ def test_a_run_killed_at_random_steps_ends_bit_identical(tiny_data, tmp_path, ki
 
 @contextlib.contextmanager
 def training(data, folder, *flags):
-    """A run in a process group of its own, after its first epoch."""
+    """A run in a new process group, after its first epoch."""
     command = [sys.executable, ROOT / "script" / "train.py", f"--data_path={data}", *TINY, *flags]
     process = subprocess.Popen(
         [*map(str, command), f"--exp_dir={folder}", "--total_epochs=1000"],

@@ -13,7 +13,7 @@ from aligned_reid.cli import OneLineParser, expand_home
 
 
 def run_main(body, **options):
-    """A command whose `main` has this body, in a process of its own."""
+    """Run a command whose `main` has this body in a new process."""
     program = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})

@@ -1,6 +1,6 @@
 """amp at O1: once it is initialised functions cast everywhere, as apex's patched ones do; here autocast does it.
 
-As apex's, a static scale never skips a step: that is left to whoever trains.
+As in apex, a static scale never skips a step; the caller has to do that.
 """
 
 import contextlib

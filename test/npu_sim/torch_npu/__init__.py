@@ -34,7 +34,7 @@ def _install() -> None:
     torch.utils.backend_registration._setup_privateuseone_for_python_backend("npu", backend_module=npu)
     sys.modules["torch.npu"] = npu
     sys.modules["torch.npu.amp"] = sys.modules["torch_npu.npu.amp"] = npu.amp
-    # The device guard that torch makes for a Python backend knows one device: npu:1 has no autograd thread of its own.
+    # The device guard that torch makes for a Python backend knows one device: npu:1 gets no autograd thread.
     torch._C._set_multithreading_enabled(False)
     operators.register()
     autocast.register()
