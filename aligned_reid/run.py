@@ -18,6 +18,7 @@ import torch
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TestImages, TrainImages
 from aligned_reid.data.identities import describe_overlap, identity_record
+from aligned_reid.data.partitions import write_atomically
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.device import Accelerator, find_wrong_layer, open_accelerator
 from aligned_reid.distributed import World, from_rank, process_group, read_world, wait_for_all
@@ -313,9 +314,7 @@ def write_weights(models: Sequence[AlignedReID], config: Config, trained_on: dic
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def run_extraction(config: Config, save_file: Path) -> None:

@@ -53,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from aligned_reid.data.partitions import write_atomically
     from aligned_reid.evaluation.protocol import EvaluationSettings
     from aligned_reid.evaluation.saved import evaluate_files
     from aligned_reid.lock import hold
@@ -70,9 +71,7 @@ def main() -> None:
             normalize_feature=arguments.normalize_feature,
             use_local=arguments.use_local_distance,
         )
-        temporary = arguments.save_file.with_name(arguments.save_file.name + ".tmp")
-        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(arguments.save_file)
+        write_atomically(arguments.save_file, (json.dumps(results, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 from torch import nn
 
+from aligned_reid import InputError
 from aligned_reid.data import make_synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +48,15 @@ def small_trunk(monkeypatch):
     """Models with make_small_trunk's."""
     for module in ("model", "preflight"):
         monkeypatch.setattr(f"aligned_reid.{module}.make_trunk", make_small_trunk)
+
+
+def preparation_refusal(prepare, source, save_dir, *options, **named):
+    """The one line that `prepare` raises; it must not leave a data set behind."""
+    with pytest.raises(InputError) as caught:
+        prepare(source, save_dir, *options, **named)
+    assert "\n" not in str(caught.value)
+    assert not (save_dir / "partitions.pkl").exists()
+    return str(caught.value)
 
 
 class Finished(NamedTuple):

@@ -13,7 +13,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-FPS_OF_ALL = re.compile(r", FPS [^,]+, ids/s [^,]+")  # of all ranks together: only rank 0 prints it, so that log files can be added up
+# Of all ranks together: only rank 0 prints it, so that log files can be added up.
+FPS_OF_ALL = re.compile(r", FPS [^,]+, ids/s [^,]+")
 RANK_LOG = "ALIGNED_REID_RANK_LOG"  # set by rank.py
 
 

@@ -8,10 +8,10 @@ import h5py
 import numpy as np
 import pytest
 import simplejpeg
+from conftest import preparation_refusal
 from PIL import Image
 from scipy.io import savemat
 
-from aligned_reid import InputError
 from aligned_reid.data.partitions import read_partitions
 from aligned_reid.data.prepare.cuhk03 import find_raw_cuhk03, prepare_command, prepare_cuhk03
 from aligned_reid.data.prepare.jpeg import encode_jpeg
@@ -97,11 +97,7 @@ def assert_prepared(save_dir: Path, kind: str) -> None:
 
 
 def refusal(source: Path, save_dir: Path, kind: str = "labeled") -> str:
-    with pytest.raises(InputError) as caught:
-        prepare_cuhk03(source, save_dir, kind)
-    assert "\n" not in str(caught.value)
-    assert not (save_dir / "partitions.pkl").exists()
-    return str(caught.value)
+    return preparation_refusal(prepare_cuhk03, source, save_dir, kind)
 
 
 @pytest.mark.parametrize("kind", ["labeled", "detected"])

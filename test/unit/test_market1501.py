@@ -7,14 +7,15 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import preparation_refusal
 from PIL import Image
 
-from aligned_reid import InputError
 from aligned_reid.data.partitions import read_partitions, split_train_val
 from aligned_reid.data.prepare.jpeg import encode_jpeg
 from aligned_reid.data.prepare.market1501 import find_raw_market1501, prepare_command, prepare_market1501
@@ -191,12 +192,7 @@ def test_gt_bbox_may_be_missing(raw, tmp_path):
     assert partitions.test_marks == [0, 0, 1, 1, 1]
 
 
-def refusal(source: Path, save_dir: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        prepare_market1501(source, save_dir)
-    assert "\n" not in str(caught.value)
-    assert not (save_dir / "partitions.pkl").exists()
-    return str(caught.value)
+refusal = partial(preparation_refusal, prepare_market1501)
 
 
 @pytest.mark.parametrize("zipped", [False, True])

@@ -1,13 +1,14 @@
 """Preparing MSMT17, on made-up folders of versions 1 and 2. The real data set was never available."""
 
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import preparation_refusal
 from PIL import Image
 
-from aligned_reid import InputError
 from aligned_reid.data.partitions import read_partitions
 from aligned_reid.data.prepare.jpeg import encode_jpeg
 from aligned_reid.data.prepare.msmt17 import find_raw_msmt17, prepare_command, prepare_msmt17
@@ -81,12 +82,7 @@ def test_version_2_is_found_in_the_folder_around_it(tmp_path, folders):
     assert {name.split("/")[0] for name in new_names} == set(folders)
 
 
-def refusal(source: Path, save_dir: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        prepare_msmt17(source, save_dir)
-    assert "\n" not in str(caught.value)
-    assert not (save_dir / "partitions.pkl").exists()
-    return str(caught.value)
+refusal = partial(preparation_refusal, prepare_msmt17)
 
 
 def test_images_of_other_kinds_become_jpegs(raw, tmp_path):

@@ -6,11 +6,13 @@ import pickle
 import shutil
 import unicodedata
 from collections import Counter
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import preparation_refusal
 from PIL import Image
 
 from aligned_reid import InputError
@@ -73,12 +75,7 @@ def parts_of(save_dir: Path) -> dict[str, int]:
     return {"trainval": len(partitions.trainval_im_names), **{str(mark): marks[mark] for mark in sorted(marks)}}
 
 
-def refusal(source: Path, save_dir: Path, **options) -> str:
-    with pytest.raises(InputError) as caught:
-        prepare_photos(source, save_dir, **options)
-    assert "\n" not in str(caught.value)
-    assert not (save_dir / "partitions.pkl").exists()
-    return str(caught.value)
+refusal = partial(preparation_refusal, prepare_photos)
 
 
 def assert_usable(save_dir: Path, num_test: int) -> None:
