@@ -72,7 +72,7 @@ def draw_findings(data: ReidData, config: Config, path: Path) -> None:
     load_weights(model, read_state_dict(config.run_dir), str(config.run_dir), need_local=False)
     images = TestImages(data, size=config.resize_h_w)
     query, gallery = images.marks == QUERY, images.marks == GALLERY
-    accelerator = open_accelerator(config.device, config.npu, 0, mixed_precision=False)
+    accelerator = open_accelerator(config.device, None, 0, mixed_precision=False)
     feat = extract_features(model, images, accelerator, World(), local=False, workers=0).global_feat
     draw_matches(path, images, global_distance_matrix(feat[query], feat[gallery]), SHOWN)
 
