@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -96,48 +95,36 @@ def gather_batches(features: Features, labels: Tensor) -> tuple[Features, Tensor
     return Features(global_feat, local_feat, None), gather_with_own(labels)
 
 
-class PeerOutputs(NamedTuple):
-    """The outputs for a batch that the other models learn from; None if a mutual loss does not use it."""
-
-    logits: Tensor | None  # [N, C]
-    global_dist: Tensor | None  # [N, N]
-    local_dist: Tensor | None  # [N, N]
-
-    def detached(self, device: torch.device) -> PeerOutputs:
-        """Without gradient, on another model's device."""
-        return PeerOutputs(*(None if one is None else one.detach().to(device) for one in self))
-
-
-def peer_outputs(features: Features, config: Config) -> PeerOutputs:
-    """The outputs that the mutual losses of `config` compare."""
+def peer_outputs(features: Features, config: Config) -> dict[str, Tensor]:
+    """The outputs for a batch that mutual losses compare, by the loss's name in the log: logits, distances [N, N]."""
     global_feat, local_feat = features.global_feat, features.local_feat
     if config.normalize_feature:
         global_feat, local_feat = normalize(global_feat), normalize(local_feat)
-    return PeerOutputs(
-        features.logits if config.pm_loss_weight > 0 else None,
-        euclidean_distance(global_feat, global_feat) if config.gdm_loss_weight > 0 else None,
-        aligned_distance(local_feat, local_feat) if config.ldm_loss_weight > 0 else None,
-    )
+    outputs: dict[str, Tensor] = {}
+    if config.pm_loss_weight > 0:
+        assert features.logits is not None, "--pm_loss_weight needs --id_loss_weight"
+        outputs["pmL"] = features.logits
+    if config.gdm_loss_weight > 0:
+        outputs["gdmL"] = euclidean_distance(global_feat, global_feat)
+    if config.ldm_loss_weight > 0:
+        outputs["ldmL"] = aligned_distance(local_feat, local_feat)
+    return outputs
 
 
-def mutual_loss(config: Config, own: PeerOutputs, others: Sequence[PeerOutputs]) -> tuple[Tensor, Figures]:
+def mutual_loss(
+    config: Config, own: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]]
+) -> tuple[Tensor | float, Figures]:
     """Weighted sum of a model's mutual losses, each the mean over the other models, and their figures.
 
     Deep mutual learning, arXiv:1706.00384, section 3.2; on distances arXiv:1711.08184, section 3.2.
     """
-    terms: list[tuple[str, float, Any]] = [
-        ("pmL", config.pm_loss_weight, [(own.logits, other.logits) for other in others]),
-        ("gdmL", config.gdm_loss_weight, [(own.global_dist, other.global_dist) for other in others]),
-        ("ldmL", config.ldm_loss_weight, [(own.local_dist, other.local_dist) for other in others]),
-    ]
-    figures = {}
-    total: Any = 0.0
-    for name, weight, pairs in terms:
-        if weight > 0:
-            compare = mutual_probability_loss if name == "pmL" else mutual_distance_loss
-            loss = torch.stack([compare(mine, theirs) for mine, theirs in pairs]).mean()
-            total = total + weight * loss
-            figures[name] = loss
+    weights = {"pmL": config.pm_loss_weight, "gdmL": config.gdm_loss_weight, "ldmL": config.ldm_loss_weight}
+    figures: Figures = {}
+    total: Tensor | float = 0.0
+    for name, mine in own.items():
+        compare = mutual_probability_loss if name == "pmL" else mutual_distance_loss
+        figures[name] = torch.stack([compare(mine, other[name]) for other in others]).mean()
+        total = total + weights[name] * figures[name]
     return total, figures
 
 

@@ -18,7 +18,6 @@ import torch
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TestImages, TrainImages
 from aligned_reid.data.identities import describe_overlap, identity_record
-from aligned_reid.data.partitions import write_atomically
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.device import Accelerator, find_wrong_layer, open_accelerator
 from aligned_reid.distributed import World, from_rank, process_group, read_world, wait_for_all
@@ -27,6 +26,7 @@ from aligned_reid.evaluation.best import Best
 from aligned_reid.evaluation.evaluate import evaluate_models, load_for_test, settle_test
 from aligned_reid.evaluation.extract import feature_blocks, inference_copy
 from aligned_reid.evaluation.features import FeatureWriter
+from aligned_reid.files import write_file
 from aligned_reid.lock import hold
 from aligned_reid.model import AlignedReID, architecture_of, load_weights
 from aligned_reid.preflight import RunInput, check_input, check_save_file
@@ -314,7 +314,7 @@ def write_weights(models: Sequence[AlignedReID], config: Config, trained_on: dic
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def run_extraction(config: Config, save_file: Path) -> None:

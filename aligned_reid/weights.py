@@ -19,6 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from aligned_reid.errors import InputError
+from aligned_reid.files import replacing
 
 CHECKPOINT_NAME = "ckpt.pth"
 PREVIOUS_NAME = "ckpt.previous.pth"  # the checkpoint that the newest one replaced
@@ -162,15 +163,8 @@ def write_safetensors(
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"config": json.dumps(settings), "trained_on": json.dumps(trained_on or {})}
     content = safetensors.torch.save(dense, {"format": "pt", **metadata, "digest": digest_of(dense)})
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, durable=True) as file:
+        file.write(content)
 
 
 def import_safetensors(file: Path) -> Any:

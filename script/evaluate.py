@@ -53,9 +53,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from aligned_reid.data.partitions import write_atomically
     from aligned_reid.evaluation.protocol import EvaluationSettings
     from aligned_reid.evaluation.saved import evaluate_files
+    from aligned_reid.files import write_file
     from aligned_reid.lock import hold
     from aligned_reid.preflight import check_save_file
 
@@ -71,7 +71,7 @@ def main() -> None:
             normalize_feature=arguments.normalize_feature,
             use_local=arguments.use_local_distance,
         )
-        write_atomically(arguments.save_file, (json.dumps(results, indent=2) + "\n").encode())
+        write_file(arguments.save_file, (json.dumps(results, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

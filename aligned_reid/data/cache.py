@@ -21,9 +21,9 @@ import cv2
 import numpy as np
 import simplejpeg  # type: ignore[import-untyped]
 
-from aligned_reid.data.partitions import write_atomically
 from aligned_reid.data.transforms import decode_image, resize_image
 from aligned_reid.errors import InputError
+from aligned_reid.files import write_file
 from aligned_reid.lock import hold
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -113,15 +113,13 @@ def _build_unless_valid(
         else:
             say(f"image cache {path} holds {len(paths):,} images")
             return
-    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed process: this one holds the lock
-        left_over.unlink()
     start = time.monotonic()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # perhaps left by a killed process: this one holds the lock
     try:
         shapes = _write_pixels(temporary, paths, size)
         index_path.unlink(missing_ok=True)
         temporary.replace(path)
-        write_atomically(index_path, json.dumps({"key": cache.key, "shapes": shapes}).encode())
+        write_file(index_path, json.dumps({"key": cache.key, "shapes": shapes}).encode())
     finally:
         temporary.unlink(missing_ok=True)
     megabytes, seconds = path.stat().st_size / 1e6, time.monotonic() - start

@@ -1,7 +1,6 @@
 """partitions.pkl, which assigns images to the parts of a data set: reading, writing, splitting."""
 
 import dataclasses
-import os
 import pickle
 import re
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 
 from aligned_reid.data.plain_pickle import RefusedPickleError, load_plain
 from aligned_reid.errors import InputError
+from aligned_reid.files import write_file
 
 QUERY, GALLERY, MULTI_QUERY = 0, 1, 2  # values in val_marks and test_marks
 
@@ -140,22 +140,11 @@ def _query_and_gallery(images: list[int], cameras: np.ndarray) -> tuple[list[int
     return query, gallery
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is complete or as before at any moment. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:  # also Ctrl-C
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_partitions(path: str | Path, partitions: Partitions) -> None:
     """Write partitions.pkl atomically, in protocol 2, which Python 2 and the reference implementation can read."""
     content = pickle.dumps({key: getattr(partitions, key) for key in _KEYS}, protocol=2)
     try:
-        write_atomically(Path(path), content)
+        write_file(Path(path), content)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 

@@ -13,7 +13,7 @@ from aligned_reid.evaluation.evaluate import evaluation_settings
 from aligned_reid.evaluation.extract import extract_features
 from aligned_reid.evaluation.protocol import evaluate_features
 from aligned_reid.model import AlignedReID
-from aligned_reid.training.checkpoint import on_host, random_states, set_random_states, write_atomically
+from aligned_reid.training.checkpoint import on_host, random_states, set_random_states, write_checkpoint
 from aligned_reid.training.log import Log
 from aligned_reid.weights import BEST_NAME, read_weight_file
 
@@ -75,7 +75,7 @@ class Best:
                 "epoch": epoch,
                 "scores": scores,
             }
-            write_atomically(self.path, content)
+            write_checkpoint(self.path, content)
             self.record = {"epoch": epoch, **scores}
         shown = f"rank@1 {scores['rank1']:.2%}, mAP {scores['mAP']:.2%}"
         self.log(f"evaluated after epoch {epoch}: {shown}; best: epoch {self.record['epoch']}")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from aligned_reid.evaluation.distances import FeatureDistances
 from aligned_reid.evaluation.kernels import GROUP, compiled, in_threads
+from aligned_reid.files import replacing
 
 # Images along a tile's side: 4 MB of features each way, 1 MB of distances on a CPU. Several threads can fill the lists
 # of one tile, a unit of images each.
@@ -136,10 +137,8 @@ def transposed(source: Float32s) -> Float32s:
 
 def save(state: Path, key: str, found: Neighbours, num_blocks: int) -> None:
     """Write the lists as they are after `num_blocks` blocks, atomically."""
-    temporary = state.with_name(state.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with replacing(state) as file:
         np.savez(file, key=np.array(key), num_blocks=np.array(num_blocks), **vars(found))
-    temporary.replace(state)
 
 
 def restore(state: Path, key: str, found: Neighbours) -> int:

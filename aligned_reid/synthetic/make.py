@@ -21,14 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 from aligned_reid import __version__
-from aligned_reid.data.partitions import (
-    Partitions,
-    build_partitions,
-    format_image_name,
-    write_atomically,
-    write_partitions,
-)
+from aligned_reid.data.partitions import Partitions, build_partitions, format_image_name, write_partitions
 from aligned_reid.errors import InputError
+from aligned_reid.files import write_file
 from aligned_reid.lock import LOCK_NAME, hold
 from aligned_reid.synthetic.camera import Camera, make_camera, take_picture
 from aligned_reid.synthetic.figure import Figure
@@ -103,7 +98,7 @@ def make_synthetic(
             images_dir.mkdir(exist_ok=True)
             _draw_all(_missing_images(images_dir, settings), images_dir, settings, num_workers)
             names = {name: name for name in _image_names(settings)}
-            write_atomically(save_dir / "ori_to_new_im_name.pkl", pickle.dumps(names, protocol=2))
+            write_file(save_dir / "ori_to_new_im_name.pkl", pickle.dumps(names, protocol=2))
             write_partitions(save_dir / "partitions.pkl", _partitions(settings))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -129,7 +124,7 @@ def _claim(save_dir: Path, settings: _Settings) -> None:
     if not path.exists():
         if any(path.name != LOCK_NAME for path in save_dir.iterdir()):
             raise InputError(f"save_dir {save_dir} holds other files, which are not overwritten; choose another one")
-        write_atomically(path, json.dumps(ours, indent=2).encode())
+        write_file(path, json.dumps(ours, indent=2).encode())
         return
     try:
         theirs = json.loads(path.read_bytes())
@@ -222,7 +217,7 @@ def _draw_person(studio: _Studio, job: _Job) -> int:
         image = take_picture(camera, seen, rng)
         quality = camera.jpeg_quality + int(rng.integers(-5, 6))
         _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-        write_atomically(studio.images_dir / format_image_name(job.person_id, camera_number, index), jpeg.tobytes())
+        write_file(studio.images_dir / format_image_name(job.person_id, camera_number, index), jpeg.tobytes())
     return len(job.images)
 
 

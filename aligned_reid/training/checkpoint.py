@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from aligned_reid.config import Config
 from aligned_reid.device import Accelerator
 from aligned_reid.distributed import from_rank, group_size
 from aligned_reid.errors import InputError
+from aligned_reid.files import replacing
 from aligned_reid.flags import TRAINING
 from aligned_reid.training.learner import Learner
 from aligned_reid.weights import CHECKPOINT_NAME, PREVIOUS_NAME, read_weight_file
@@ -70,7 +67,7 @@ class Checkpoints:
             "job": self.job,
             "trained_on": self.trained_on,
         }
-        write_atomically(self.path, content, self.path.with_name(PREVIOUS_NAME) if self.newest_is_good else None)
+        write_checkpoint(self.path, content, self.path.with_name(PREVIOUS_NAME) if self.newest_is_good else None)
         self.newest_is_good = True
         self.last_end = time.monotonic()
         self.last_duration = self.last_end - start
@@ -121,8 +118,6 @@ def read_last_good(folder: Path) -> LastGood:
     newest, previous = folder / CHECKPOINT_NAME, folder / PREVIOUS_NAME
     try:
         return LastGood(as_run(read_weight_file(newest), newest), newest, "")
-    except NotARun:
-        raise
     except InputError as error:
         damage = str(error).split("; the one before it")[0]
         if not previous.is_file():
@@ -131,10 +126,6 @@ def read_last_good(folder: Path) -> LastGood:
         return LastGood(as_run(read_weight_file(previous), previous), previous, damage)
     except InputError as error:
         raise InputError(f"no checkpoint to resume from: {damage}; {error}") from error
-
-
-class NotARun(InputError):
-    """An undamaged file that is not a checkpoint of this library."""
 
 
 def on_host(value: Any) -> Any:
@@ -149,44 +140,21 @@ def on_host(value: Any) -> Any:
 
 
 def as_run(content: Any, path: Path) -> dict[str, Any]:
-    """The content of a checkpoint that this library wrote. Raises NotARun for any other file."""
+    """The content of a checkpoint that this library wrote. Raises InputError for any other file."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise NotARun(f"{path} holds no run to resume: use it as --model_weight_file")
+        raise InputError(f"{path} holds no run to resume: use it as --model_weight_file")
     return content
 
 
-def write_atomically(path: Path, content: Any, previous: Path | None = None) -> None:
-    """torch.save into a file beside `path`, then rename it: `path` never holds a part of a file.
-
-    previous: a name to keep the old content under. One of the two names holds a whole file at any moment.
-    """
-    temporary = path.with_name(path.name + ".tmp")
+def write_checkpoint(path: Path, content: Any, keep: Path | None = None) -> None:
+    """torch.save of a whole file or nothing; keep: a name for the former file. Raises OSError with the path."""
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path, durable=True, keep=keep) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.is_file():
-            keep_as(path, previous)
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk's error in a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
         raise OSError(f"cannot write {path}: {reason}") from error
-
-
-def keep_as(path: Path, name: Path) -> None:
-    """Link a file to a second name, replacing what has it; without hard links, rename the file to it."""
-    link = name.with_name(name.name + ".tmp")
-    try:
-        link.unlink(missing_ok=True)
-        os.link(path, link)
-    except OSError:
-        os.replace(path, name)
-    else:
-        os.replace(link, name)
 
 
 def set_aside(path: Path) -> Path | None:
@@ -201,15 +169,11 @@ def set_aside(path: Path) -> Path | None:
 
 
 def random_states(accelerator: Accelerator) -> dict[str, Any]:
-    """Random states as tensors, numbers and lists of them, which weights_only reads back."""
-    version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    """The states of torch's random generators; sampling and augmentation draw from (seed, rank, epoch) instead."""
     device_state = accelerator.random_state()
     return {
         "torch": torch.get_rng_state(),
         "device": device_state if device_state is not None else torch.empty(0, dtype=torch.uint8),
-        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
-        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
     }
 
 
@@ -219,10 +183,6 @@ def set_random_states(states: dict[str, Any], accelerator: Accelerator) -> None:
     device_state = accelerator.random_state()
     if device_state is not None and device_state.shape == states["device"].shape:
         accelerator.set_random_state(states["device"])
-    keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))
 
 
 def describe_resume(config: Config, last: LastGood, made_on: dict[str, Any]) -> list[str]:
@@ -244,8 +204,9 @@ def describe_resume(config: Config, last: LastGood, made_on: dict[str, Any]) -> 
     matter = config.differences(last.content["config"], TRAINING)
     if matter:
         lines.append(f"flags that differ from the checkpoint's and change the result: {'; '.join(matter)}")
-    others = [line for line in config.differences(last.content["config"]) if line not in matter]
-    others = [line for line in others if not line.startswith("resume:")]
+    expected = ("resume:", "npu: None")  # earlier versions wrote None where no device was named
+    others = [line for line in config.differences(last.content["config"]) if not line.startswith(expected)]
+    others = [line for line in others if line not in matter]
     if others:
         lines.append(f"flags that differ from the checkpoint's and do not affect training: {'; '.join(others)}")
     return lines

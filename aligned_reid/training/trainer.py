@@ -166,7 +166,12 @@ class Trainer:
         peers = [peer_outputs(own, self.config) for own in features]
         named: Figures = {}
         for number, learner in enumerate(self.learners):
-            others = [peer.detached(learner.accelerator.device) for peer in peers if peer is not peers[number]]
+            device = learner.accelerator.device
+            others = [
+                {name: value.detach().to(device) for name, value in peer.items()}
+                for peer in peers
+                if peer is not peers[number]
+            ]
             loss, figures = mutual_loss(self.config, peers[number], others)
             losses[number] = losses[number] + loss
             for name, value in {**all_figures[number], **figures, "loss": losses[number]}.items():

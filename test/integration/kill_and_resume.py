@@ -14,11 +14,12 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
+import torch  # noqa: E402
 from conftest import make_small_trunk  # noqa: E402
 
 from aligned_reid import model, objective, preflight, run  # noqa: E402
 from aligned_reid.config import Config  # noqa: E402
-from aligned_reid.training import checkpoint, trainer  # noqa: E402
+from aligned_reid.training import trainer  # noqa: E402
 
 MOMENTS = ("loss", "step", "write", "keep", "rename")
 
@@ -45,9 +46,9 @@ def kill_at(moment: str, step: int) -> None:
 
     objective.Objective.__call__ = counted(objective.Objective.__call__, "loss")
     trainer.Trainer.save_or_stop = counted(trainer.Trainer.save_or_stop, "step")
-    checkpoint.torch.save = counted(checkpoint.torch.save, "write", before=False)
-    checkpoint.keep_as = counted(checkpoint.keep_as, "keep", before=False)
-    checkpoint.os.replace = counted(checkpoint.os.replace, "rename")
+    torch.save = counted(torch.save, "write", before=False)
+    os.link = counted(os.link, "keep", before=False)
+    Path.replace = counted(Path.replace, "rename")
 
 
 def attempt(config: Config, ranks: int, victim: int | None, moment: str, step: int) -> bool:

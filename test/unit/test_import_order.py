@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "aligned_reid"
 
 # In the direction that data flows. A file belongs to the most specific room that fits its name.
 LINE = """
-errors stop lock cli recipes flags config distributed device
+errors stop files lock cli recipes flags config distributed device
 data.plain_pickle data.partitions data.transforms data.prepare data
 distance losses weights model objective training evaluation
 preflight run export rank launcher synthetic

@@ -69,11 +69,7 @@ def test_a_soft_margin_counts_the_order_only(batch):
     assert figures["gm"] == figures["gp"]
 
 
-@pytest.mark.parametrize("used", ["logits", "global_dist", "local_dist"])
-def test_peers_see_only_what_a_mutual_loss_uses(batch, used):
-    weight = {"logits": "pm", "global_dist": "gdm", "local_dist": "ldm"}[used]
-    outputs = peer_outputs(batch[0], Config(**{f"{weight}_loss_weight": 1.0, "num_models": 2}))
-    assert [name for name, value in outputs._asdict().items() if value is not None] == [used]
-    detached = outputs.detached(torch.device("cpu"))
-    assert torch.equal(getattr(detached, used), getattr(outputs, used))
-    assert not getattr(detached, used).requires_grad
+@pytest.mark.parametrize("weight", ["pm", "gdm", "ldm"])
+def test_peers_see_only_what_a_mutual_loss_uses(batch, weight):
+    config = Config(**{f"{weight}_loss_weight": 1.0, "num_models": 2})
+    assert list(peer_outputs(batch[0], config)) == [f"{weight}L"]

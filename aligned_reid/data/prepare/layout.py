@@ -23,10 +23,10 @@ from aligned_reid.data.partitions import (
     build_partitions,
     format_image_name,
     read_partitions,
-    write_atomically,
     write_partitions,
 )
 from aligned_reid.errors import InputError
+from aligned_reid.files import write_file
 from aligned_reid.lock import hold
 
 NUM_VAL_IDS = 100  # of Market-1501's 751 identities; the reference uses the same number for every data set
@@ -119,13 +119,13 @@ def _write(path: Path, content: bytes | Path) -> None:
     """Write a file, or link it, unless it has this content already."""
     if isinstance(content, bytes):
         if not _holds(path, content):
-            write_atomically(path, content)
+            write_file(path, content)
     elif not path.exists() or not (path.samefile(content) or _holds(path, content.read_bytes())):
         path.unlink(missing_ok=True)
         try:
             os.link(os.path.realpath(content), path)
         except OSError:  # another file system, or one without hard links
-            write_atomically(path, content.read_bytes())
+            write_file(path, content.read_bytes())
 
 
 def _holds(path: Path, content: bytes) -> bool:
