@@ -84,10 +84,10 @@ def test_nothing_is_prepared_into_its_source():
     assert all(source != save_dir for source, save_dir in commands)
 
 
-def test_results_show_the_ablation_table():
+def test_the_ablation_page_has_the_table_of_its_results():
     command = [sys.executable, str(ROOT / "benchmark" / "ablation.py"), "--table"]
     table = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert table in PAGES["results.md"]
+    assert table in PAGES["ablation.md"]
 
 
 def test_readme_shows_a_picture():
