@@ -305,6 +305,11 @@ class Config:
         return self.pm_loss_weight, self.gdm_loss_weight, self.ldm_loss_weight
 
     @property
+    def dataset_name(self) -> str:
+        """--dataset if it was given, else the name of the data folder, which is more telling than the default."""
+        return self.dataset if "dataset" in self.given or not self.data_path else Path(self.data_path).resolve().name
+
+    @property
     def run_dir(self) -> Path:
         """--exp_dir, or a folder named after the settings, as the reference names it."""
         if self.exp_dir:

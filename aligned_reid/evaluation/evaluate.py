@@ -103,6 +103,7 @@ def evaluate_models(
     for number in range(len(models), 0, -1):  # the first model last: tools read the log's last line
         if len(models) > 1:
             log(f"Model {number} of {len(models)}")
-        scores = evaluate_features(features[number - 1], images, log, evaluation_settings(config))
+        settings = evaluation_settings(config)
+        scores = evaluate_features(features[number - 1], images, log, settings, config.dataset_name)
         results.insert(0, {**dict.fromkeys(SCORE_NAMES), **scores})
     return {**results[0], **({"models": results} if len(models) > 1 else {}), "extract_seconds": seconds}

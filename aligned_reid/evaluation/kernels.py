@@ -86,6 +86,7 @@ COST_OPTIONS: dict[str, Any] = {**OPTIONS, "fastmath": {"contract", "nnan", "nin
 
 SIGNATURES = {
     "aligned_tile": "void(float32[:, ::1], float32[::1], float32[:, ::1], float32[:, ::1], float32[:, :])",
+    "count_pairs": "void(int32[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[:, ::1])",
     "count_ranks": "void({dtype}[:, ::1], int64[::1], int64[::1], boolean[::1], int64[::1])",
     "insert_nearest": (
         "void(float32[:, ::1], int64, int64, boolean, float32[:, ::1], int32[:, ::1], float32[::1], float32[::1], "
@@ -102,6 +103,9 @@ MIN_U = np.float32(0.25e-12)
 HALF = np.float32(0.5)
 ZERO = np.float32(0)
 BLOCKED = np.float32(1e30)  # larger than any path
+
+BIN_SHIFT = 11  # bits of a float32 that a bin ignores: 12 of the mantissa's 23 remain
+NUM_BINS = 1 << (31 - BIN_SHIFT)  # of all numbers that are not negative
 
 GROUP = 8  # columns that insert_nearest tests at a time: bytes of an int64
 
@@ -165,6 +169,18 @@ def count_ranks(dist: Any, bounds: Any, same_person: Any, removed: Any, ranks: A
                 if removed[other] and (row[g] < value or (row[g] == value and g < index)):
                     before -= np.int32(1)
             ranks[match] = before
+
+
+def count_pairs(bits: Any, query_ids: Any, gallery_ids: Any, query_cams: Any, gallery_cams: Any, counts: Any) -> None:
+    """Count the pairs under different cameras by the bins of their distances.
+
+    bits [B, G]: the distances as integers, which have the same order. Adds to counts [2, NUM_BINS]: row 0 for pairs of
+    one person, row 1 for the others.
+    """
+    for q in range(len(bits)):
+        for g in range(len(gallery_cams)):
+            if gallery_cams[g] != query_cams[q]:
+                counts[int(gallery_ids[g] != query_ids[q]), bits[q, g] >> BIN_SHIFT] += 1
 
 
 @numba.njit(**OPTIONS)

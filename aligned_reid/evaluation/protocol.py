@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,14 @@ from aligned_reid.evaluation.distances import global_distance_matrix, local_dist
 from aligned_reid.evaluation.extract import FeatureSet
 from aligned_reid.evaluation.ranking import Ranking, rank
 from aligned_reid.evaluation.re_ranking import re_rank, re_rank_features
+from aligned_reid.evaluation.verification import (
+    VERIFIED,
+    Counts,
+    count_pairs,
+    describe_curve,
+    verification_curve,
+    verification_record,
+)
 
 TITLES = {
     "global_local_re_ranked": "Global + local distance, re-ranked",
@@ -33,7 +41,7 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda feat: feat.amax(dim=0),
 }
 
-Scores = dict[str, dict[str, float | None]]
+Scores = dict[str, dict[str, Any]]
 
 
 class LabelArrays(NamedTuple):
@@ -60,9 +68,16 @@ class EvaluationSettings:
 
 
 def evaluate_features(
-    features: FeatureSet, labels: Labels, log: Callable[[str], None], settings: EvaluationSettings
+    features: FeatureSet,
+    labels: Labels,
+    log: Callable[[str], None],
+    settings: EvaluationSettings,
+    measured_on: str = "",
 ) -> Scores:
     """Scores by distance, as fractions: mAP, mAP_step, mINP, cmc1, cmc5, cmc10. Logs a heading and a line for each.
+
+    "verification" holds the record of single queries (see evaluation.verification) with the data set's name
+    `measured_on`; its figures are logged before the scores of their distance.
 
     mAP follows the trapezoid definition of the Market-1501 benchmark, mAP_step the step definition. Local distances are
     evaluated if `features` has local features. Scores of pooled queries (names ending in _multi_query) come first, the
@@ -77,12 +92,17 @@ def evaluate_features(
     if settings.multi_query_pool and (labels.marks == MULTI_QUERY).any():
         queries = {"_multi_query": pool_queries(features, labels, settings.multi_query_pool), **queries}
     gallery_features = select(features, gallery)
+    pair_labels = (ids[query], ids[gallery], cameras[query], cameras[gallery])
     scores: Scores = {}
+    counts: dict[str, Counts] = {}
     for suffix, query_features in queries.items():
         for name, dist in distances(query_features, gallery_features, settings):
-            ranking = rank(dist, ids[query], ids[gallery], cameras[query], cameras[gallery])
+            ranking = rank(dist, *pair_labels)
+            if name in VERIFIED and not suffix:
+                counts[name] = count_pairs(dist, *pair_labels)
+                log_verification(name, counts[name], log)
             scores[name + suffix] = log_scores(name + suffix, ranking, log, settings)
-    return scores
+    return {**scores, "verification": verification_record(counts, measured_on)}
 
 
 def select(features: FeatureSet, rows: np.ndarray) -> FeatureSet:
@@ -131,6 +151,11 @@ def distances(query: FeatureSet, gallery: FeatureSet, settings: EvaluationSettin
     if settings.re_ranked:
         yield "global_re_ranked", re_rank_features(query.global_feat, gallery.global_feat, *re_ranking)
     yield "global", global_q_g
+
+
+def log_verification(name: str, counts: Counts, log: Callable[[str], None]) -> None:
+    """Log error rates and thresholds of the distance `name` on one line."""
+    log(f"{TITLES[name]}, pairs under different cameras: {describe_curve(verification_curve(counts))}")
 
 
 def log_scores(

@@ -18,9 +18,17 @@ from aligned_reid.evaluation.distances import Piece
 from aligned_reid.evaluation.extract import FeatureSet
 from aligned_reid.evaluation.features import FeatureTable, check_partner, read_features
 from aligned_reid.evaluation.kernels import to_tensor
-from aligned_reid.evaluation.protocol import EvaluationSettings, LabelArrays, Scores, evaluate_features, log_scores
+from aligned_reid.evaluation.protocol import (
+    EvaluationSettings,
+    LabelArrays,
+    Scores,
+    evaluate_features,
+    log_scores,
+    log_verification,
+)
 from aligned_reid.evaluation.re_ranking import check_settings
 from aligned_reid.evaluation.streaming import LargeSet, rank_streamed, re_rank_streamed
+from aligned_reid.evaluation.verification import verification_record
 
 MATRIX_BYTES = 6 * 2**30  # distance matrices that an evaluation in memory may hold
 FEATURE_COPIES = 3  # that it makes: joined, normalized, and split into queries and gallery
@@ -63,7 +71,7 @@ def evaluate_files(
     image_bytes = 4 * sum(feat[0].size for feat in feats)
     copies = FEATURE_COPIES * image_bytes * sum(map(len, tables))
     if matrices <= MATRIX_BYTES and matrices + copies <= available_memory():
-        scores = evaluate_features(*join(tables, local), log, settings)
+        scores = evaluate_features(*join(tables, local), log, settings, measured_on=Path(first.source).name)
     else:
         check_queries_fit(first, num_query * image_bytes)
         scores = evaluate_streamed(tables, local, log, settings, state)
@@ -139,8 +147,13 @@ def evaluate_streamed(
     omitted += ["local distances not re-ranked"] if local and settings.re_ranked else []
     log("too many images for memory, so distances are streamed" + (f": {', '.join(omitted)}" if omitted else ""))
     data = LargeSet.of(tables, normalize_feature=settings.normalize_feature, local=local)
-    scores = {name: log_scores(name, ranking, log, settings) for name, ranking in rank_streamed(data).items()}
+    rankings, counts = rank_streamed(data)
+    scores: Scores = {}
+    for name, ranking in rankings.items():
+        if name in counts:
+            log_verification(name, counts[name], log)
+        scores[name] = log_scores(name, ranking, log, settings)
     if settings.re_ranked:
         re_ranked = re_rank_streamed(data, settings.k1, settings.k2, settings.lambda_value, state)
         scores |= {name: log_scores(name, ranking, log, settings) for name, ranking in re_ranked.items()}
-    return scores
+    return {**scores, "verification": verification_record(counts, Path(tables[0].source).name)}

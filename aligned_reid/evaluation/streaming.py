@@ -26,6 +26,7 @@ from aligned_reid.evaluation.kernels import to_tensor
 from aligned_reid.evaluation.neighbours import find_neighbours
 from aligned_reid.evaluation.ranking import BlockRanker, RankedRows, Ranking
 from aligned_reid.evaluation.re_ranking import ReRanker, list_length
+from aligned_reid.evaluation.verification import VERIFIED, Counts, count_pairs
 
 BLOCK_BYTES = 2**30  # distances of some queries to the whole gallery; at most two such blocks exist
 GALLERY_ROWS_PER_PART = 8192  # copied out of the mapped file at a time
@@ -77,10 +78,11 @@ class LargeSet(NamedTuple):
         )
 
 
-def rank_streamed(data: LargeSet) -> dict[str, Ranking]:
+def rank_streamed(data: LargeSet) -> tuple[dict[str, Ranking], dict[str, Counts]]:
     """`rank` of global, and with local features of local and global + local distances, without a matrix.
 
-    The scores equal those of whole matrices. Only the distances of one block of queries are in memory.
+    The second dict has the distances of VERIFIED names, counted for verification. Both equal those of whole matrices.
+    Only the distances of one block of queries are in memory.
     """
     names = ("local", "global_local", "global") if data.local_pieces else ("global",)
 
@@ -111,26 +113,34 @@ def re_rank_streamed(data: LargeSet, k1: int, k2: int, lambda_value: float, stat
         re_ranker.blend(dist, first)
         yield "global_re_ranked", dist
 
-    rankings = rank_blocks(data, ("global_re_ranked",), distances)
+    rankings, _ = rank_blocks(data, ("global_re_ranked",), distances)
     state.unlink(missing_ok=True)
     return rankings
 
 
 def rank_blocks(
     data: LargeSet, names: Sequence[str], distances: Callable[[int, int], Iterable[tuple[str, Float32s]]]
-) -> dict[str, Ranking]:
-    """Rank all queries, a block of BLOCK_BYTES at a time. distances: of queries first to last, by name."""
+) -> tuple[dict[str, Ranking], dict[str, Counts]]:
+    """Rank all queries, a block of BLOCK_BYTES at a time, and count the distances of VERIFIED names.
+
+    distances: of queries first to last, by name.
+    """
     num_query, num_gallery = len(data.query_ids), len(data.gallery_ids)
     ranker = BlockRanker((num_query, num_gallery), data.query_ids, data.gallery_ids, data.query_cams, data.gallery_cams)
     size = max(1, BLOCK_BYTES // (4 * num_gallery * ROWS_PER_STEP)) * ROWS_PER_STEP
     parts: dict[str, list[RankedRows]] = {name: [] for name in names}
+    counts: dict[str, Counts] = {}
     with tqdm(total=num_query, unit="query", desc=names[-1], disable=None) as bar:
         for first in range(0, num_query, size):
             last = min(first + size, num_query)
+            labels = (data.query_ids[first:last], data.gallery_ids, data.query_cams[first:last], data.gallery_cams)
             for name, dist in distances(first, last):
                 parts[name].append(ranker.rank_rows(dist, first))
+                if name in VERIFIED:
+                    block = count_pairs(dist, *labels)
+                    counts[name] = counts[name] + block if name in counts else block
             bar.update(last - first)
-    return {name: ranker.finish(parts[name]) for name in names}
+    return {name: ranker.finish(parts[name]) for name in names}, counts
 
 
 def distances_to_gallery(

@@ -64,6 +64,7 @@ def test_saved_features_have_the_runs_scores(command, extract, trained, tmp_path
     trained_results = json.loads((trained[0] / "results.json").read_text())
     for name in ("global", "global_re_ranked", "local", "local_re_ranked", "global_local", "global_local_re_ranked"):
         assert results[name] == trained_results[name]
+    assert results["verification"] == {**trained_results["verification"], "measured_on": "features.h5"}
     with h5py.File(features) as file:
         assert set(file) == {"global", "local", "person_id", "camera", "mark", "image_name"}
         made_by = json.loads(file.attrs["made_by"])
@@ -81,6 +82,9 @@ def test_large_sets_are_streamed_with_the_same_scores(command, extract, trained,
     expected = json.loads((trained[0] / "results.json").read_text())
     for name in ("global", "local", "global_local"):
         assert streamed[name] == expected[name]
+    for name in ("global", "global_local"):
+        curve, whole = streamed["verification"][name], expected["verification"][name]
+        assert curve["eer"] == pytest.approx(whole["eer"], abs=0.01)
     assert streamed["global_re_ranked"]["mAP"] == pytest.approx(expected["global_re_ranked"]["mAP"], abs=1e-4)
     assert "local_re_ranked" not in streamed
     assert not list(tmp_path.glob("*.part*"))

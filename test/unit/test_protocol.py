@@ -39,7 +39,12 @@ def test_order_and_names(local, re_ranked):
     scores = evaluate_features(make_features(local), LABELS, lines.append, settings)
     names = ["local", "global_local", "global"] if local else ["global"]
     names = [one for name in names for one in ([f"{name}_re_ranked"] if re_ranked else []) + [name]]
-    assert list(scores) == [f"{name}_multi_query" for name in names] + names
+    assert list(scores) == [f"{name}_multi_query" for name in names] + [*names, "verification"]
+    record = scores["verification"]
+    assert (record["global"] is not None, record["global_local"] is not None) == (True, local)
+    verified = [line for line in lines if "EER" in line]
+    assert len(verified) == 1 + local
+    lines = [line for line in lines if line not in verified]
     assert lines[-2].startswith("Global distance (")
     assert "trapezoid" in lines[-2]
     assert not any(word in line for line in lines[::2] for word in ("cmc1", "FPS", "Ep"))  # parsed by tools

@@ -15,6 +15,7 @@ from aligned_reid.evaluation import (
 )
 from aligned_reid.evaluation.features import FeatureTable
 from aligned_reid.evaluation.streaming import LargeSet, rank_streamed, re_rank_streamed
+from aligned_reid.evaluation.verification import BIN_WIDTH, count_pairs, verification_curve
 
 
 def make_table(source, num_images, seed, with_queries):
@@ -51,22 +52,30 @@ def expected(tables, normalize_feature):
     local = local_distance_matrix(unit(tables[0].local_feat[query]), unit(local_feat))
     labels = (tables[0].person_ids[query], ids, tables[0].cameras[query], cams)
     matrices = {"global": dist, "local": local, "global_local": local + dist}
-    return {name: rank(matrix, *labels) for name, matrix in matrices.items()}
+    counts = {name: count_pairs(matrix, *labels) for name, matrix in matrices.items() if name != "local"}
+    return {name: rank(matrix, *labels) for name, matrix in matrices.items()}, counts
 
 
 @pytest.mark.parametrize("normalize_feature", [False, True])
 def test_scores_equal_those_of_whole_matrices(tables, normalize_feature):
     data = LargeSet.of(tables, normalize_feature=normalize_feature, local=True)
     assert len(data.query_ids) > 3 * 16  # several blocks
-    found = rank_streamed(data)
+    found, counts = rank_streamed(data)
+    expected_rankings, expected_counts = expected(tables, normalize_feature)
     assert list(found) == ["local", "global_local", "global"]
-    for name, ranking in expected(tables, normalize_feature).items():
+    for name, ranking in expected_rankings.items():
         np.testing.assert_allclose(found[name].ap, ranking.ap, rtol=1e-12)
         np.testing.assert_allclose(found[name].ap_step, ranking.ap_step, rtol=1e-12)
         np.testing.assert_array_equal(found[name].cmc, ranking.cmc)
         assert found[name].mean_inp == pytest.approx(ranking.mean_inp, rel=1e-12)
-    alone = rank_streamed(LargeSet.of(tables, normalize_feature=normalize_feature, local=False))
-    assert list(alone) == ["global"]
+    assert counts.keys() == expected_counts.keys() == {"global", "global_local"}
+    for name, whole in expected_counts.items():
+        assert (counts[name].sum(axis=1) == whole.sum(axis=1)).all()
+        curve, expected_curve = verification_curve(counts[name]), verification_curve(whole)
+        assert curve["eer"] == pytest.approx(expected_curve["eer"], abs=1e-3)
+        assert curve["eer_threshold"] == pytest.approx(expected_curve["eer_threshold"], rel=2 * BIN_WIDTH)
+    alone, counts = rank_streamed(LargeSet.of(tables, normalize_feature=normalize_feature, local=False))
+    assert list(alone) == list(counts) == ["global"]
     assert alone["global"].mean_ap == found["global"].mean_ap
 
 
