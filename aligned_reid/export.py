@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from aligned_reid.distance import normalize
 from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.evaluation.extract import FeatureSet, inference_copy
 from aligned_reid.model import AlignedReID
+from aligned_reid.weights import find_verification, settings_of
 
 OPSETS = range(13, 19)
 NEW_EXPORTER_OPSET = 18  # the oldest that torch's newer exporter (torch 2.5) writes
@@ -85,19 +87,26 @@ def check_packages(opset: int) -> None:
 
 
 def export_onnx(
-    graph: InferenceGraph, path: Path, size: tuple[int, int], *, opset: int, batch_size: int | None
+    graph: InferenceGraph,
+    path: Path,
+    size: tuple[int, int],
+    *,
+    opset: int,
+    batch_size: int | None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> tuple[float, str]:
     """Write `graph` to `path` and verify it; returns the largest difference from torch and a description of the graph.
 
-    size: height and width of its images. batch_size: None accepts any number of images. The difference is that of ONNX
-    Runtime's features, relative to the largest value. If it exceeds TOLERANCE, raises RunStopped and leaves `path` as
-    it was.
+    size: height and width of its images. batch_size: None accepts any number of images. metadata: stored as JSON in
+    the file's metadata_props. The difference is that of ONNX Runtime's features, relative to the largest value. If it
+    exceeds TOLERANCE, raises RunStopped and leaves `path` as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     graph = graph.eval()
     try:
         with torch.no_grad(), quiet_exporter():
             write_graph(graph, temporary, size, opset, batch_size)
+        write_metadata(temporary, metadata or {})
         difference = compare(graph, temporary, size, [batch_size] if batch_size else CHECK_BATCHES)
         if not difference <= TOLERANCE:
             raise RunStopped(f"the graph's features differ from torch's by {difference:.1e} of the largest value")
@@ -118,6 +127,30 @@ def write_graph(graph: InferenceGraph, path: Path, size: tuple[int, int], opset:
         named["dynamo"] = False
     axes = None if batch_size else {name: {0: "N"} for name in ("images", *graph.output_names)}
     torch.onnx.export(graph, (example,), str(path), dynamic_axes=axes, **named)
+
+
+def graph_metadata(content: Any, source: Path, size: tuple[int, int], *, normalize_feature: bool) -> dict[str, Any]:
+    """What a user of the graph needs besides its features: how they are compared, and where the thresholds lie.
+
+    content: of the weight file `source`; size, normalize_feature: as the graph was made. "config" has the settings of
+    the run. "verification" is left out if it was measured on other features than the graph's.
+    """
+    trained = settings_of(content)
+    had_unit_length = trained.get("normalize_feature", False) or trained.get("test_distance") == "cosine"
+    config = {**trained, "resize_h_w": list(size)}
+    if normalize_feature:
+        config["normalize_feature"] = True
+    as_tested = list(size) == trained.get("resize_h_w") and (had_unit_length or not normalize_feature)
+    record = find_verification(content, source) if as_tested else {}
+    return {"config": config, **({"verification": record} if record else {})}
+
+
+def write_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+    import onnx
+
+    content = onnx.load(path)
+    onnx.helper.set_model_props(content, {name: json.dumps(value) for name, value in metadata.items()})
+    onnx.save(content, path)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from aligned_reid.files import write_file
 from aligned_reid.lock import hold
 from aligned_reid.model import AlignedReID, architecture_of, load_weights
 from aligned_reid.preflight import RunInput, check_input, check_save_file
+from aligned_reid.release import write_cards, write_weights
 from aligned_reid.training.checkpoint import read_last_good, set_aside
 from aligned_reid.training.log import Log
 from aligned_reid.training.trainer import Trainer
@@ -37,13 +38,13 @@ from aligned_reid.weights import (
     BEST_NAME,
     CHECKPOINT_NAME,
     PREVIOUS_NAME,
+    RESULTS_NAME,
     SAFETENSORS_NAME,
     digest_of,
     find_state_dict,
-    write_safetensors,
 )
 
-RESULTS_NAME, CONFIG_NAME = "results.json", "config.json"
+CONFIG_NAME = "config.json"
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -124,8 +125,9 @@ def run_folder(config: Config, world: World) -> Iterator[Log]:
     if world.is_main and not config.resume:
         earlier = [folder / RESULTS_NAME, folder / CONFIG_NAME]
         if not config.only_test:
-            names = (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME, SAFETENSORS_NAME, "log.txt", "tensorboard")
-            earlier += [folder / name for name in names] + sorted(folder.glob("model_?.safetensors"))
+            names = (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME, SAFETENSORS_NAME, "model.md", "log.txt", "tensorboard")
+            earlier += [folder / name for name in names]
+            earlier += [*sorted(folder.glob("model_?.safetensors")), *sorted(folder.glob("model_?.md"))]
         renamed = [path.name for path in map(set_aside, earlier) if path]
         write_json(folder / CONFIG_NAME, config.to_dict())  # of a resumed run: once it is known to fit
     log = Log(folder if config.log_to_file else None, is_main=world.is_main)
@@ -199,11 +201,8 @@ def train_and_evaluate(
         trainer, best = train(config, world, accelerators, run_input, log)
         models, local = trainer.tested_models(), config.l_loss_weight > 0
         training = {**trainer.results(), "best": best.record}
-        if world.is_main:
-            try:
-                write_weights(models, config, trainer.checkpoints.trained_on)
-            except (InputError, OSError) as error:  # a missing package or a full disk does not cost the evaluation
-                log(f"{SAFETENSORS_NAME} is not written: {error}; the weights are in {CHECKPOINT_NAME}")
+        trained_on = trainer.checkpoints.trained_on
+        written = world.is_main and write_weights(models, config, trained_on, log)  # the evaluation may fail
     if config.use_local_distance is not None:
         local = config.use_local_distance
     start = time.monotonic()
@@ -219,6 +218,11 @@ def train_and_evaluate(
         "config": config.to_dict(),
     }
     write_json(config.run_dir / RESULTS_NAME, results)
+    if run_input.train is not None:
+        evaluated = results.get("models", [results])
+        if written:
+            write_weights(models, config, trained_on, log, evaluated)
+        write_cards(config, evaluated, run_input.train, run_input.test)
     return results
 
 
@@ -302,14 +306,6 @@ def open_image_cache(config: Config, world: World, accelerator: Accelerator, ima
     images.open_cache(folders, log)
     if world.is_main:
         wait_for_all(accelerator.device)
-
-
-def write_weights(models: Sequence[AlignedReID], config: Config, trained_on: dict[str, list[str]]) -> None:
-    """Write model.safetensors, and model_2.safetensors, ... if there are several models."""
-    path = config.run_dir / SAFETENSORS_NAME
-    for number, model in enumerate(models, start=1):
-        file = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
-        write_safetensors(file, model.state_dict(), config.to_dict(), trained_on)
 
 
 def write_json(path: Path, content: Any) -> None:

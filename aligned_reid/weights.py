@@ -25,6 +25,8 @@ CHECKPOINT_NAME = "ckpt.pth"
 PREVIOUS_NAME = "ckpt.previous.pth"  # the checkpoint that the newest one replaced
 BEST_NAME = "best.pth"
 SAFETENSORS_NAME = "model.safetensors"
+RESULTS_NAME = "results.json"
+METADATA = ("config", "trained_on", "verification")  # what a safetensors file of ours holds besides tensors, as JSON
 IMAGENET_URL = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
 
 STATE_DICT_KEYS = ("model", "state_dict", "state_dicts", "model_state_dict", "net")
@@ -50,8 +52,9 @@ DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4,
 def read_weight_file(path: str | os.PathLike[str]) -> Any:
     """Read a weight file, or the ckpt.pth in a folder: tensors, numbers, strings and containers of them.
 
-    The content determines the format, not the name. A safetensors file gives {"model": tensors by name} with "config"
-    and "trained_on" from its metadata. Raises InputError if the file is missing, damaged or in another format.
+    The content determines the format, not the name. A safetensors file gives {"model": tensors by name} with "config",
+    "trained_on" and "verification" from its metadata, empty if it has none. Raises InputError if the file is missing,
+    damaged or in another format.
     """
     file = Path(path)
     if file.is_dir():
@@ -141,12 +144,12 @@ def read_safetensors(file: Path) -> dict[str, Any]:
         with safetensors.safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
             metadata = content.metadata() or {}
-            settings, trained_on = (json.loads(metadata.get(name, "{}")) for name in ("config", "trained_on"))
+            entries = {name: json.loads(metadata.get(name, "{}")) for name in METADATA}
     except Exception as error:  # SafetensorError, or what torch and json raise for a damaged header
         raise InputError(f"{file} is a damaged or cut off safetensors file ({first_line(error)})") from error
     if "digest" in metadata and metadata["digest"] != digest_of(tensors):  # the format itself has no checksum
         raise InputError(f"{file} is damaged: the checksum of its tensors does not match; use another copy")
-    return {"model": tensors, "config": settings, "trained_on": trained_on}
+    return {"model": tensors, **entries}
 
 
 def write_safetensors(
@@ -154,14 +157,17 @@ def write_safetensors(
     tensors: Mapping[str, Tensor],
     settings: Mapping[str, Any],
     trained_on: Mapping[str, list[str]] | None = None,
+    verification: Mapping[str, Any] | None = None,
 ) -> None:
     """Write weights as safetensors; the file is complete or not written at all.
 
-    Stores `settings` and `trained_on` (see data.identities) as JSON in the metadata, and a digest of the tensors.
+    Stores `settings`, `trained_on` (see data.identities) and `verification` (see evaluation.verification) as JSON in
+    the metadata, and a digest of the tensors.
     """
     safetensors = import_safetensors(path)
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"config": json.dumps(settings), "trained_on": json.dumps(trained_on or {})}
+    entries = (settings, trained_on or {}, verification or {})
+    metadata = {name: json.dumps(entry) for name, entry in zip(METADATA, entries, strict=True)}
     content = safetensors.torch.save(dense, {"format": "pt", **metadata, "digest": digest_of(dense)})
     with replacing(path, durable=True) as file:
         file.write(content)
@@ -184,6 +190,21 @@ def settings_of(content: Any) -> dict[str, Any]:
     """The settings of the run that wrote a weight file; empty if the file has none."""
     settings = content.get("config") if isinstance(content, Mapping) else None
     return settings if isinstance(settings, dict) else {}
+
+
+def find_verification(content: Any, path: Path) -> Mapping[str, Any]:
+    """The verification record of weights: in their file's `content`, or in results.json beside it; empty if in neither.
+
+    path: the weight file, or the run folder. Raises InputError if results.json is damaged.
+    """
+    record = content.get("verification") if isinstance(content, Mapping) else None
+    results = (path if path.is_dir() else path.parent) / RESULTS_NAME
+    if not record and settings_of(content) and results.is_file():
+        try:
+            record = json.loads(results.read_text(encoding="utf-8")).get("verification")
+        except (ValueError, AttributeError, OSError) as error:
+            raise InputError(f"{results} is damaged: evaluate the weights again, or remove it") from error
+    return record or {}
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parse_arguments()
     from aligned_reid.data import TestImages, open_data  # torch takes seconds to import
     from aligned_reid.evaluation.protocol import EvaluationSettings, evaluate_features
-    from aligned_reid.export import InferenceGraph, OnnxFeatures, check_packages, export_onnx
+    from aligned_reid.export import InferenceGraph, OnnxFeatures, check_packages, export_onnx, graph_metadata
     from aligned_reid.lock import hold
     from aligned_reid.model import open_model
     from aligned_reid.preflight import check_save_file
@@ -63,9 +63,15 @@ def main() -> None:
     model, report = open_model(content, str(arguments.model_weight_file), need_local=local)
     print(report)
     graph = InferenceGraph(model, local=local, uint8_input=arguments.input == "uint8", normalize_feature=unit_length)
+    metadata = graph_metadata(content, arguments.model_weight_file, size, normalize_feature=unit_length)
     with hold(arguments.save_file, "--save_file"):
         difference, described = export_onnx(
-            graph, arguments.save_file, size, opset=arguments.opset, batch_size=arguments.batch_size
+            graph,
+            arguments.save_file,
+            size,
+            opset=arguments.opset,
+            batch_size=arguments.batch_size,
+            metadata=metadata,
         )
     print(f"{arguments.save_file} ({arguments.save_file.stat().st_size / 1e6:.1f} MB): {described}")
     print(f"ONNX Runtime's features differ from torch's by at most {difference:.1e} of the largest value")

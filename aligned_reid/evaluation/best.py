@@ -65,8 +65,8 @@ class Best:
         if not self.world.is_main:
             return
         settings = evaluation_settings(self.config, re_ranked=False)
-        measured = evaluate_features(features, self.images, lambda line: None, settings)["global"]
-        scores = {"rank1": measured["cmc1"] or 0.0, "mAP": measured["mAP"] or 0.0}
+        measured = evaluate_features(features, self.images, lambda line: None, settings, self.config.dataset_name)
+        scores = {"rank1": measured["global"]["cmc1"] or 0.0, "mAP": measured["global"]["mAP"] or 0.0}
         if self.record is None or scores["rank1"] > self.record["rank1"]:
             content = {
                 "model": on_host(model.state_dict()),
@@ -74,6 +74,7 @@ class Best:
                 "trained_on": self.trained_on,
                 "epoch": epoch,
                 "scores": scores,
+                "verification": measured["verification"],
             }
             write_checkpoint(self.path, content)
             self.record = {"epoch": epoch, **scores}

@@ -1,11 +1,15 @@
 """script/export.py as a user runs it."""
 
+import json
 import re
 
 import h5py
 import pytest
 import torch
 from conftest import run_script
+
+from aligned_reid.export import OnnxFeatures
+from aligned_reid.weights import read_weight_file
 
 
 @pytest.fixture
@@ -47,6 +51,9 @@ def test_safetensors_hold_what_export_needs(command, tiny_flags, tmp_path, small
     done = command("export.py", f"--model_weight_file={weights}", f"--save_file={graph}")
     assert (done.status, done.err) == (0, "")
     assert "images uint8 [N, 64, 32, 3]" in done.out  # the size is in the file's settings
+    metadata = OnnxFeatures(graph).session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["config"])["normalize_feature"] is True
+    assert json.loads(metadata["verification"]) == read_weight_file(weights)["verification"]
     features = [tmp_path / "from_safetensors.h5", tmp_path / "from_checkpoint.h5"]
     for source, target in zip((weights, tmp_path / "run"), features, strict=True):
         done = command("extract.py", *tiny_flags, f"--model_weight_file={source}", f"--save_file={target}")

@@ -67,6 +67,7 @@ def test_a_run_writes_its_folder_and_prints_the_lines_that_tools_read(command, t
         "ckpt.previous.pth",
         "config.json",
         "log.txt",
+        "model.md",
         "model.safetensors",
         "results.json",
         "tensorboard",

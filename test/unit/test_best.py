@@ -95,6 +95,9 @@ def test_the_weights_as_safetensors_have_the_same_scores(tiny_data, tmp_path):
     tested = run(config_of(tiny_data, tmp_path / "test", only_test=True, model_weight_file=str(weights)))
     for name in ("global", "local", "global_local_re_ranked"):  # the file's settings say that local was trained
         assert tested[name] == trained[name] is not None, name
+    record = trained["verification"]
+    assert tested["verification"] == read_weight_file(weights)["verification"] == record
+    assert record["global"]["eer"] is not None and record["global_local"]["eer"] is not None
 
 
 @pytest.mark.parametrize("reason", ["No space left", "pip install safetensors"])
@@ -111,6 +114,6 @@ def test_a_run_without_safetensors_is_evaluated(tiny_data, tmp_path, monkeypatch
 def test_a_new_run_in_the_folder_keeps_earlier_files(tiny_data, tmp_path):
     for _ in range(2):
         run(config_of(tiny_data, tmp_path, eval_every=1, total_epochs=1))
-    names = {"best.pth", "model.safetensors", "ckpt.pth", "log.txt", "results.json"}
+    names = {"best.pth", "model.safetensors", "model.md", "ckpt.pth", "log.txt", "results.json"}
     names |= {name.replace(".", ".old1.") for name in names}
     assert names <= {path.name for path in tmp_path.iterdir()}

@@ -9,7 +9,7 @@ from aligned_reid import InputError, export
 from aligned_reid.data import TestImages, open_data, preprocess
 from aligned_reid.errors import RunStopped
 from aligned_reid.evaluation.extract import inference_copy
-from aligned_reid.export import InferenceGraph, OnnxFeatures, check_packages, export_onnx
+from aligned_reid.export import InferenceGraph, OnnxFeatures, check_packages, export_onnx, graph_metadata
 from aligned_reid.model import AlignedReID
 
 SIZE = (64, 32)
@@ -79,6 +79,18 @@ def test_extraction_by_the_graph_equals_torch(model, tiny_data, tmp_path, uint8_
     with torch.inference_mode():
         expected = model(pixels).global_feat
     torch.testing.assert_close(features.global_feat, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_metadata_have_thresholds_only_if_they_hold_for_the_graph(tmp_path):
+    content = {"config": {"resize_h_w": [64, 32], "test_distance": "euclidean"}, "verification": {"num_same": 1}}
+    as_tested = graph_metadata(content, tmp_path, SIZE, normalize_feature=False)
+    assert as_tested == content
+    assert "verification" not in graph_metadata(content, tmp_path, SIZE, normalize_feature=True)
+    assert graph_metadata(content, tmp_path, SIZE, normalize_feature=True)["config"]["normalize_feature"] is True
+    assert graph_metadata(content, tmp_path, (96, 32), normalize_feature=False)["config"]["resize_h_w"] == [96, 32]
+    assert "verification" not in graph_metadata(content, tmp_path, (96, 32), normalize_feature=False)
+    content["config"]["test_distance"] = "cosine"
+    assert "verification" in graph_metadata(content, tmp_path, SIZE, normalize_feature=True)
 
 
 def test_a_graph_that_differs_is_discarded(model, tmp_path, monkeypatch):

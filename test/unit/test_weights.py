@@ -22,6 +22,7 @@ from aligned_reid import weights as weights_module
 from aligned_reid.model import AlignedReID, load_weights, make_trunk, open_model
 from aligned_reid.weights import (
     find_state_dict,
+    find_verification,
     load_trunk,
     read_state_dict,
     read_weight_file,
@@ -345,12 +346,26 @@ def test_safetensors_restore_tensors_and_settings(tmp_path, model):
     channels_last = dict(model.state_dict())
     channels_last["base.conv1.weight"] = channels_last["base.conv1.weight"].to(memory_format=torch.channels_last)
     settings = {"l_loss_weight": 1.0, "resize_h_w": [64, 32]}
-    write_safetensors(path, channels_last, settings, {"set": ["1"]})
+    write_safetensors(path, channels_last, settings, {"set": ["1"]}, {"num_same": 1})
     content = read_weight_file(path)
     assert settings_of(content) == settings
     assert content["trained_on"] == {"set": ["1"]}
+    assert content["verification"] == {"num_same": 1}
     assert_equal_tensors(read_state_dict(path), model.state_dict())
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_verification_of_weights_is_in_their_file_or_beside_it(tmp_path):
+    path = tmp_path / "ckpt.pth"
+    own, beside = ({"config": {"bnneck": True}, "verification": {"num_same": 1}}, {"config": {"bnneck": True}})
+    assert find_verification(beside, path) == {}
+    (tmp_path / "results.json").write_text('{"verification": {"num_same": 2}}')
+    assert find_verification(own, path) == {"num_same": 1}
+    assert find_verification(beside, path) == find_verification(beside, tmp_path) == {"num_same": 2}
+    assert find_verification({"net": {}}, path) == {}  # a file of another project
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(InputError, match=r"results\.json"):
+        find_verification(beside, path)
 
 
 def test_damaged_safetensors_are_errors(tmp_path):
