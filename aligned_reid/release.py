@@ -10,11 +10,12 @@ import numpy as np
 
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TestImages, TrainImages
-from aligned_reid.data.partitions import GALLERY, QUERY, write_atomically
+from aligned_reid.data.partitions import GALLERY, QUERY
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.evaluate import SCORE_NAMES
 from aligned_reid.evaluation.protocol import TITLES
 from aligned_reid.evaluation.verification import VERIFIED
+from aligned_reid.files import write_file
 from aligned_reid.flags import TEST, TRAINING
 from aligned_reid.model import AlignedReID
 from aligned_reid.training.log import Log
@@ -120,7 +121,7 @@ def write_cards(config: Config, evaluated: Sequence[Mapping[str, Any]], train: T
     """Write model.md beside model.safetensors, and model_2.md, ... if there are several models."""
     for path, results in zip(weight_files(config), evaluated, strict=True):
         card = model_card(path.name, config, results, train, test)
-        write_atomically(path.with_suffix(".md"), card.encode())
+        write_file(path.with_suffix(".md"), card.encode())
 
 
 def model_card(name: str, config: Config, results: Mapping[str, Any], train: TrainImages, test: TestImages) -> str:
