@@ -209,15 +209,20 @@ class OnnxFeatures:
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
         return self.session.run(None, {"images": images})
 
-    def extract(self, images: TestImages, workers: int = 0) -> FeatureSet:
-        """Features of all `images`; the last batch is padded if the graph has a fixed batch size."""
-        batch_size = self.batch_size if isinstance(self.batch_size, int) else 32
+    def embed(self, pixels: Tensor) -> list[Tensor]:
+        """The outputs for uint8 images [N, H, W, 3], RGB; padded to the batch size of a graph that has a fixed one."""
+        size = self.batch_size if isinstance(self.batch_size, int) else max(1, len(pixels))
         parts = []
-        for batch in make_loader(images, batch_size=batch_size, workers=workers):
-            pixels, num_images = batch.images, len(batch.images)
-            if num_images < batch_size and isinstance(self.batch_size, int):
-                pixels = torch.cat([pixels, pixels.new_zeros((batch_size - num_images, *pixels.shape[1:]))])
-            inputs = pixels if self.takes_uint8 else to_float_images(pixels)
-            parts.append([torch.from_numpy(output[:num_images]) for output in self(inputs.numpy())])
-        outputs = [torch.cat(blocks) for blocks in zip(*parts, strict=True)]
+        for batch in pixels.split(size):
+            blank = pixels.new_zeros((size - len(batch) if isinstance(self.batch_size, int) else 0, *pixels.shape[1:]))
+            padded = torch.cat([batch, blank])
+            inputs = padded if self.takes_uint8 else to_float_images(padded)
+            parts.append([torch.from_numpy(output[: len(batch)]) for output in self(inputs.numpy())])
+        return [torch.cat(blocks) for blocks in zip(*parts, strict=True)]
+
+    def extract(self, images: TestImages, workers: int = 0) -> FeatureSet:
+        """Features of all `images`."""
+        batch_size = self.batch_size if isinstance(self.batch_size, int) else 32
+        batches = make_loader(images, batch_size=batch_size, workers=workers)
+        outputs = [torch.cat(blocks) for blocks in zip(*(self.embed(batch.images) for batch in batches), strict=True)]
         return FeatureSet(outputs[0], outputs[1] if len(outputs) > 1 else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aligned_reid.config import Config, names_affecting
@@ -22,7 +22,7 @@ from aligned_reid.weights import settings_of
 SCORE_NAMES = ("global", "global_re_ranked", "local", "local_re_ranked", "global_local", "global_local_re_ranked")
 
 
-def settle_test(config: Config, content: Any, log: Log) -> Config:
+def settle_test(config: Config, content: Any, log: Callable[[str], None]) -> Config:
     """The config with the test options of a weight file's `content`; explicitly given flags stay.
 
     Raises InputError if the feature after a neck is asked for, but neither the file nor a flag says there is a neck.

@@ -1,4 +1,4 @@
-"""Any image file as an upright JPEG file."""
+"""Any image file as upright pixels, or as an upright JPEG file."""
 
 import io
 import math
@@ -22,9 +22,14 @@ _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow would run Ghostscrip
 
 def read_as_jpeg(path: Path) -> bytes:
     """`as_jpeg` of a file. Raises InputError also if it is missing, unreadable or larger than MAX_BYTES."""
+    return as_jpeg(path, read_content(path))
+
+
+def read_content(path: Path) -> bytes:
+    """The bytes of an image file. Raises InputError if it is missing, unreadable or larger than MAX_BYTES."""
     try:
         check_num_bytes(path, path.stat().st_size)
-        return as_jpeg(path, path.read_bytes())
+        return path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"image {path} is missing") from None
     except OSError as error:
@@ -37,22 +42,33 @@ def check_num_bytes(name: str | Path, num_bytes: int) -> None:
 
 
 def as_jpeg(name: str | Path, content: bytes) -> bytes:
-    """An image file as a JPEG file: unchanged if it is an upright JPEG, otherwise turned upright and encoded.
+    """An image file as a JPEG file: unchanged if it is an upright JPEG, otherwise `decode_upright` and encoded.
 
-    The content decides the file type, not the name. Every image is decoded. Raises InputError with the name if it is
-    empty, damaged, too large or not an image.
+    Every image is decoded. Raises InputError as `decode_upright` does.
+    """
+    pixels = decode_upright(name, content)
+    if content[:2] == JPEG_START and not _is_turned(content):
+        return content
+    return encode_jpeg(pixels)
+
+
+def decode_upright(name: str | Path, content: bytes) -> np.ndarray:
+    """An image file as uint8 [h, w, 3], RGB, turned upright by its EXIF orientation; of an animation, the first frame.
+
+    The content decides the file type, not the name. Upright JPEGs have the pixels of `decode_jpeg`. Raises InputError
+    with the name if it is empty, damaged, too large or not an image.
     """
     if not content:
         raise InputError(f"image {name} is empty")
     if content[:2] == JPEG_START:
-        decode_jpeg(name, content, check_size=True)
+        pixels = decode_jpeg(name, content, check_size=True)
         if not _is_turned(content):
-            return content
+            return pixels
     try:
         with _open(content) as image:
             if math.prod(image.size) > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            return encode_jpeg(_to_rgb(name, ImageOps.exif_transpose(image)))
+            return to_rgb(name, ImageOps.exif_transpose(image))
     except InputError:
         raise
     except Image.DecompressionBombError as error:
@@ -76,7 +92,7 @@ def _is_turned(jpeg: bytes) -> bool:
         return False
 
 
-def _to_rgb(name: str | Path, image: Image.Image) -> np.ndarray:
+def to_rgb(name: str | Path, image: Image.Image) -> np.ndarray:
     """An image in any Pillow mode as uint8 [h, w, 3]. Transparency is dropped; stored colors are kept.
 
     16-bit values are divided by 257. Modes I and F do not define white: it is the first of 1 (F only), 255 and 65535
