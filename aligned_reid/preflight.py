@@ -124,15 +124,15 @@ def check_run_dir(folder: Path) -> None:
         raise InputError(f"--exp_dir {folder}: {existing} cannot be written to; choose another folder")
 
 
-def check_save_file(file: Path) -> None:
+def check_save_file(file: Path, flag: str = "--save_file") -> None:
     """Raise InputError unless a file can be written there."""
     if file.is_dir():
-        raise InputError(f"--save_file {file} is a folder: name a file in it")
+        raise InputError(f"{flag} {file} is a folder: name a file in it")
     folder = file.absolute().parent
     if not folder.is_dir():
-        raise InputError(f"--save_file {file}: the folder {folder} does not exist")
+        raise InputError(f"{flag} {file}: the folder {folder} does not exist")
     if not can_write(folder):
-        raise InputError(f"--save_file {file}: {folder} cannot be written to; choose another folder")
+        raise InputError(f"{flag} {file}: {folder} cannot be written to; choose another folder")
 
 
 def can_write(folder: Path) -> bool:

@@ -45,11 +45,18 @@ class Gallery:
         self.norms = self.feat.square().sum(1)  # [N]
 
     @classmethod
-    def open(cls, folder: str | Path, reid: ReID, log: Callable[[str], None] = print) -> Gallery:
+    def open(
+        cls,
+        folder: str | Path,
+        reid: ReID,
+        log: Callable[[str], None] = print,
+        on_error: Callable[[str], None] | None = None,
+    ) -> Gallery:
         """The images below a folder. Their features are kept in an index: .aligned_reid/ in it, or the user's cache.
 
-        Only new and changed images (by size and date) are computed. log gets a line for each image that cannot be used,
-        and for what else is noteworthy; the other images are served. Raises InputError if no image can be used.
+        Only new and changed images (by size and date) are computed. on_error (default: log) gets a line for each image
+        that cannot be used, and log for what else is noteworthy; the other images are served. Raises InputError if no
+        image can be used.
         """
         folder = Path(folder).expanduser()
         paths, others = find_images(folder)
@@ -57,7 +64,8 @@ class Gallery:
             log(describe_skipped(Counter(map(kind_of, others))))
         if not paths:
             raise InputError(f"no images below {shown(folder)}")
-        rows = open_index(folder, [os.fsencode(path.relative_to(folder)) for path in paths], reid, log)
+        names = [os.fsencode(path.relative_to(folder)) for path in paths]
+        rows = open_index(folder, names, reid, log, on_error or log)
         if not rows.names:
             raise InputError(f"none of the {len(paths):,} images below {shown(folder)} can be used")
         return cls(reid, folder, [os.fsdecode(name) for name in rows.names], torch.from_numpy(rows.feat))

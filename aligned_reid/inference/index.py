@@ -40,11 +40,17 @@ class Rows(NamedTuple):
         return Rows([self.names[one] for one in places], [self.states[one] for one in places], self.feat[list(places)])
 
 
-def open_index(folder: Path, names: Sequence[bytes], reid: ReID, log: Callable[[str], None]) -> Rows:
+def open_index(
+    folder: Path,
+    names: Sequence[bytes],
+    reid: ReID,
+    log: Callable[[str], None],
+    on_error: Callable[[str], None],
+) -> Rows:
     """The images of a folder that can be used, with their features: from the index or, if new or changed, computed.
 
-    names: of the images, relative to the folder. What was computed stays in the index if the call is interrupted. log
-    gets a line for each image that cannot be used.
+    names: of the images, relative to the folder. What was computed stays in the index if the call is interrupted.
+    on_error gets a line for each image that cannot be used.
     """
     path = place_of_index(folder, reid.digest)
     try:
@@ -60,7 +66,7 @@ def open_index(folder: Path, names: Sequence[bytes], reid: ReID, log: Callable[[
                 path.unlink(missing_ok=True)
                 append_rows(path, reid.digest, rows)
             new = [name for name in states if name not in set(known)]
-            computed = list(add_images(path, folder, {name: states[name] for name in new}, reid, log))
+            computed = list(add_images(path, folder, {name: states[name] for name in new}, reid, on_error))
     except OSError as error:
         raise InputError(f"cannot write the index {shown(path)}: {error.strerror or first_line(error)}") from error
     parts = [rows.pick([place[name] for name in known]), *computed]
@@ -74,13 +80,13 @@ def open_index(folder: Path, names: Sequence[bytes], reid: ReID, log: Callable[[
 
 
 def add_images(
-    path: Path, folder: Path, states: dict[bytes, State], reid: ReID, log: Callable[[str], None]
+    path: Path, folder: Path, states: dict[bytes, State], reid: ReID, on_error: Callable[[str], None]
 ) -> list[Rows]:
     """Compute the features of files and append them to the index, a batch at a time."""
     names = list(states)
     paths = [folder / os.fsdecode(name) for name in names]
     added: list[Rows] = []
-    for feats in reid.embed([(one, shown(one)) for one in paths], on_error=log):
+    for feats in reid.embed([(one, shown(one)) for one in paths], on_error=on_error):
         first = BATCH_SIZE * len(added)
         feat = feats.global_feat.numpy()
         batch = Rows(names[first : first + len(feat)], [states[one] for one in names[first : first + len(feat)]], feat)

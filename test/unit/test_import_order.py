@@ -11,7 +11,7 @@ LINE = """
 errors stop files lock cli recipes flags config distributed device
 data.plain_pickle data.partitions data.transforms data.prepare data
 distance losses weights model objective training evaluation
-preflight release run export rank launcher inference commands synthetic
+preflight release run export rank launcher inference synthetic commands
 """
 ROOMS = LINE.split()
 
