@@ -1,5 +1,6 @@
 """What tests share: a tiny drawn data set, a tiny trunk, and commands run as a user runs them."""
 
+import json
 import os
 import runpy
 import signal
@@ -10,10 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from torch import nn
 
-from aligned_reid import InputError
+from aligned_reid import InputError, ReID
+from aligned_reid.config import Config
 from aligned_reid.data import make_synthetic
+from aligned_reid.model import AlignedReID
+from aligned_reid.weights import write_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job and its children ignore it
@@ -93,3 +98,25 @@ def run_script(name, *arguments, cwd=None, environment=None, timeout=240):
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+RATES = {"at_fmr": {"0.001": {"threshold": 0.5, "tmr": 0.9}}}
+
+
+@pytest.fixture
+def tiny_run(small_trunk, tmp_path):
+    """A run folder with a small model for images of 64 x 32, a local branch, unit length and a threshold of 0.5."""
+    torch.manual_seed(0)
+    model = AlignedReID(None, pretrained="none")
+    config = Config.of(resize_h_w=(64, 32), l_loss_weight=1.0, normalize_feature=True)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", model.state_dict(), config.to_dict())
+    verification = {"measured_on": "drawn", "global": RATES}
+    (folder / "results.json").write_text(json.dumps({"verification": verification}))
+    return folder
+
+
+@pytest.fixture
+def reid(tiny_run):
+    return ReID.from_pretrained(tiny_run, "cpu")

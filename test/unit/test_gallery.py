@@ -1,0 +1,243 @@
+"""Search in a folder, groups of one person, and the index that keeps features between calls."""
+
+import os
+import shutil
+import stat
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from aligned_reid import Gallery, InputError, ReID
+from aligned_reid.distance import euclidean_distance, normalize
+from aligned_reid.inference.nearest import group_features, nearest
+
+
+@pytest.fixture
+def photos(tiny_data, tmp_path):
+    """A folder of twelve photos, with a folder in it."""
+    folder = tmp_path / "photos"
+    (folder / "inner").mkdir(parents=True)
+    for number, path in enumerate(sorted((tiny_data / "images").iterdir())[:12]):
+        shutil.copy(path, folder / ("inner" if number % 2 else "") / path.name)
+    return folder
+
+
+class Counting:
+    """The model, and which images it was given."""
+
+    def __init__(self, reid):
+        self.reid, self.seen = reid, []
+
+    def __getattr__(self, name):
+        return getattr(self.reid, name)
+
+    def embed(self, images, **options):
+        self.seen += [path.name for path, _ in images]
+        return self.reid.embed(images, **options)
+
+
+@pytest.fixture
+def counting(reid):
+    return Counting(reid)
+
+
+def index_of(photos):
+    (path,) = (photos / ".aligned_reid").glob("*.h5")
+    return path
+
+
+def test_search_finds_the_nearest_by_the_distance_of_the_test(reid, photos):
+    gallery = Gallery.open(photos, reid)
+    assert len(gallery) == 12
+    query = gallery.folder / gallery.names[3]
+    feat = normalize(reid([photos / name for name in gallery.names]).global_feat)
+    expected = euclidean_distance(feat[3:4], feat)[0]
+    hits = gallery.search(query, k=5)
+    order = [place for place in expected.argsort().tolist() if place != 3][:5]
+    assert [hit.path for hit in hits] == [photos / gallery.names[place] for place in order]
+    assert [hit.distance for hit in hits] == pytest.approx(expected[order].tolist(), abs=1e-4)
+    assert [hit.same_person for hit in hits] == [hit.distance < 0.5 for hit in hits]
+
+
+def test_several_queries_are_answered_in_one_call(reid, photos):
+    gallery = Gallery.open(photos, reid)
+    queries = [photos / name for name in gallery.names]
+    answers = gallery.search(queries, k=100)
+    assert [len(hits) for hits in answers] == [11] * 12  # a file is not its own hit
+    one = gallery.search(queries[2], k=100)
+    assert [hit.path for hit in answers[2]] == [hit.path for hit in one]
+    assert [len(hits) for hits in gallery.search(reid(queries), k=100)] == [12] * 12
+
+
+def test_a_copy_of_the_query_is_the_first_hit(reid, photos):
+    query = next(photos.glob("*.jpg"))
+    shutil.copy(query, photos / "copy.jpg")
+    hit = Gallery.open(photos, reid).search(query, k=1)[0]
+    assert hit.path.name == "copy.jpg" and hit.distance < 1e-3 and hit.same_person
+
+
+def test_only_new_and_changed_files_are_computed(counting, photos):
+    first = Gallery.open(photos, counting)
+    assert len(counting.seen) == 12
+    counting.seen.clear()
+    again = Gallery.open(photos, counting)
+    assert counting.seen == [] and again.names == first.names and torch.equal(again.feat, first.feat)
+    paths = sorted(photos.glob("*.jpg"))
+    shutil.copy(paths[1], paths[0])  # other content
+    os.utime(paths[2], (1, 1))
+    shutil.copy(paths[1], photos / "new.jpg")
+    paths[3].unlink()
+    changed = Gallery.open(photos, counting)
+    assert sorted(counting.seen) == sorted([paths[0].name, paths[2].name, "new.jpg"])
+    assert len(changed) == 12 and paths[3].name not in changed.names
+    feats = dict(zip(changed.names, changed.feat, strict=True))
+    assert torch.allclose(feats["new.jpg"], feats[paths[0].name], atol=1e-5)
+    counting.seen.clear()
+    assert len(Gallery.open(photos, counting)) == 12 and counting.seen == []
+
+
+def test_an_index_of_mostly_old_rows_is_made_smaller(reid, photos, monkeypatch):
+    monkeypatch.setattr("aligned_reid.inference.index.ROWS_PER_CHUNK", 4)
+    path = sorted(photos.glob("*.jpg"))[0]
+    for date in range(1, 30):
+        os.utime(path, (date, date))
+        Gallery.open(photos, reid)
+    with h5py.File(index_of(photos)) as file:
+        assert len(file["global"]) <= 2 * 12 + 4 + 1
+
+
+def test_another_model_is_noticed(reid, tiny_run, photos):
+    Gallery.open(photos, reid)
+    lines = []
+    Gallery.open(photos, ReID.from_pretrained(tiny_run, "cpu", flip_test=True), lines.append)
+    assert len(lines) == 1 and "another model" in lines[0]
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-4000])
+
+
+def of_another_model(path):
+    with h5py.File(path, "r+") as file:
+        file.attrs["made_by"] = np.bytes_(b"other")
+
+
+def not_finite(path):
+    with h5py.File(path, "r+") as file:
+        file["global"][3, 5] = np.nan
+
+
+@pytest.mark.parametrize("damage", [cut_off, of_another_model, not_finite, lambda path: path.write_text("no index")])
+def test_a_damaged_index_is_built_again_with_one_line(counting, photos, damage):
+    Gallery.open(photos, counting)
+    damage(index_of(photos))
+    lines = []
+    counting.seen.clear()
+    assert len(Gallery.open(photos, counting, lines.append)) == 12
+    assert len(counting.seen) == 12 and len(lines) == 1 and "built again" in lines[0]
+    assert len(Gallery.open(photos, counting, lines.append)) == 12 and len(lines) == 1
+
+
+def test_an_interrupted_index_keeps_what_is_done(counting, photos, monkeypatch):
+    monkeypatch.setattr("aligned_reid.inference.reid.BATCH_SIZE", 4)
+    monkeypatch.setattr("aligned_reid.inference.index.BATCH_SIZE", 4)
+    (photos / "inner" / "zz.jpg").write_text("no image")
+
+    def interrupt(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Gallery.open(photos, counting, on_error=interrupt)
+    counting.seen.clear()
+    assert len(Gallery.open(photos, counting, print, lambda line: None)) == 12
+    assert counting.seen == ["zz.jpg"]
+
+
+def test_bad_and_other_files_are_reported_and_the_others_served(reid, photos):
+    (photos / "notes.txt").write_text("notes")
+    (photos / "bad\n<b>.jpg").write_text("no image")
+    lines, errors = [], []
+    assert len(Gallery.open(photos, reid, lines.append, errors.append)) == 12
+    assert len(lines) == 1 and ".txt" in lines[0]
+    assert len(errors) == 1 and r"bad\n<b>.jpg" in errors[0]
+
+
+def test_a_folder_without_images_is_refused(reid, photos, tmp_path):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="no images"):
+        Gallery.open(tmp_path / "none", reid)
+    with pytest.raises(InputError, match="not a folder"):
+        Gallery.open(tmp_path / "gone", reid)
+    (tmp_path / "none" / "bad.jpg").touch()
+    with pytest.raises(InputError, match="none of the 1"):
+        Gallery.open(tmp_path / "none", reid)
+
+
+def test_names_in_any_script_are_kept(reid, photos):
+    names = ["照片 一.jpg", "two\nlines.jpg", "<script>.jpg", os.fsdecode(b"\xff.jpg")]
+    source = next(photos.glob("*.jpg"))
+    for name in names:
+        shutil.copy(source, photos / name)
+    for _ in range(2):
+        gallery = Gallery.open(photos, reid)
+        assert {hit.path.name for hit in gallery.search(source, k=4)} == set(names)
+
+
+def test_the_index_of_a_folder_that_cannot_be_written_to_is_in_the_cache(counting, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("aligned_reid.inference.index.can_write", lambda folder: False)
+    Gallery.open(photos, counting)
+    counting.seen.clear()
+    Gallery.open(photos, counting)
+    assert counting.seen == [] and not (photos / ".aligned_reid").exists()
+    assert len(list((tmp_path / "cache").rglob("*.h5"))) == 1
+    assert stat.S_ISDIR((tmp_path / "cache" / "aligned_reid").stat().st_mode)
+
+
+def test_nearest_is_exact_and_keeps_the_order_of_equals():
+    feat = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
+    feat[100] = feat[7]
+    queries = torch.cat([feat[7:8] + 0.01, torch.randn(99, 16, generator=torch.Generator().manual_seed(1))])
+    for rows in (slice(0, 1), slice(0, 100)):
+        places, distances = nearest(queries[rows], feat, feat.square().sum(1), 20)
+        expected, order = euclidean_distance(queries[rows], feat).sort(dim=1, stable=True)
+        assert np.allclose(distances, expected[:, :20], atol=1e-3)
+        assert places[0, :2].tolist() == [7, 100]
+        assert (places == order[:, :20].numpy()).mean() > 0.99
+    assert nearest(queries, feat, feat.square().sum(1), 500)[0].shape == (100, 500)
+
+
+def persons(num_persons, num_images):
+    random = torch.Generator().manual_seed(0)
+    centers = normalize(torch.randn(num_persons, 32, generator=random))
+    noise = 0.02 * torch.randn(num_persons * num_images, 32, generator=random)
+    order = torch.randperm(num_persons * num_images, generator=random)
+    return (centers.repeat_interleave(num_images, 0) + noise)[order], np.repeat(np.arange(num_persons), num_images)[
+        order
+    ]
+
+
+@pytest.mark.parametrize("max_linked", [1000, 50])
+def test_groups_are_the_persons(max_linked):
+    feat, persons_of = persons(20, 6)
+    labels = group_features(feat, 0.6, max_linked)
+    assert len(set(labels)) == 20
+    assert len(set(zip(labels.tolist(), persons_of.tolist(), strict=True))) == 20
+    assert group_features(feat[:1], 0.6).tolist() == [1]
+
+
+def test_groups_come_in_order_of_their_size(reid, photos):
+    gallery = Gallery.open(photos, reid)
+    groups = gallery.group()
+    assert [group.person for group in groups] == list(range(1, len(groups) + 1))
+    assert [len(group.paths) for group in groups] == sorted((len(group.paths) for group in groups), reverse=True)
+    assert sorted(path for group in groups for path in group.paths) == sorted(photos / name for name in gallery.names)
+    assert len(gallery.group(threshold=10)) == 1 and len(gallery.group(threshold=1e-9)) == 12
+
+
+def test_grouping_needs_a_threshold(tiny_run, photos):
+    (tiny_run / "results.json").unlink()
+    with pytest.raises(InputError, match="threshold"):
+        Gallery.open(photos, ReID.from_pretrained(tiny_run, "cpu")).group()
