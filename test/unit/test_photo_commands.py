@@ -1,0 +1,110 @@
+"""aligned-reid compare, search and group, as a user runs them."""
+
+import csv
+import importlib
+import json
+import shutil
+import sys
+
+import pytest
+from conftest import Finished
+
+from aligned_reid.cli import run_command
+
+
+@pytest.fixture
+def photos(tiny_data, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in sorted((tiny_data / "images").iterdir())[:8]:
+        shutil.copy(path, folder / path.name)
+    return folder
+
+
+@pytest.fixture
+def aligned_reid(monkeypatch, capfd, tiny_run):
+    """Run `aligned-reid <name> ...` with the tiny model, in this process."""
+
+    def run(name, *arguments):
+        module = importlib.import_module(f"aligned_reid.commands.{name}")
+        flags = [f"--model={tiny_run}", "--device=cpu"]
+        monkeypatch.setattr(sys, "argv", [f"aligned-reid {name}", *flags, *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run_command(module.main)
+        return Finished(exit_.value.code, *capfd.readouterr())
+
+    return run
+
+
+def some(photos, num=2):
+    return sorted(photos.glob("*.jpg"))[:num]
+
+
+def test_compare_prints_a_sentence(aligned_reid, photos):
+    done = aligned_reid("compare", *some(photos))
+    assert done.status == 0
+    assert done.out.startswith("same person: ") and "aligned distance" in done.out
+    assert "tensors loaded" in done.err
+
+
+def test_compare_prints_json(aligned_reid, photos):
+    done = aligned_reid("compare", *some(photos), "--json")
+    content = json.loads(done.out)
+    assert content["same_person"] == (content["distance"] < content["threshold"]) and content["path"][0] == [0, 0]
+
+
+def test_search_prints_a_table(aligned_reid, photos):
+    done = aligned_reid("search", some(photos)[0], f"--gallery={photos}", "--k=3")
+    lines = done.out.splitlines()
+    assert done.status == 0 and len(lines) == 5
+    assert lines[2].split()[0] == "1" and lines[2].split()[2] in ("likely", "unlikely")
+
+
+def test_search_serves_the_good_photos_and_exits_with_2(aligned_reid, photos, tmp_path):
+    (photos / "cut\noff.jpg").write_bytes(some(photos)[0].read_bytes()[:300])
+    (tmp_path / "empty.jpg").touch()
+    done = aligned_reid("search", *some(photos), tmp_path / "empty.jpg", f"--gallery={photos}", "--k=2", "--json")
+    assert done.status == 2
+    content = json.loads(done.out)
+    assert [len(query["hits"]) for query in content["queries"]] == [2, 2] and content["threshold"] == 0.5
+    errors = done.err.splitlines()
+    assert "2 of the images" in errors[-1]
+    assert "empty.jpg" in errors[1] and r"cut\noff.jpg" in errors[2] and len(errors) == 4
+
+
+def test_group_writes_a_table_and_copies(aligned_reid, photos, tmp_path):
+    shutil.copy(some(photos)[0], photos / "two\nlines.jpg")
+    persons, copies = tmp_path / "persons.csv", tmp_path / "copies"
+    done = aligned_reid("group", photos, "--threshold=0.01", f"--csv={persons}", f"--copy_to={copies}")
+    assert done.status == 0 and "9 photos of 8 persons" in done.out and r"two\nlines.jpg" not in done.out
+    with open(persons, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["person"] for row in rows[:3]] == ["1", "1", "2"]
+    assert all((tmp_path / row["path"]).is_file() for row in rows)
+    assert sorted(path.name for path in (copies / "00001").iterdir()) == [some(photos)[0].name, "two\nlines.jpg"]
+    assert len(list(copies.iterdir())) == 8
+    again = aligned_reid("group", photos, "--json")
+    assert sum(len(group["paths"]) for group in json.loads(again.out)) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "word"),
+    [
+        ("compare", ["{photos}/none.jpg", "{photos}/none.jpg"], "missing"),
+        ("compare", ["{first}", "{first}", "--save_file={photos}/gone/a.png"], "gone"),
+        ("search", ["{first}", "--gallery={photos}/gone"], "gone"),
+        ("search", ["{first}", "--gallery={photos}", "--k=0"], "--k"),
+        ("search", ["{first}", "{first}", "--gallery={photos}", "--html=a.html"], "--html"),
+        ("search", ["{photos}", "--gallery={photos}"], "folder"),
+        ("group", ["{photos}", "--copy_to={photos}"], "--copy_to"),
+        ("group", ["{photos}", "--copy_to={photos}/new"], "--copy_to"),
+        ("group", ["{photos}", "--csv={photos}"], "--csv"),
+        ("group", ["{photos}", "--device=tpu"], "tpu"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(aligned_reid, photos, name, arguments, word):
+    filled = [one.format(photos=photos, first=some(photos)[0]) for one in arguments]
+    done = aligned_reid(name, *filled)
+    assert done.status == 2 and word in done.err.splitlines()[-1]
+    assert "Traceback" not in done.err and done.out == ""
