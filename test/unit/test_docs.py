@@ -1,5 +1,7 @@
 """README.md and docs/: commands parse, links lead somewhere, examples run."""
 
+import doctest
+import json
 import re
 import shlex
 import shutil
@@ -8,13 +10,16 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
+import torch
 
 from aligned_reid.config import Config
 from aligned_reid.data import TestImages, make_synthetic, open_data
 from aligned_reid.data.checks import check_protocol
 from aligned_reid.export import InferenceGraph, export_onnx
 from aligned_reid.model import AlignedReID
+from aligned_reid.weights import write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
@@ -115,3 +120,32 @@ def test_example_of_inference_reads_a_graph(small_trunk, tiny_data, tmp_path, mo
     found: dict = {}
     exec(python_example("evaluation.md"), found)
     assert found["global_feat"].shape == (1, 2048)
+
+
+def test_examples_of_the_python_page_run(small_trunk, tiny_data, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = AlignedReID(None, pretrained="none")
+    rates = {"at_fmr": {"0.001": {"threshold": 0.86}}}
+    write_safetensors(
+        make_folder(tmp_path / "exp" / "first") / "model.safetensors",
+        model.state_dict(),
+        Config.of(l_loss_weight=1.0, normalize_feature=True).to_dict(),
+    )
+    results = {"verification": {"measured_on": "market1501", "global": rates}}
+    (tmp_path / "exp" / "first" / "results.json").write_text(json.dumps(results))
+    drawn = sorted((tiny_data / "images").iterdir())
+    for name, path in zip(("a.jpg", "b.jpg"), drawn, strict=False):
+        shutil.copy(path, tmp_path / name)
+    for path in drawn[2:14]:
+        shutil.copy(path, make_folder(tmp_path / "photos") / path.name)
+    cv2.imwrite(str(tmp_path / "street.jpg"), np.zeros((160, 160, 3), np.uint8))
+    (tmp_path / "notes.txt").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    example = doctest.DocTestParser().get_doctest(PAGES["python.md"].replace("```", ""), {}, "python.md", None, 0)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.DocTestRunner(optionflags=flags).run(example).failed == 0
+
+
+def make_folder(path):
+    path.mkdir(parents=True, exist_ok=True)
+    return path
