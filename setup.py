@@ -1,4 +1,4 @@
-"""Installation of the library: `pip install .` (the commands in script/ run from the checkout)."""
+"""Installation of the library and of the command aligned-reid: `pip install .`"""
 
 import re
 from pathlib import Path
@@ -18,6 +18,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["aligned_reid", "aligned_reid.*"]),
     package_data={"aligned_reid": ["py.typed"]},
+    entry_points={"console_scripts": ["aligned-reid = aligned_reid.commands:main"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.1",

@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,44 +23,60 @@ READER_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and exit: 0 done, 1 the run stopped itself, 2 a user's mistake, 128 + n signal n."""
-    name = os.path.basename(sys.argv[0])
+    """Run a command's `main` and exit: 0 done, 1 the run stopped itself, 2 a user's mistake, 128 + n signal n."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and Console(stream) for stream in streams)
     try:
         with StopSignals(KeyboardInterrupt):
-            report(name, main)
+            report(main)
     finally:
         print(end="", flush=True)
         sys.stdout, sys.stderr = streams
     sys.exit(0)
 
 
-def report(name: str, main: Callable[[], None]) -> None:
+def report(main: Callable[[], None]) -> None:
     """Run `main`; report an error that the user can fix as one line and an exit status."""
     try:
         main()
     except InputError as error:
-        complain(f"{name}: error: {error}", 2)
+        complain(f"error: {error}", 2)
     except RunStopped as error:
-        complain(f"{name}: stopped: {error}", error.status)
+        complain(f"stopped: {error}", error.status)
     except KeyboardInterrupt as error:
         number = signal.Signals(*error.args or [signal.SIGINT])
-        complain(f"{name}: interrupted by {number.name}", 128 + number)
+        complain(f"interrupted by {number.name}", 128 + number)
     except OSError as error:
         if error.errno in FILE_LIMITS:
-            complain(f"{name}: error: {error.strerror}: raise the limit (ulimit -n), or use fewer --workers", 2)
+            complain(f"error: {error.strerror}: raise the limit (ulimit -n), or use fewer --workers", 2)
         if error.errno not in STORAGE_ERRORS:
             raise
-        complain(
-            f"{name}: error: {error.strerror}: {error.filename or 'while writing'}; make room or choose another folder",
-            2,
-        )
+        complain(f"error: {error.strerror}: {error.filename or 'while writing'}; make room or choose another folder", 2)
 
 
 def complain(line: str, status: int) -> NoReturn:
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    """Print a line in the name of the command that runs, and exit."""
+    print(f"{program_name()}:", *line.split(), file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def program_name() -> str:
+    """The name of the command that runs: "train.py", or "aligned-reid train", which aligned_reid.commands has set."""
+    return os.path.basename(sys.argv[0])
+
+
+def command_line(name: str) -> str:
+    """How a message spells the command `name`, e.g. "prepare photos": by its script in a checkout that runs scripts."""
+    has_scripts = (Path(__file__).parents[1] / "script" / "train.py").is_file()
+    if has_scripts and not program_name().startswith("aligned-reid"):
+        return f"python script/{name.replace(' ', '_')}.py"
+    return f"aligned-reid {name}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ " (did you mean ...?)" with the name that is most like a mistyped one; empty if none is."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 class Console:
@@ -128,7 +144,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, *, removed: Mapping[str, str] | None = None, **settings: Any) -> None:
         """removed: names of flags of earlier versions, and what to use instead."""
-        super().__init__(**settings)
+        super().__init__(**{"prog": program_name(), **settings})
         self.removed = removed or {}
 
     def error(self, message: str) -> NoReturn:
@@ -137,8 +153,7 @@ class OneLineParser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
         if unknown.startswith("-") and message.startswith("unrecognized"):
             flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown, flags, n=1)
-            message = f"unknown flag {unknown}" + (f" (did you mean {near[0]}?)" if near else "")
+            message = f"unknown flag {unknown}{nearest(unknown, flags)}"
             if unknown.lstrip("-") in self.removed:
                 message = f"{unknown} was removed: {self.removed[unknown.lstrip('-')]}"
         print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)

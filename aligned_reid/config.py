@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from aligned_reid.cli import expand_home
+from aligned_reid.cli import command_line, expand_home
 from aligned_reid.errors import InputError
 from aligned_reid.flags import (
     ARCHITECTURE,
@@ -38,7 +38,7 @@ REMOVED = {
     "lr_scale": "give the scaled rate as --base_lr",
     "freeze_trunk_epochs": "use --freeze_stages, or --warmup_epochs",
     "ema_decay": "leave it out; --lr_decay_type=cosine ends training at small rates",
-    "multi_query_pool": "use script/extract.py, then script/evaluate.py --multi_query_pool",
+    "multi_query_pool": "use the command extract, then evaluate --multi_query_pool",
     "stop_on_collapse": "watch the log for 'collapse'",
     "repeat": "run a shell loop over --seed (docs/training.md)",
     "amp_backend": "use --amp=apex for Huawei's apex; torch's autocast is the default",
@@ -267,7 +267,7 @@ class Config:
         return [
             (
                 "+" not in self.dataset,
-                f"--dataset {self.dataset}: join data sets with script/prepare_joined.py, then train on the new folder",
+                f"--dataset {self.dataset}: join data sets with {command_line('prepare joined')}, then train on the result",
             ),
             (self.pad_crop < min(self.resize_h_w), "--pad_crop has to be smaller than the image"),
             (self.only_test or sum(self.loss_weights) > 0.0, "one of -glw, -llw, -idlw has to be above 0"),

@@ -191,7 +191,7 @@ def flags_page(options: Sequence[Field]) -> str:
     lines = [
         "# Flags",
         "",
-        "All flags of `script/train.py`; `script/extract.py` takes them too. `--recipe` changes the defaults.",
+        "All flags of `aligned-reid train`; `aligned-reid extract` takes them too. `--recipe` changes the defaults.",
         "This page is written by",
         "`python -c 'from aligned_reid import config, flags; print(flags.flags_page(config.OPTIONS), end=\"\")'`.",
     ]

@@ -29,8 +29,11 @@ def launch(
     endpoint: str = "",
     first_device: int = 0,
     max_restarts: int = 0,
+    name: str = "launch.py",
 ) -> int:
     """Run a Python script with its arguments as `num_processes` ranks on this machine; returns the exit status.
+
+    `script` may also be -m, a module and its arguments. `name` is the launcher's in a failure's line.
 
     Each rank logs to `log_dir`/<device>/train_<device>.log, devices counted from `first_device`; the first rank's
     standard output is on the console, too. The status is 0, or that of the rank that failed first; 128 + n if signal n
@@ -49,7 +52,7 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="aligned_reid_") as folder:
         status, reason = run_agent([*program, folder, *script], options, folder)
     if reason:
-        print("launch.py: error:", *reason.split(), f"(logs: {log_dir}/*/train_*.log)", file=sys.stderr, flush=True)
+        print(f"{name}: error:", *reason.split(), f"(logs: {log_dir}/*/train_*.log)", file=sys.stderr, flush=True)
     return status
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aligned_reid.cli import command_line
 from aligned_reid.config import Config
 from aligned_reid.data.checks import check_images, check_protocol
 from aligned_reid.data.dataset import TestImages, TrainImages, open_data
@@ -52,8 +53,8 @@ def open_images(config: Config, reads_images: bool) -> tuple[TestImages, TrainIm
     """The images to test and to train on."""
     if not config.data_path:
         raise InputError(
-            "no --data_path: give a prepared data set (script/prepare_market1501.py prepares Market-1501, "
-            "script/prepare_photos.py your own photos, script/make_synthetic.py draws one)"
+            f"no --data_path: give a prepared data set ({command_line('prepare market1501')} prepares Market-1501, "
+            f"{command_line('prepare photos')} your own photos)"
         )
     data = open_data(config.data_path, config.partition_file or None)
     test = TestImages(data, "test", config.multi_query, config.resize_h_w)

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from aligned_reid.cli import command_line
 from aligned_reid.config import Config
-from aligned_reid.data.dataset import TestImages, TrainImages
+from aligned_reid.data.dataset import FolderImages, TestImages, TrainImages
 from aligned_reid.data.identities import describe_overlap, identity_record
 from aligned_reid.data.sampler import IdentityBatchSampler
-from aligned_reid.device import Accelerator, find_wrong_layer, open_accelerator
+from aligned_reid.device import Accelerator, check_device_name, find_wrong_layer, open_accelerator
 from aligned_reid.distributed import World, from_rank, process_group, read_world, wait_for_all
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.best import Best
@@ -29,7 +30,7 @@ from aligned_reid.evaluation.features import FeatureWriter
 from aligned_reid.files import write_file
 from aligned_reid.lock import hold
 from aligned_reid.model import AlignedReID, architecture_of, load_weights
-from aligned_reid.preflight import RunInput, check_input, check_save_file
+from aligned_reid.preflight import RunInput, check_input, check_save_file, read_start_weights
 from aligned_reid.release import write_cards, write_weights
 from aligned_reid.training.checkpoint import read_last_good, set_aside
 from aligned_reid.training.log import Log
@@ -313,16 +314,20 @@ def write_json(path: Path, content: Any) -> None:
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def run_extraction(config: Config, save_file: Path) -> None:
-    """Write the features of the test images to `save_file`; `config.only_test` is set.
+def run_extraction(config: Config, save_file: Path, folder: Path | None = None) -> None:
+    """Write the features of the test images, or of all images in `folder`, to `save_file`; `config.only_test` is set.
 
     Under a launcher every process calls it and extracts a share; rank 0 writes. Raises InputError for a user's mistake.
     """
     world = read_world()
-    run_input = check_input(config, reads_images=world.local_rank == 0)
+    log = Log(None, is_main=world.is_main)
+    if folder:
+        check_device_name(config.device)
+        run_input = RunInput(FolderImages(folder, config.resize_h_w, log), None, read_start_weights(config, None))
+    else:
+        run_input = check_input(config, reads_images=world.local_rank == 0)
     check_save_file(save_file)
     (accelerator,) = open_devices(replace(config, npu=config.npu[:1]), world)
-    log = Log(None, is_main=world.is_main)
     lock = hold(save_file, "--save_file") if world.is_main else nullcontext()
     accelerator.prepare_group(config.timeout)
     with lock, process_group(world, accelerator.backend, config.addr, config.timeout):
@@ -346,8 +351,8 @@ def run_extraction(config: Config, save_file: Path) -> None:
                 writer.write(first, {name: feat.cpu().numpy() for name, feat in feats.items() if feat is not None})
         if writer:
             writer.finish()
-    next_command = f"python script/evaluate.py --features {shlex.quote(str(save_file))}"
-    log(f"features of {len(images):,} images in {save_file}; next: {next_command}")
+    next_command = "" if folder else f"; next: {command_line('evaluate')} --features {shlex.quote(str(save_file))}"
+    log(f"features of {len(images):,} images in {save_file}{next_command}")
 
 
 def open_writer(
@@ -361,6 +366,8 @@ def open_writer(
         "normalize_feature": config.normalize_feature or config.test_distance == "cosine",
         "flip_test": config.flip_test,
     }
-    labels = {"person_id": images.person_ids, "camera": images.cameras, "mark": images.marks}
+    labels = {"person_id": images.person_ids, "camera": images.cameras}
+    if len(images.marks):
+        labels["mark"] = images.marks
     shapes = model.feature_shapes(config.resize_h_w, local=local)
     return FeatureWriter(save_file, images.image_names, labels, made_by, shapes)

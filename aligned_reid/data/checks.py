@@ -1,16 +1,14 @@
 """Checks of a data set before a run: every image can be decoded, and queries have matches in the gallery."""
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
-from aligned_reid.data.dataset import ReidData
+from aligned_reid.data.dataset import ReidData, find_defects
 from aligned_reid.data.partitions import GALLERY, QUERY
 from aligned_reid.data.transforms import decode_image
 from aligned_reid.errors import InputError
-
-_CHUNK = 64  # images per task of a thread
 
 
 def check_images(data: ReidData, image_names: Iterable[str]) -> None:
@@ -19,22 +17,10 @@ def check_images(data: ReidData, image_names: Iterable[str]) -> None:
     32,000 images of 128 x 64 pixels take one to two seconds on two cores.
     """
     names = list(dict.fromkeys(image_names))
-
-    def find_defects(start: int) -> list[str]:
-        defects = []
-        for name in names[start : start + _CHUNK]:
-            try:
-                decode_image(data.images_dir / name, check_size=True)
-            except InputError as error:
-                defects.append(str(error))
-        return defects
-
-    with ThreadPoolExecutor() as pool:  # decoding releases Python's global lock
-        defects = [defect for some in pool.map(find_defects, range(0, len(names), _CHUNK)) for defect in some]
+    defects = find_defects([data.images_dir / name for name in names], partial(decode_image, check_size=True))
     if defects:
-        raise InputError(
-            f"{defects[0]}; missing or damaged images: {len(defects):,} of {len(names):,}; prepare the data again"
-        )
+        first, number = next(iter(defects.values())), len(defects)
+        raise InputError(f"{first}; missing or damaged images: {number:,} of {len(names):,}; prepare the data again")
 
 
 def check_protocol(

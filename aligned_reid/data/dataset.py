@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -17,9 +18,13 @@ from torch.utils.data import Dataset, get_worker_info
 
 from aligned_reid.data.cache import ImageCache, open_cache
 from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_name, read_partitions
+from aligned_reid.data.prepare.jpeg import read_upright
+from aligned_reid.data.prepare.sources import IMAGE_ENDINGS
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, erase_rectangle, pad_and_crop, random_crop, resize_into
 from aligned_reid.errors import InputError
+
+IMAGES_PER_TASK = 64  # of a thread that checks images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +218,48 @@ class TestImages(_Images):
         for slot, index in zip(images.numpy(), requests, strict=True):
             resize_into(slot, self.read(index))
         return EvaluationBatch(images, torch.tensor(list(requests), dtype=torch.int64))
+
+
+class FolderImages(TestImages):
+    """The images in a folder and in its folders, as they are, turned upright: no persons, no cameras, no marks.
+
+    `image_names` are relative to the folder; person_ids and cameras are -1, and `marks` is empty. `log` receives a line
+    that counts the unreadable images, which are left out. Raises InputError if no image remains.
+    """
+
+    def __init__(self, folder: Path, size: tuple[int, int], log: Callable[[str], None]) -> None:
+        if not folder.is_dir():
+            raise InputError(f"--images {folder} is not a folder")
+        self.images_dir, self.size, self.cache = str(folder), size, None
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
+        defects = find_defects(files, read_upright)
+        if defects:
+            log(f"left out: {len(defects):,} of {len(files):,} images; the first: {next(iter(defects.values()))}")
+        self.image_names = [str(path.relative_to(folder)) for path in files if path not in defects]
+        if not self.image_names:
+            raise InputError(f"--images {folder} has no images that can be read ({', '.join(IMAGE_ENDINGS)})")
+        self.person_ids = self.cameras = np.full(len(self), -1)
+        self.marks = np.zeros(0, np.int64)
+
+    def decode(self, index: int) -> np.ndarray:
+        return read_upright(Path(self.images_dir, self.image_names[index]))
+
+
+def find_defects(paths: Sequence[Path], read: Callable[[Path], Any]) -> dict[Path, str]:
+    """The error of each image that `read` refuses. Decoding releases Python's global lock."""
+
+    def find(start: int) -> dict[Path, str]:
+        defects = {}
+        for path in paths[start : start + IMAGES_PER_TASK]:
+            try:
+                read(path)
+            except InputError as error:
+                defects[path] = str(error)
+        return defects
+
+    with ThreadPoolExecutor() as pool:
+        parts = pool.map(find, range(0, len(paths), IMAGES_PER_TASK))
+        return {path: defect for part in parts for path, defect in part.items()}
 
 
 def _empty_images(num_images: int, size: tuple[int, int]) -> Tensor:

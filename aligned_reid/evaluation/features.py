@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -242,7 +243,7 @@ class FeatureWriter:
                 file.create_dataset(name, (len(image_names), *shape), np.float32)
             for name, values in labels.items():
                 file[name] = np.asarray(values, np.int64)
-            file["image_name"] = np.array([name.encode() for name in image_names])
+            file["image_name"] = np.array([os.fsencode(name) for name in image_names])
             file.attrs[MADE_BY] = np.bytes_(made.encode())  # a str is stored in a heap, whose damage hangs HDF5
             file.attrs[DONE] = 0
 

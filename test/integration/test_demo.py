@@ -1,16 +1,13 @@
 """make demo, with fewer people and epochs: from drawing to the picture of matches."""
 
-import importlib.util
 import sys
 
 import cv2
-from conftest import ROOT
+
+from aligned_reid.commands import demo
 
 
 def test_the_demo_prints_its_scores_and_draws_its_picture(monkeypatch, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "script" / "demo.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
     monkeypatch.setattr(demo, "DATA", {"num_ids": 24, "num_cameras": 2, "images_per_camera": 3, "seed": 1})
     monkeypatch.setattr(demo, "RECIPE", [*demo.RECIPE, "--total_epochs=1", "--exp_decay_at_epoch=1"])
     monkeypatch.setattr(demo, "SHOWN", [0, 1])

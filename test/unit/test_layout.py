@@ -144,12 +144,12 @@ def test_an_image_is_found_under_another_ending(tmp_path):
 
 
 def test_the_suggested_command_prepares_into_a_folder_beside_the_source(tmp_path, monkeypatch):
-    command = prepare_command("prepare_x.py", Path("/a b/raw"), "x", " --kind=y")
+    command = prepare_command("prepare x", Path("/a b/raw"), "x", " --kind=y")
     paths = ["--source", "/a b/raw", "--save_dir", "/a b/x"]
     assert shlex.split(command) == ["python", "script/prepare_x.py", *paths, "--kind=y"]
-    assert prepare_command("prepare_x.py", Path("/a/x"), "x").endswith("--source /a/x --save_dir /a/x_prepared")
+    assert prepare_command("prepare x", Path("/a/x"), "x").endswith("--source /a/x --save_dir /a/x_prepared")
     monkeypatch.chdir(tmp_path)
-    assert prepare_command("prepare_x.py", Path("."), "x").endswith(f"--save_dir {tmp_path.parent / 'x'}")
+    assert prepare_command("prepare x", Path("."), "x").endswith(f"--save_dir {tmp_path.parent / 'x'}")
 
 
 def test_sources_are_looked_for_two_folders_deep(tmp_path):

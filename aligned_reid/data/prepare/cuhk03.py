@@ -55,7 +55,7 @@ def find_raw_cuhk03(path: str | Path) -> Path | None:
 
 def prepare_command(raw: Path) -> str:
     """The command that prepares what `find_raw_cuhk03` found, into a folder beside it."""
-    return sources.prepare_command("prepare_cuhk03.py", raw, "cuhk03_labeled", " --kind labeled")
+    return sources.prepare_command("prepare cuhk03", raw, "cuhk03_labeled", " --kind labeled")
 
 
 def _find(source: Path, name: str) -> Path | None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from aligned_reid.cli import command_line
 from aligned_reid.data.partitions import (
     GALLERY,
     MULTI_QUERY,
@@ -158,4 +159,4 @@ def describe(save_dir: Path, dataset: str = "") -> str:
     ]
     counts = "".join(f"{part:<11} {num_images:6,} images{identities}\n" for part, num_images, identities in lines)
     flags = f"--dataset={dataset} " if dataset else ""
-    return f"{counts}next: python script/train.py {flags}--data_path={shlex.quote(str(save_dir))}"
+    return f"{counts}next: {command_line('train')} {flags}--data_path={shlex.quote(str(save_dir))}"

@@ -55,7 +55,7 @@ def find_raw_market1501(path: str | Path) -> Path | None:
 
 def prepare_command(raw: Path) -> str:
     """The command that prepares what `find_raw_market1501` found, into a folder beside it."""
-    return sources.prepare_command("prepare_market1501.py", raw, "market1501")
+    return sources.prepare_command("prepare market1501", raw, "market1501")
 
 
 def _find_root(path: Path) -> Path | zipfile.Path | None:

@@ -54,7 +54,7 @@ def find_raw_msmt17(path: str | Path) -> Path | None:
 
 def prepare_command(raw: Path) -> str:
     """The command that prepares what `find_raw_msmt17` found, into a folder beside it."""
-    return sources.prepare_command("prepare_msmt17.py", raw, "msmt17")
+    return sources.prepare_command("prepare msmt17", raw, "msmt17")
 
 
 def _image_folders(root: Path) -> tuple[str, str]:

@@ -103,7 +103,7 @@ def find_photos(path: str | Path) -> Path | None:
 
 def prepare_command(source: Path) -> str:
     """The command that prepares what `find_photos` found, into a folder beside it."""
-    return sources.prepare_command("prepare_photos.py", source, f"{source.resolve().stem}_prepared")
+    return sources.prepare_command("prepare photos", source, f"{source.resolve().stem}_prepared")
 
 
 def read_folder(source: Path, with_cameras: bool = True, log: Callable[[str], None] = print) -> list[Photo]:

@@ -25,14 +25,17 @@ def prepare_photos(
     seed: int = 1,
     cameras: str = "known",
     log: Callable[[str], None] = print,
+    *,
+    dry_run: bool = False,
 ) -> Path:
     """Write the data set, with names.json (which number stands for whom), into `save_dir`, and return that.
 
     `source`: the folder or CSV file; it is only read. Persons and cameras are numbered from 1 in sorted order (numbers
     by value). A division in the source is kept. Otherwise `test_share` of the persons, drawn with `seed` among those
     seen by two cameras, are for the test; image names depend on neither. With `cameras` "none", each photo of a person
-    counts as taken by a different camera. `log` receives a line about each photo or option that is not used as given.
-    If interrupted, repeat the call to resume. Raises InputError if the source cannot be used or a photo in it cannot
+    counts as taken by a different camera. `log` receives a line about each photo or option that is not used as given,
+    and the counts of the division before anything is written; with `dry_run`, nothing is. If interrupted, repeat the
+    call to resume. Raises InputError if the source cannot be used or a photo in it cannot
     be read, and if `save_dir` cannot be written.
     """
     source, save_dir = Path(source).expanduser(), Path(save_dir).expanduser()
@@ -53,6 +56,9 @@ def prepare_photos(
         photos = _keep_division(source, photos, log)
     else:
         photos = _divide(photos, test_share, seed, log, cameras == "known")
+    log(describe_division(photos, cameras == "known"))
+    if dry_run:
+        return save_dir
     files = {photo.original: photo.file for photo in photos}
     rows = [Row(photo.original, person_ids[photo.person], camera_ids[photo.camera], photo.part) for photo in photos]
     num_train_ids = len({row.person_id for row in rows if row.part == "trainval"})
@@ -74,6 +80,17 @@ def numbered(names: Collection[str]) -> dict[str, int]:
         return not is_number, int(name) if is_number else 0, name
 
     return {name: number for number, name in enumerate(sorted(names, key=key), start=1)}
+
+
+def describe_division(photos: Sequence[Photo], with_cameras: bool) -> str:
+    """The counts in one line: `312 photos of 40 persons by 3 cameras: trainval 156 of 20 persons, query ...`."""
+    persons: dict[str, list[str]] = {}  # one entry a photo
+    for part in ("trainval", "query", "gallery", "multi_query"):
+        persons[part] = [photo.person for photo in photos if photo.part == part]
+    parts = [f"{part} {len(names):,} of {len(set(names)):,} persons" for part, names in persons.items() if names]
+    cameras = f" by {len({photo.camera for photo in photos}):,} cameras" if with_cameras else ""
+    num_persons = len({photo.person for photo in photos})
+    return f"{len(photos):,} photos of {num_persons:,} persons{cameras}: {', '.join(parts)}"
 
 
 def _read(source: Path, with_cameras: bool, log: Callable[[str], None]) -> list[Photo]:

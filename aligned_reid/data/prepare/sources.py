@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from aligned_reid.cli import command_line
 from aligned_reid.errors import InputError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")  # also in capitals
@@ -59,8 +60,9 @@ def describe_skipped(kinds: Mapping[str, int]) -> str:
     return f"skipped, not images: {counts}"
 
 
-def prepare_command(script: str, source: Path, name: str, flags: str = "") -> str:
-    """The command that prepares `source` into the folder `name` beside it, or `name`_prepared if that is the source."""
+def prepare_command(command: str, source: Path, name: str, flags: str = "") -> str:
+    """The line that prepares `source` into the folder `name` beside it, or `name`_prepared if that is the source."""
     source = Path(os.path.abspath(source))
     save_dir = source.with_name(f"{name}_prepared" if name == source.name else name)
-    return f"python script/{script} --source {shlex.quote(str(source))} --save_dir {shlex.quote(str(save_dir))}{flags}"
+    paths = f"--source {shlex.quote(str(source))} --save_dir {shlex.quote(str(save_dir))}"
+    return f"{command_line(command)} {paths}{flags}"
