@@ -267,7 +267,7 @@ class Config:
         return [
             (
                 "+" not in self.dataset,
-                f"--dataset {self.dataset}: join data sets with {command_line('prepare joined')}, then train on the result",
+                f"--dataset {self.dataset}: join data sets by {command_line('prepare joined')}, then train on that",
             ),
             (self.pad_crop < min(self.resize_h_w), "--pad_crop has to be smaller than the image"),
             (self.only_test or sum(self.loss_weights) > 0.0, "one of -glw, -llw, -idlw has to be above 0"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -33,10 +34,9 @@ def prepare_photos(
     `source`: the folder or CSV file; it is only read. Persons and cameras are numbered from 1 in sorted order (numbers
     by value). A division in the source is kept. Otherwise `test_share` of the persons, drawn with `seed` among those
     seen by two cameras, are for the test; image names depend on neither. With `cameras` "none", each photo of a person
-    counts as taken by a different camera. `log` receives a line about each photo or option that is not used as given,
-    and the counts of the division before anything is written; with `dry_run`, nothing is. If interrupted, repeat the
-    call to resume. Raises InputError if the source cannot be used or a photo in it cannot
-    be read, and if `save_dir` cannot be written.
+    counts as taken by a different camera. `log` receives a line about each photo or option that is not used as given;
+    with `dry_run` also the counts, and nothing is written. If interrupted, repeat the call to resume. Raises
+    InputError if the source cannot be used or a photo in it cannot be read, and if `save_dir` cannot be written.
     """
     source, save_dir = Path(source).expanduser(), Path(save_dir).expanduser()
     if not 0.0 < test_share <= 1.0:
@@ -56,9 +56,11 @@ def prepare_photos(
         photos = _keep_division(source, photos, log)
     else:
         photos = _divide(photos, test_share, seed, log, cameras == "known")
-    log(describe_division(photos, cameras == "known"))
+    counts = describe_division(photos, cameras == "known")
     if dry_run:
+        log(counts)
         return save_dir
+    print(counts, file=sys.stderr)  # with the progress of what is written
     files = {photo.original: photo.file for photo in photos}
     rows = [Row(photo.original, person_ids[photo.person], camera_ids[photo.camera], photo.part) for photo in photos]
     num_train_ids = len({row.person_id for row in rows if row.part == "trainval"})

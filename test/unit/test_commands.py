@@ -1,0 +1,166 @@
+"""The command aligned-reid: its list, its names in errors, and what scripts and commands have in common."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, Finished
+from PIL import Image
+
+from aligned_reid import commands
+from aligned_reid.cli import command_line
+from aligned_reid.commands import prepare
+from aligned_reid.evaluation.features import read_features
+
+
+@pytest.fixture
+def aligned_reid(monkeypatch, capfd):
+    """Run `aligned-reid ...` in this process."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/aligned-reid", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            commands.main()
+        return Finished(exit_.value.code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"], [], ["prepare"], ["prepare", "--help"]])
+def test_the_list_of_commands_fits_a_screen(aligned_reid, arguments):
+    done = aligned_reid(*arguments)
+    lines = done.out.splitlines()
+    assert done.status == 0 and "examples:" in lines
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    table = prepare.KINDS if "prepare" in arguments else commands.COMMANDS
+    assert all(re.search(rf"^  {name} ", done.out, re.MULTILINE) for name in table)
+
+
+@pytest.mark.parametrize("name", [*commands.COMMANDS, *(f"prepare {kind}" for kind in prepare.KINDS)])
+def test_every_command_shows_its_help_in_both_ways(aligned_reid, name):
+    asked = [aligned_reid(*name.split(), "--help"), aligned_reid("help", *name.split())]
+    assert asked[0] == asked[1] and asked[0].status == 0
+    assert asked[0].out.startswith(f"usage: aligned-reid {name} ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "word"),
+    [
+        (["trian"], "aligned-reid", "did you mean train?"),
+        (["xyz"], "aligned-reid", "unknown command xyz;"),
+        (["prepare", "photo"], "aligned-reid prepare", "did you mean photos?"),
+        (["train", "--worker=1"], "aligned-reid train", "--workers"),
+        (["train", "--data_path=/nowhere"], "aligned-reid train", "/nowhere"),
+        (["prepare", "photos"], "aligned-reid prepare photos", "--source"),
+        (["launch", "--nproc=2", "trian"], "aligned-reid launch", "trian"),
+        (["launch", "--check=only", "train", "--data_path=/nowhere"], "aligned-reid train", "/nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_in_the_commands_name(aligned_reid, arguments, name, word):
+    done = aligned_reid(*arguments)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith(f"{name}: error: ") and word in done.err and done.err.count("\n") == 1
+
+
+def test_messages_name_the_command_as_the_user_runs_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["aligned-reid prepare photos"])
+    assert command_line("prepare photos") == "aligned-reid prepare photos"
+    monkeypatch.setattr(sys, "argv", ["script/prepare_photos.py"])
+    assert command_line("prepare photos") == "python script/prepare_photos.py"
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "script").glob("*.py")))
+def test_a_script_is_one_of_the_commands(script):
+    main = [value for name, value in runpy.run_path(str(ROOT / "script" / f"{script}.py")).items() if name == "main"]
+    name = script.removeprefix("prepare_").removeprefix("make_")
+    assert main or name in prepare.KINDS
+    assert not main or main[0].__module__ == f"aligned_reid.commands.{name}"
+
+
+def test_python_m_is_the_command_and_does_not_wait_for_torch():
+    program = [sys.executable, "-X", "importtime", "-m", "aligned_reid", "train", "--help"]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("usage: aligned-reid train ")
+    assert "aligned_reid.config" in done.stderr and " torch\n" not in done.stderr
+
+
+def write_features(path):
+    rng = np.random.default_rng(0)
+    labels = {"person_id": np.arange(40) % 5, "camera": np.arange(40) % 2, "mark": np.arange(40) // 10 > 0}
+    np.savez(path, **{"global": rng.standard_normal((40, 8)).astype(np.float32)}, **labels)
+    return path
+
+
+def test_evaluate_prints_json_and_nothing_else(aligned_reid, tmp_path):
+    done = aligned_reid("evaluate", f"--features={write_features(tmp_path / 'f.npz')}", "--json")
+    assert done.status == 0, done.err
+    assert json.loads(done.out) == json.loads((tmp_path / "f.results.json").read_text())
+    assert "mAP" in done.err
+    assert aligned_reid("evaluate", f"--features={tmp_path / 'f.npz'}").out == done.err
+
+
+@pytest.fixture
+def weights(aligned_reid, tiny_data, tmp_path, small_trunk):
+    """A run folder of a tiny model."""
+    assert aligned_reid("train", f"--data_path={tiny_data}", *TINY, "--total_epochs=1", f"--exp_dir={tmp_path}/run")
+    return tmp_path / "run"
+
+
+def test_extract_takes_any_folder_of_images(aligned_reid, tiny_data, weights, tmp_path):
+    photos = tmp_path / "my photos" / "door"
+    photos.mkdir(parents=True)
+    name = sorted(path.name for path in (tiny_data / "images").iterdir())[-1]
+    (photos / "a.jpg").write_bytes((tiny_data / "images" / name).read_bytes())
+    Image.new("RGBA", (30, 60), "red").save(photos.parent / "人 1.PNG")
+    (photos / "cut off.jpg").write_bytes((photos / "a.jpg").read_bytes()[:900])
+    (photos / "notes.txt").touch()
+    flags = (f"--model_weight_file={weights}", "--workers=0", "--device=cpu")
+    done = aligned_reid("extract", f"--images={photos.parent}", *flags, f"--save_file={tmp_path}/photos.h5")
+    assert done.status == 0, done.err
+    assert "left out: 1 of 3" in done.out and "cut off.jpg" in done.out
+    table = read_features(tmp_path / "photos.h5", default_mark=1)
+    assert table.image_names == ["door/a.jpg", "人 1.PNG"]
+    assert table.person_ids.tolist() == table.cameras.tolist() == [-1, -1]
+    done = aligned_reid("extract", f"--data_path={tiny_data}", *flags, f"--save_file={tmp_path}/data.h5")
+    assert done.out.splitlines()[-1].endswith(f"next: aligned-reid evaluate --features {tmp_path}/data.h5")
+    with h5py.File(tmp_path / "data.h5") as data:
+        row = data["image_name"][()].tolist().index(name.encode())
+        np.testing.assert_allclose(table.global_feat[0], data["global"][row], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--images=/none"], "--images /none"),
+        (["--images={empty}"], "no images"),
+        (["--images={empty}", "--data_path=/data"], "not both"),
+    ],
+)
+def test_mistakes_in_extracting_a_folder_are_one_line(aligned_reid, tmp_path, flags, word):
+    flags = [flag.format(empty=tmp_path) for flag in flags]
+    done = aligned_reid("extract", *flags, "--device=cpu", f"--save_file={tmp_path}/f.h5")
+    assert done.status == 2 and word in done.err and done.err.count("\n") == 1
+
+
+def test_photos_are_counted_without_being_written(aligned_reid, tiny_data, tmp_path):
+    for person in range(4):
+        (tmp_path / "photos" / f"person {person}").mkdir(parents=True)
+        for camera in (1, 2):
+            content = next((tiny_data / "images").iterdir()).read_bytes()
+            (tmp_path / "photos" / f"person {person}" / f"c{camera}_1.jpg").write_bytes(content)
+    (tmp_path / "photos" / "Thumbs.db").touch()
+    flags = ("prepare", "photos", f"--source={tmp_path}/photos", f"--save_dir={tmp_path}/mine")
+    done = aligned_reid(*flags, "--dry_run")
+    assert done.status == 0, done.err
+    for part in ("1 .db", "8 photos of 4 persons by 2 cameras", "trainval 4 of 2", "query 2 of 2", "gallery 2 of 2"):
+        assert part in done.out
+    assert not (tmp_path / "mine").exists()
+    done = aligned_reid(*flags)
+    assert "8 photos of 4 persons by 2 cameras" in done.err
+    assert done.out.splitlines()[-1] == f"next: aligned-reid train --data_path={tmp_path}/mine"
