@@ -65,13 +65,15 @@ def prepare_photos(
     rows = [Row(photo.original, person_ids[photo.person], camera_ids[photo.camera], photo.part) for photo in photos]
     num_train_ids = len({row.person_id for row in rows if row.part == "trainval"})
     num_val_ids = math.ceil(num_train_ids * NUM_VAL_IDS / 751)  # Market-1501's share
-    names = {"persons": person_ids, "cameras": camera_ids if cameras == "known" else {}}
-    numbers = {kind: {str(number): name for name, number in ids.items()} for kind, ids in names.items()}
+    names = {"names.json": names_file(persons=person_ids, cameras=camera_ids if cameras == "known" else {})}
+    return write_table(save_dir, rows, lambda original: read_as_jpeg(files[original]), num_val_ids, names)
+
+
+def names_file(**numbers: dict[str, int]) -> bytes:
+    """The content of names.json: for each kind, the names by their numbers."""
+    by_number = {kind: {str(number): name for name, number in ids.items()} for kind, ids in numbers.items()}
     # A byte that is not UTF-8 becomes a JSON escape, which os.fsencode turns into the byte again.
-    content = (json.dumps(numbers, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
-    return write_table(
-        save_dir, rows, lambda original: read_as_jpeg(files[original]), num_val_ids, {"names.json": content}
-    )
+    return (json.dumps(by_number, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def numbered(names: Collection[str]) -> dict[str, int]:
