@@ -18,8 +18,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from aligned_reid.data.cache import ImageCache, open_cache
 from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_name, read_partitions
-from aligned_reid.data.prepare.jpeg import read_upright
-from aligned_reid.data.prepare.sources import IMAGE_ENDINGS
+from aligned_reid.data.prepare.jpeg import decode_upright, read_content
+from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, ending_of
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, erase_rectangle, pad_and_crop, random_crop, resize_into
 from aligned_reid.errors import InputError
@@ -231,8 +231,8 @@ class FolderImages(TestImages):
         if not folder.is_dir():
             raise InputError(f"--images {folder} is not a folder")
         self.images_dir, self.size, self.cache = str(folder), size, None
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
-        defects = find_defects(files, read_upright)
+        files = sorted(path for path in folder.rglob("*") if ending_of(path.name) in IMAGE_ENDINGS and path.is_file())
+        defects = find_defects(files, self.read_upright)
         if defects:
             log(f"left out: {len(defects):,} of {len(files):,} images; the first: {next(iter(defects.values()))}")
         self.image_names = [str(path.relative_to(folder)) for path in files if path not in defects]
@@ -242,7 +242,11 @@ class FolderImages(TestImages):
         self.marks = np.zeros(0, np.int64)
 
     def decode(self, index: int) -> np.ndarray:
-        return read_upright(Path(self.images_dir, self.image_names[index]))
+        return self.read_upright(Path(self.images_dir, self.image_names[index]))
+
+    @staticmethod
+    def read_upright(path: Path) -> np.ndarray:
+        return decode_upright(path, read_content(path))
 
 
 def find_defects(paths: Sequence[Path], read: Callable[[Path], Any]) -> dict[Path, str]:

@@ -52,11 +52,6 @@ def as_jpeg(name: str | Path, content: bytes) -> bytes:
     return encode_jpeg(pixels)
 
 
-def read_upright(path: Path) -> np.ndarray:
-    """`decode_upright` of a file."""
-    return decode_upright(path, read_content(path))
-
-
 def decode_upright(name: str | Path, content: bytes) -> np.ndarray:
     """An image file as uint8 [h, w, 3], RGB, turned upright by its EXIF orientation; of an animation, the first frame.
 
