@@ -353,6 +353,8 @@ def run_extraction(config: Config, save_file: Path, folder: Path | None = None) 
             writer.finish()
     next_command = "" if folder else f"; next: {command_line('evaluate')} --features {shlex.quote(str(save_file))}"
     log(f"features of {len(images):,} images in {save_file}{next_command}")
+    if isinstance(images, FolderImages) and images.num_left_out:
+        raise InputError(f"{images.num_left_out:,} images could not be used, as listed above; the others are served")
 
 
 def open_writer(

@@ -224,7 +224,7 @@ class FolderImages(TestImages):
     """The images in a folder and in its folders, as they are, turned upright: no persons, no cameras, no marks.
 
     `image_names` are relative to the folder; person_ids and cameras are -1, and `marks` is empty. `log` receives a line
-    that counts the unreadable images, which are left out. Raises InputError if no image remains.
+    about each image that cannot be read; the other images are served. Raises InputError if there are none.
     """
 
     def __init__(self, folder: Path, size: tuple[int, int], log: Callable[[str], None]) -> None:
@@ -233,8 +233,9 @@ class FolderImages(TestImages):
         self.images_dir, self.size, self.cache = str(folder), size, None
         files = sorted(path for path in folder.rglob("*") if ending_of(path.name) in IMAGE_ENDINGS and path.is_file())
         defects = find_defects(files, self.read_upright)
-        if defects:
-            log(f"left out: {len(defects):,} of {len(files):,} images; the first: {next(iter(defects.values()))}")
+        for defect in defects.values():
+            log(f"left out: {defect}")
+        self.num_left_out = len(defects)
         self.image_names = [str(path.relative_to(folder)) for path in files if path not in defects]
         if not self.image_names:
             raise InputError(f"--images {folder} has no images that can be read ({', '.join(IMAGE_ENDINGS)})")

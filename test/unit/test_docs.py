@@ -1,4 +1,4 @@
-"""README.md and docs/: commands parse, links lead somewhere, examples run."""
+"""README.md, its translation and docs/: commands parse, links lead somewhere, examples run."""
 
 import doctest
 import json
@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from aligned_reid.commands import COMMANDS, prepare
 from aligned_reid.config import Config
 from aligned_reid.data import TestImages, make_synthetic, open_data
 from aligned_reid.data.checks import check_protocol
@@ -22,14 +24,28 @@ from aligned_reid.model import AlignedReID
 from aligned_reid.weights import write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+FILES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
+FOLDERS = {path.name: path.parent for path in FILES}
+TO_COME = {"compare", "search", "group", "report"} - COMMANDS.keys()  # whose modules are still on their way
 each_page = pytest.mark.parametrize("name", sorted(PAGES))
 
 
-def train_commands(text: str) -> list[list[str]]:
-    """The flags of each script/train.py command; $variables of shell loops stand for 1."""
+def commands_of(text: str, pattern: str) -> list[list[str]]:
+    """What follows `pattern`, one list of words a command; $variables of shell loops stand for 1."""
     text = re.sub(r"\\\n\s*", "", text)
-    return [shlex.split(re.sub(r"\$\w+", "1", flags)) for flags in re.findall(r"script/train\.py (-[^\n`#|]*)", text)]
+    return [shlex.split(re.sub(r"\$\w+", "1", words)) for words in re.findall(rf"{pattern} ([^\n`#|]*)", text)]
+
+
+def train_commands(text: str) -> list[list[str]]:
+    """The flags of each command that trains, launched or not."""
+    commands = commands_of(text, r"(?:script/train\.py|aligned-reid (?:launch (?:-\S+ )*)?train)")
+    return [flags for flags in commands if flags and flags[0].startswith("-")]
+
+
+def code_lines(text: str) -> list[str]:
+    """The lines of indented blocks, without comments."""
+    return [re.sub(r"\s+#.*", "", line) for line in re.findall(r"^    (\S.*)$", text, flags=re.MULTILINE)]
 
 
 def python_example(name: str) -> str:
@@ -53,6 +69,33 @@ def test_there_are_train_commands_to_parse():
     assert sum(len(train_commands(text)) for text in PAGES.values()) >= 25
 
 
+@cache
+def known_flags(name: str) -> set[str]:
+    """The flags that --help lists."""
+    help_flags = ["--help", "all"] if name in ("train", "extract") else ["--help"]
+    command = [sys.executable, "-m", "aligned_reid", *("train" if name == "extract" else name).split(), *help_flags]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    return {*re.findall(r"--?[a-z]\w*", text)} | ({"--save_file", "--images"} if name == "extract" else set())
+
+
+@each_page
+def test_commands_and_their_flags_exist(name):
+    for words in commands_of(PAGES[name], r"(?:^|`|    )aligned-reid"):
+        command, arguments = words[0], words[1:]
+        if command == "prepare":
+            command, arguments = " ".join(words[:2]), words[2:]
+        kinds = {f"prepare {kind}" for kind in prepare.KINDS}
+        assert command in COMMANDS.keys() | kinds | TO_COME, command
+        if command not in TO_COME | {"prepare", "launch"}:
+            given = {word.split("=")[0] for word in arguments if re.match(r"--?[a-z]", word)}
+            assert given <= known_flags(command), words
+
+
+def test_both_languages_show_the_same_commands():
+    assert code_lines(PAGES["README.zh-CN.md"]) == code_lines(PAGES["README.md"])
+    assert python_example("README.zh-CN.md") == python_example("README.md")
+
+
 @each_page
 def test_named_files_exist(name):
     for path in re.findall(r"(?:script|test|docs|benchmark)/[\w/]+\.(?:py|sh|md|png|jsonl)", PAGES[name]):
@@ -61,7 +104,7 @@ def test_named_files_exist(name):
 
 @each_page
 def test_links_between_pages_lead_somewhere(name):
-    folder = ROOT if name == "README.md" else ROOT / "docs"
+    folder = FOLDERS[name]
     for link in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[name]):
         path, _, anchor = link.partition("#")
         target = folder / path if path else folder / name
@@ -70,8 +113,9 @@ def test_links_between_pages_lead_somewhere(name):
 
 
 def test_readme_links_every_page_and_is_short():
-    assert all(name == "README.md" or f"docs/{name}" in PAGES["README.md"] for name in PAGES)
-    assert PAGES["README.md"].count("\n") <= 150
+    for language in ("README.md", "README.zh-CN.md"):
+        assert all(f"docs/{path.name}" in PAGES[language] for path in (ROOT / "docs").glob("*.md"))
+        assert PAGES[language].count("\n") <= 150
 
 
 def test_architecture_names_every_folder():
@@ -83,7 +127,9 @@ def test_nothing_is_prepared_into_its_source():
     commands = [
         pair
         for text in PAGES.values()
-        for pair in re.findall(r"script/prepare_\w+\.py --source (\S+) .*--save_dir (\S+)", text)
+        for pair in re.findall(
+            r"(?:script/prepare_\w+\.py|aligned-reid prepare \w+) --source (\S+) .*--save_dir (\S+)", text
+        )
     ]
     assert len(commands) >= 5
     assert all(source != save_dir for source, save_dir in commands)
