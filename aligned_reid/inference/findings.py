@@ -1,0 +1,155 @@
+"""What a report shows of a test: nearest images, distances of same and different people, cameras."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aligned_reid.data.partitions import GALLERY, QUERY
+from aligned_reid.evaluation.extract import FeatureSet
+from aligned_reid.evaluation.protocol import EvaluationSettings, LabelArrays, distances, log_scores, select
+from aligned_reid.evaluation.ranking import rank
+
+BROWSED = ("global", "global_local", "global_re_ranked", "global_local_re_ranked")  # distances with a grid of queries
+VERIFIED = ("global", "global_local")  # distances with a ROC curve
+CMC_RANKS = 50
+NUM_HITS = 10  # gallery images shown for a query, without those that the protocol removes
+NUM_NEAREST = 30  # images among which they are searched
+ROWS_PER_BLOCK = 256
+NUM_BINS = 4000  # of the distances of pairs
+
+Indices = NDArray[np.int64]
+Float32s = NDArray[np.float32]
+
+
+class Split(NamedTuple):
+    """Persons and cameras of Q queries and G gallery images, and their rows among all images."""
+
+    query_ids: Indices
+    gallery_ids: Indices
+    query_cams: Indices
+    gallery_cams: Indices
+    query_rows: Indices
+    gallery_rows: Indices
+
+    @classmethod
+    def of(cls, labels: LabelArrays) -> Split:
+        rows = [np.flatnonzero(labels.marks == mark) for mark in (QUERY, GALLERY)]
+        arrays = (labels.person_ids, labels.cameras, np.arange(len(labels.marks)))
+        return cls(*(array[one] for array in arrays for one in rows))
+
+
+class PairCounts(NamedTuple):
+    """How many pairs of images from different cameras have a distance in each bin."""
+
+    edges: NDArray[np.float64]  # [B + 1]
+    same: Indices  # [B], pairs of one person
+    different: Indices  # [B]
+
+
+class Findings(NamedTuple):
+    """What the distances of a test show; dictionaries by the distance's name."""
+
+    scores: dict[str, dict[str, float | None]]
+    cmc: dict[str, list[float]]  # rank@1 to rank@CMC_RANKS
+    ap: dict[str, list[float | None]]  # of each query; None without a match
+    hits: dict[str, list[list[tuple[int, float]]]]  # of each query: gallery image and distance, nearest first
+    pairs: dict[str, PairCounts]
+    rank1: dict[tuple[int, int], float]  # of queries of one camera in the gallery of another, by global distance
+
+
+def find(features: FeatureSet, split: Split, settings: EvaluationSettings, log: Callable[[str], None]) -> Findings:
+    """Rank a test by each distance and keep what the report shows; logs scores like an evaluation.
+
+    features: of all images, as the test compares them. Raises InputError if no query has a match.
+    """
+    found = Findings({}, {}, {}, {}, {}, {})
+    queries, gallery = select(features, split.query_rows), select(features, split.gallery_rows)
+    for name, dist in distances(queries, gallery, settings):
+        ranking = rank(dist, *split[:4], topk=CMC_RANKS)
+        found.scores[name] = log_scores(name, ranking, log, settings)
+        if name in BROWSED:
+            found.cmc[name] = ranking.cmc.tolist()
+            found.ap[name] = [None if math.isnan(one) else one for one in ranking.ap.tolist()]
+            found.hits[name] = [
+                list(zip(images.tolist(), row[images].tolist(), strict=True))
+                for images, row in zip(nearest_images(dist, split), dist, strict=True)
+            ]
+        if name in VERIFIED:
+            found.pairs[name] = count_pairs(dist, split)
+        if name == "global":
+            found.rank1.update(rank1_by_cameras(dist, split))
+    return found
+
+
+def nearest_images(dist: Float32s, split: Split) -> list[Indices]:
+    """For each query the gallery images nearest first, up to the NUM_HITS-th that the protocol counts.
+
+    dist [Q, G]. Images of the query's person and camera, which the protocol removes, are among them. At most
+    NUM_NEAREST.
+    """
+    found = []
+    length = min(NUM_NEAREST, dist.shape[1])
+    for first in range(0, len(dist), ROWS_PER_BLOCK):
+        block = dist[first : first + ROWS_PER_BLOCK]
+        near = np.sort(np.argpartition(block, length - 1, axis=1)[:, :length], axis=1)
+        order = np.argsort(np.take_along_axis(block, near, axis=1), axis=1, kind="stable")
+        for query, images in enumerate(np.take_along_axis(near, order, axis=1), start=first):
+            same_person = split.gallery_ids[images] == split.query_ids[query]
+            counted = ~(same_person & (split.gallery_cams[images] == split.query_cams[query]))
+            found.append(images[counted.cumsum() - counted < NUM_HITS])
+    return found
+
+
+def count_pairs(dist: Float32s, split: Split) -> PairCounts:
+    """Count the distances [Q, G] of queries to gallery images of other cameras in NUM_BINS bins."""
+    top = float(dist.max()) * (1 + 1e-6)
+    counts = np.zeros((2, NUM_BINS), np.int64)
+    for first in range(0, len(dist), ROWS_PER_BLOCK):
+        rows = slice(first, first + ROWS_PER_BLOCK)
+        bins = (dist[rows] * (NUM_BINS / top)).astype(np.int32)
+        other_camera = split.query_cams[rows, None] != split.gallery_cams
+        same_person = split.query_ids[rows, None] == split.gallery_ids
+        counts[0] += np.bincount(bins[other_camera & same_person], minlength=NUM_BINS)
+        counts[1] += np.bincount(bins[other_camera & ~same_person], minlength=NUM_BINS)
+    return PairCounts(np.linspace(0, top, NUM_BINS + 1), *counts)
+
+
+def verification_curve(counts: PairCounts) -> dict[str, Any]:
+    """Rates and thresholds of the decision "one person if the distance is below a threshold", as in results.json."""
+    num_same, num_different = int(counts.same.sum()), int(counts.different.sum())
+    tmr, below = (np.append(0, kind.cumsum()) for kind in (counts.same / max(num_same, 1), counts.different))
+    fmr = below / max(num_different, 1)
+    at_fmr: dict[str, Any] = {}
+    for rate in (1e-2, 1e-3, 1e-4):
+        place = int(np.searchsorted(below, rate * num_different, side="right")) - 1
+        figures = {"threshold": float(counts.edges[place]), "tmr": float(tmr[place])}
+        at_fmr[f"{rate:g}"] = figures if rate * num_different >= 1 else None
+    equal = int(np.abs(1 - tmr - fmr).argmin())
+    places = np.unique(np.searchsorted(fmr, np.geomspace(1e-6, 1, 100), side="right") - 1)
+    return {
+        "eer": float(1 - tmr[equal] + fmr[equal]) / 2,
+        "eer_threshold": float(counts.edges[equal]),
+        "at_fmr": at_fmr,
+        "roc": {"fmr": fmr[places].tolist(), "tmr": tmr[places].tolist()},
+    }
+
+
+def rank1_by_cameras(dist: Float32s, split: Split) -> dict[tuple[int, int], float]:
+    """rank@1 of the queries of one camera against the gallery of another, of queries whose person that camera saw.
+
+    dist [Q, G]; by (query camera, gallery camera), without pairs that have no such query.
+    """
+    table = {}
+    for camera in np.unique(split.gallery_cams).tolist():
+        gallery = np.flatnonzero(split.gallery_cams == camera)
+        right = split.gallery_ids[gallery[dist[:, gallery].argmin(axis=1)]] == split.query_ids
+        seen = np.isin(split.query_ids, split.gallery_ids[gallery])
+        for other in np.unique(split.query_cams[seen]).tolist():
+            if other != camera:
+                table[other, camera] = float(right[seen & (split.query_cams == other)].mean())
+    return table

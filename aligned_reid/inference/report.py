@@ -1,0 +1,224 @@
+"""The report of a test: a folder with index.html that opens from the disk, without a network or a server.
+
+index.html holds the figures and charts. data.js has each query's nearest images by each distance, as numbers, so that a
+browser reads thousands of queries at once and draws the rows that are seen. images/ has a thumbnail of each image once.
+pairs/ has the alignments of PAIR_QUERIES queries a file, read when one of them is opened: stripe costs in steps of
+1 / 255 and the path, from which the page draws the picture. Drawing all beforehand would take hours and gigabytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aligned_reid.config import Config
+from aligned_reid.data.dataset import open_data
+from aligned_reid.data.partitions import write_atomically
+from aligned_reid.data.transforms import decode_image
+from aligned_reid.device import available_memory
+from aligned_reid.distance import normalize
+from aligned_reid.errors import InputError
+from aligned_reid.evaluation.evaluate import load_for_test, settle_test
+from aligned_reid.evaluation.extract import FeatureSet
+from aligned_reid.evaluation.features import read_features
+from aligned_reid.evaluation.kernels import in_threads
+from aligned_reid.evaluation.protocol import TITLES, EvaluationSettings
+from aligned_reid.evaluation.saved import MATRIX_BYTES, join, read_tables
+from aligned_reid.inference.charts import cmc_chart, histogram_chart, roc_chart, training_charts
+from aligned_reid.inference.findings import Findings, Split, find, verification_curve
+from aligned_reid.inference.grid import Grid, make_grid, pairs_of
+from aligned_reid.inference.html import data_uri, shown, thumbnail, write_page
+from aligned_reid.run import CONFIG_NAME, run_extraction
+from aligned_reid.training.log import Log
+from aligned_reid.weights import CHECKPOINT_NAME, SAFETENSORS_NAME, digest_of, read_weight_file
+
+FEATURES_NAME = "features.h5"
+PAGE_NAME, DATA_NAME = "index.html", "data.js"
+PAIR_QUERIES = 32  # queries whose alignments stand in one file
+WORST = 200  # queries in a single file
+
+
+class Test(NamedTuple):
+    """A test whose features are known."""
+
+    features: FeatureSet  # of N images, as the test compares them
+    split: Split
+    names: list[str]  # N
+    images_dir: Path
+    source: Path
+    training_log: str  # empty if unknown
+
+    @property
+    def stripes(self) -> int:
+        return 0 if self.features.local_feat is None else self.features.local_feat.shape[1]
+
+
+def write_report(
+    source: str | Path,
+    out_dir: str | Path,
+    *,
+    data_path: str | Path | None = None,
+    re_ranked: bool = True,
+    device: str = "auto",
+    single_file: bool = False,
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Write the report of a run folder or a feature file; returns the path of its page.
+
+    source: a run folder, whose test images are extracted into its features.h5 unless that is there and of these
+    weights; or a feature file. data_path: the prepared data set of the images; a run folder names its own. single_file:
+    one page with the WORST queries and all they need. Raises InputError if something is missing or too large, and if
+    out_dir holds anything but an earlier report.
+    """
+    out_dir = Path(out_dir)
+    check_out_dir(out_dir)
+    test = open_test(Path(source), data_path, device, log)
+    check_size(test, re_ranked)
+    findings = find(test.features, test.split, EvaluationSettings(re_ranked=re_ranked), log)
+    queries = list(range(len(test.split.query_ids)))
+    if single_file:
+        queries = sorted(queries, key=lambda query: worst_first(findings.ap["global"][query]))[:WORST]
+    grid = make_grid(findings, test.split, test.names, queries, test.stripes)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        inlined = data_in_page(test, grid) if single_file else None
+        if not single_file:
+            write_files(out_dir, test, grid)
+    except OSError as error:
+        raise InputError(f"cannot write {error.filename or out_dir}: {error.strerror}") from error
+    write_page(out_dir / PAGE_NAME, "report.html", inlined=inlined, **page_values(test, findings, queries))
+    return out_dir / PAGE_NAME
+
+
+def worst_first(ap: float | None) -> float:
+    """A query without a match is neither good nor bad: it comes last."""
+    return 2.0 if ap is None else ap
+
+
+def check_out_dir(folder: Path) -> None:
+    """Raise InputError unless the folder is new, empty or an earlier report: images/ of a data set stays as it is."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PAGE_NAME).is_file():
+        raise InputError(f"--out {folder} holds other files; give a new folder")
+
+
+def open_test(source: Path, data_path: str | Path | None, device: str, log: Callable[[str], None]) -> Test:
+    """The features and labels that `write_report` is given, and where their images are."""
+    training_log = ""
+    features_path = source
+    if source.is_dir():
+        data_path = data_path or run_settings(source)["data_path"]
+        features_path = extract_run(source, data_path, device)
+        if (source / "log.txt").is_file():
+            training_log = (source / "log.txt").read_text(encoding="utf-8", errors="replace")
+    elif data_path is None:
+        raise InputError(f"{source}: --data_path has to name the data set whose features these are, for its images")
+    data = open_data(data_path)
+    tables, local = read_tables([features_path], None, log)
+    names = tables[0].image_names
+    if names is None:
+        raise InputError(f"{features_path} has no field image_name, which the pictures need")
+    features, labels = join(tables, local)
+    if tables[0].made_by.get("normalize_feature"):
+        features = FeatureSet(*(feat if feat is None else normalize(feat) for feat in features))  # type: ignore[arg-type]
+    return Test(features, Split.of(labels), names, data.images_dir, source, training_log)
+
+
+def run_settings(run_dir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        advice = "give a run folder, or a feature file and --data_path"
+        raise InputError(f"{run_dir} has no readable {CONFIG_NAME}: {advice}") from error
+
+
+def extract_run(run_dir: Path, data_path: str | Path, device: str) -> Path:
+    """The run's feature file, extracted now unless it is there and of the run's weights."""
+    path = run_dir / FEATURES_NAME
+    weights = run_dir if (run_dir / CHECKPOINT_NAME).is_file() else run_dir / SAFETENSORS_NAME
+    config = Config.of(data_path=str(data_path), model_weight_file=str(weights), device=device, only_test=True)
+    if path.is_file():
+        content = read_weight_file(weights)
+        quiet = Log(None, is_main=False)
+        model, _ = load_for_test(settle_test(config, content, quiet), content, quiet)
+        if read_features(path).made_by.get("weights") == digest_of(model.state_dict()):
+            return path
+    run_extraction(config, path)
+    return path
+
+
+def check_size(test: Test, re_ranked: bool) -> None:
+    """Raise InputError if the distance matrices do not fit into memory."""
+    num_query, num_gallery = len(test.split.query_ids), len(test.split.gallery_ids)
+    if 0 in (num_query, num_gallery):
+        raise InputError(f"{test.source} has no {'gallery images' if num_query else 'queries'}; both are needed")
+    matrices = 4 * num_gallery * (2 * num_query + (num_gallery if test.stripes and re_ranked else 0))
+    if matrices > min(MATRIX_BYTES, available_memory()):
+        advice = "use --re_ranked false" if re_ranked and test.stripes else "report on fewer queries"
+        raise InputError(f"{test.source}: the distances take {matrices / 1e9:,.1f} GB of memory: {advice}")
+
+
+def read_thumbnail(test: Test, row: int) -> bytes:
+    return thumbnail(decode_image(test.images_dir / test.names[row]))
+
+
+def write_files(out_dir: Path, test: Test, grid: Grid) -> None:
+    """Everything beside the page: thumbnails, the grid's data, and alignments."""
+    for folder in ("images", "pairs"):
+        (out_dir / folder).mkdir(exist_ok=True)
+
+    def write_thumbnail(number: int) -> None:
+        (out_dir / "images" / f"{number}.jpg").write_bytes(read_thumbnail(test, grid.rows[number]))
+
+    def write_script(path: Path, function: str, *values: Any) -> None:
+        arguments = ",".join(json.dumps(value, separators=(",", ":")) for value in values)
+        write_atomically(path, f"{function}({arguments})\n".encode())
+
+    in_threads(write_thumbnail, range(len(grid.rows)))
+    local_feat = test.features.local_feat
+    num_queries = len(grid.data["queries"])
+    for number, first in enumerate(range(0, num_queries, PAIR_QUERIES)):
+        if local_feat is not None:
+            chosen = range(first, min(first + PAIR_QUERIES, num_queries))
+            write_script(out_dir / "pairs" / f"{number}.js", "addPairs", number, pairs_of(grid, local_feat, chosen))
+    write_script(out_dir / DATA_NAME, "showReport", {**grid.data, "pairQueries": PAIR_QUERIES})
+
+
+def data_in_page(test: Test, grid: Grid) -> dict[str, Any]:
+    """What write_files writes, for a page that holds everything."""
+    local_feat = test.features.local_feat
+    chosen = range(len(grid.data["queries"]))
+    pairs = {} if local_feat is None else pairs_of(grid, local_feat, chosen)
+    thumbnails = in_threads(lambda row: data_uri(read_thumbnail(test, row)), grid.rows)
+    return {**grid.data, "pairQueries": len(chosen), "pairs": pairs, "thumbnails": thumbnails}
+
+
+def page_values(test: Test, findings: Findings, queries: list[int]) -> dict[str, Any]:
+    """The values of templates/report.html, without the grid's data."""
+    curves = {name: verification_curve(findings.pairs[name]) for name in sorted(findings.pairs)}
+    thresholds = {name: (curve["at_fmr"]["0.001"] or {}).get("threshold") for name, curve in curves.items()}
+    histograms = [
+        histogram_chart(f"{TITLES[name]} of pairs from different cameras", findings.pairs[name], thresholds[name])
+        for name in curves
+    ]
+    order = [name for name in reversed(TITLES) if name in findings.scores]
+    cameras = sorted({camera for pair in findings.rank1 for camera in pair})
+    return {
+        "source": shown(test.source),
+        "num_query": len(test.split.query_ids),
+        "num_gallery": len(test.split.gallery_ids),
+        "num_shown": len(queries),
+        "scores": [(TITLES[name], findings.scores[name]) for name in order],
+        "curves": [(TITLES[name], curve) for name, curve in curves.items()],
+        "plots": [cmc_chart(findings.cmc), roc_chart(curves), *histograms],
+        "training": training_charts(test.training_log),
+        "cameras": cameras,
+        "rank1": findings.rank1,
+        "people": np.unique(test.split.query_ids).tolist(),
+        "query_cameras": np.unique(test.split.query_cams).tolist(),
+    }
