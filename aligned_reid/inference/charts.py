@@ -12,8 +12,8 @@ import numpy as np
 from aligned_reid.evaluation.protocol import TITLES
 from aligned_reid.inference.findings import BROWSED, PairCounts
 
-WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 40
+WIDTH, HEIGHT = 520, 250
+LEFT, RIGHT, TOP, BOTTOM = 50, 20, 12, 40
 HISTOGRAM_BARS = 60
 MAX_DOTS = 60  # of a line; longer lines have none
 EPOCH_LINE = re.compile(r"^Ep (\d+), [^\n]*", re.MULTILINE)
@@ -124,7 +124,7 @@ def roc_chart(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         )
         for name, record in records.items()
     ]
-    ticks = [(float(power), f"{100 * 10.0**power:g} %") for power in range(lowest, 1)]
+    ticks = [(float(power), f"{100 * 10.0**power:g}%") for power in range(lowest, 1)]
     x = Axis("pairs of different people below the threshold", lowest, 0, ticks)
     at = next(iter(records.values()))["at_fmr"]["0.001"]
     mark = at and (-3.0, f"threshold {at['threshold']:.2f}")

@@ -24,7 +24,7 @@ function draw(tag, attributes = {}, text = "") {
 }
 
 const photo = (image) => (report.thumbnails ? report.thumbnails[image] : `images/${image}.jpg`);
-const percent = (thousandths) => (thousandths === null ? "no match" : (thousandths / 10).toFixed(1) + " %");
+const percent = (thousandths) => (thousandths === null ? "no match" : (thousandths / 10).toFixed(1) + "%");
 const place = (image) => `person ${report.person[image]}, camera ${report.camera[image]}`;
 
 function kindOf(query, image) {
@@ -81,12 +81,12 @@ function fill(row) {
   const others = report.orders.filter((one) => one !== order);
   const text = make("div", {}, make("b", {}, percent(order.ap[query])), " AP", make("br"), `person ${report.person[query]}`);
   text.append(make("br"), `camera ${report.camera[query]}`);
-  for (const one of others) text.append(make("br"), make("small", { class: "soft", title: one.title }, shortly(one, query)));
+  for (const one of others) text.append(make("small", { class: "soft", title: one.title }, shortly(one, query)));
   const hits = hitsOf(query).map((hit, index) => {
     const name = `${hit.rank ? `rank ${hit.rank}` : "not counted"}: ${place(hit.image)}, ${MEANING[hit.kind]}, distance ${hit.distance}`;
     const button = make("button", { class: `hit ${hit.kind}`, "aria-label": name, title: name });
     button.append(make("img", { src: photo(hit.image), alt: "", loading: "lazy", decoding: "async" }));
-    button.append(make("span", {}, make("b", {}, `${MARKS[hit.kind]} ${hit.rank}`), String(hit.distance)));
+    button.append(make("span", {}, make("b", {}, `${MARKS[hit.kind]}${hit.rank}`), hit.distance.toPrecision(3)));
     button.addEventListener("click", () => open(query, index));
     return make("li", {}, button);
   });
@@ -97,8 +97,8 @@ function fill(row) {
 }
 
 function shortly(one, query) {
-  const name = one.key.replace("global_local", "g + l").replace("global", "g").replace("_re_ranked", " re-ranked");
-  return `${name} ${percent(one.ap[query])}`;
+  const name = one.key.replace("global_local", "g + l").replace("global", "g").replace("_re_ranked", ", re-ranked");
+  return `${percent(one.ap[query])} ${name}`;
 }
 
 // Arrow keys move between the images of the grid.
