@@ -17,7 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["aligned_reid", "aligned_reid.*"]),
-    package_data={"aligned_reid": ["py.typed"]},
+    package_data={"aligned_reid": ["py.typed", "inference/templates/*"]},
     entry_points={"console_scripts": ["aligned-reid = aligned_reid.commands:main"]},
     python_requires=">=3.11",
     install_requires=[
@@ -33,6 +33,7 @@ setup(
         "simplejpeg>=1.7",
         "tensorboardX>=2.6",
         "tqdm>=4.65",
+        "jinja2>=3.0",
     ],
-    extras_require={"export": ["onnx>=1.15", "onnxruntime>=1.16", "onnxscript>=0.1"]},
+    extras_require={"report": ["matplotlib>=3.6"], "export": ["onnx>=1.15", "onnxruntime>=1.16", "onnxscript>=0.1"]},
 )

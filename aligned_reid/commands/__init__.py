@@ -10,19 +10,23 @@ from aligned_reid.errors import InputError
 
 # Name -> the module in this package, or module:function, and what the command does.
 COMMANDS = {
-    "train": ("train", "train a model and evaluate it, or evaluate only"),
-    "evaluate": ("evaluate", "scores of saved features, without a model or images"),
-    "extract": ("extract", "features of a data set's test part, or of any folder of images"),
+    "demo": ("demo", "draw people, train on them, and show all of this (minutes)"),
     "prepare": ("prepare", "make a data set from your photos, Market-1501 and others"),
-    "export": ("export", "write a model as an ONNX graph"),
+    "train": ("train", "train a model and evaluate it, or evaluate only"),
     "launch": ("launch", "run a command as several processes, one a device"),
-    "demo": ("demo", "draw people, train on them, evaluate (minutes on a CPU)"),
+    "compare": ("compare", "do two photos show the same person?"),
+    "search": ("search", "find a person in a folder of photos"),
+    "group": ("group", "sort a folder of photos by person"),
+    "report": ("report", "a test as a page: its curves, and what it finds or misses"),
+    "extract": ("extract", "features of a data set's test part, or of any folder of images"),
+    "evaluate": ("evaluate", "scores of saved features, without a model or images"),
+    "export": ("export", "write a model as an ONNX graph"),
 }
 EXAMPLES = """
 examples:
-  aligned-reid prepare photos --source photos --save_dir mine
   aligned-reid train --data_path=mine --exp_dir=exp/first
-  aligned-reid launch --nproc=2 train --data_path=mine
+  aligned-reid compare a.jpg b.jpg --model exp/first
+  aligned-reid search a.jpg --gallery photos --model exp/first --html found.html
 """
 
 

@@ -1,0 +1,90 @@
+"""Pages of a search and of groups: the photos found, each a link to its file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from aligned_reid.data.prepare.jpeg import read_as_jpeg
+from aligned_reid.data.transforms import decode_jpeg
+from aligned_reid.errors import InputError
+from aligned_reid.evaluation.kernels import in_threads
+from aligned_reid.inference.html import Pixels, data_uri, shown, thumbnail, write_page
+
+
+class Hit(Protocol):
+    """A photo that a search has found."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def distance(self) -> float: ...
+    @property
+    def same_person(self) -> bool | None: ...
+
+
+class Group(Protocol):
+    """The photos of one person."""
+
+    @property
+    def person(self) -> int: ...
+    @property
+    def paths(self) -> list[Path]: ...
+
+
+class Photo(NamedTuple):
+    """What the pages show of a photo."""
+
+    name: str
+    address: str  # of its file
+    thumbnail: str | None  # an address; None if the photo cannot be read
+
+
+def write_search_page(path: str | Path, query_image: Path | Pixels, hits: Sequence[Hit]) -> None:
+    """Write one page with everything in it: a photo, as a path or pixels [h, w, 3], and what was found for it."""
+    if isinstance(query_image, Path):
+        query = photo_in_page(query_image)
+    else:
+        query = Photo("the photo", "", data_uri(thumbnail(query_image)))
+    photos = in_threads(photo_in_page, [hit.path for hit in hits])
+    write_page(Path(path), "search.html", query=query, hits=list(zip(hits, photos, strict=True)))
+
+
+def write_group_page(path: str | Path, groups: Sequence[Group]) -> None:
+    """Write a page with the photos of each group. Thumbnails lie in a folder beside it, named after the page."""
+    path = Path(path)
+    folder = path.with_name(f"{path.stem}_images")
+    photos = [photo for group in groups for photo in group.paths]
+
+    def write_thumbnail(number: int) -> Photo:
+        file = folder / f"{number}.jpg"
+        jpeg = read_thumbnail(photos[number])
+        if jpeg is not None:
+            file.write_bytes(jpeg)
+        return link(photos[number], None if jpeg is None else f"{folder.name}/{file.name}")
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        written = iter(in_threads(write_thumbnail, range(len(photos))))
+    except OSError as error:
+        raise InputError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+    shown_groups = [(group.person, [next(written) for _ in group.paths]) for group in groups]
+    write_page(path, "group.html", groups=shown_groups, num_photos=len(photos))
+
+
+def photo_in_page(path: Path) -> Photo:
+    jpeg = read_thumbnail(path)
+    return link(path, None if jpeg is None else data_uri(jpeg))
+
+
+def link(path: Path, address: str | None) -> Photo:
+    return Photo(shown(path), path.absolute().as_uri(), address)
+
+
+def read_thumbnail(path: Path) -> bytes | None:
+    """None if the photo cannot be read: the others are still shown."""
+    try:
+        return thumbnail(decode_jpeg(path, read_as_jpeg(path)))
+    except InputError:
+        return None

@@ -1,0 +1,183 @@
+"""The report of a test: what it finds, what it writes, and whom it refuses."""
+
+import base64
+import json
+import shutil
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from conftest import TINY
+
+from aligned_reid import InputError
+from aligned_reid.config import Config
+from aligned_reid.data import TestImages, open_data
+from aligned_reid.distance import alignment_path
+from aligned_reid.evaluation.features import FeatureWriter
+from aligned_reid.inference.charts import training_charts
+from aligned_reid.inference.findings import Split, count_pairs, nearest_images, rank1_by_cameras, verification_curve
+from aligned_reid.inference.grid import align_pairs
+from aligned_reid.inference.html import THUMBNAIL_BYTES, THUMBNAIL_SIDE, shown, thumbnail
+from aligned_reid.inference.report import write_report
+from aligned_reid.run import run
+
+
+def write_features(path, data, *, local=True):
+    """Features that know the person, with noise."""
+    images = TestImages(open_data(data))
+    noise = np.random.default_rng(1)
+    persons = np.unique(images.person_ids, return_inverse=True)[1]
+    feats = {"global": (32,), **({"local": (4, 8)} if local else {})}
+    labels = {"person_id": images.person_ids, "camera": images.cameras, "mark": images.marks}
+    writer = FeatureWriter(path, images.image_names, labels, {"normalize_feature": True}, feats)
+    values = {name: noise.normal(size=(persons.max() + 1, *shape))[persons] for name, shape in feats.items()}
+    writer.write(0, {name: one + noise.normal(size=one.shape) for name, one in values.items()})
+    writer.finish()
+    return path
+
+
+@pytest.fixture(scope="session")
+def features(tiny_data, tmp_path_factory):
+    return write_features(tmp_path_factory.mktemp("features") / "features.h5", tiny_data)
+
+
+def data_of(report):
+    text = (report / "data.js").read_text()
+    return json.loads(text.removeprefix("showReport(").rstrip()[:-1])
+
+
+SMALL = Split(*map(np.array, ([1, 2], [1, 1, 2, 3], [1, 1], [1, 2, 2, 2], [0, 1], [2, 3, 4, 5])))
+SMALL_DIST = np.array([[0.1, 0.4, 0.5, 0.2], [0.9, 0.3, 0.6, 0.7]], np.float32)
+
+
+def test_removed_images_are_shown_but_not_counted(monkeypatch):
+    monkeypatch.setattr("aligned_reid.inference.findings.NUM_HITS", 2)
+    found = nearest_images(SMALL_DIST, SMALL)
+    assert [one.tolist() for one in found] == [[0, 3, 1], [1, 2]]
+
+
+def test_pairs_of_other_cameras_are_counted():
+    counts = count_pairs(SMALL_DIST, SMALL)
+    assert (counts.same.sum(), counts.different.sum()) == (2, 4)
+    curve = verification_curve(counts)
+    assert curve["roc"]["tmr"] == sorted(curve["roc"]["tmr"])
+    assert curve["at_fmr"]["0.001"] is None  # four pairs cannot show 1 in 1,000
+
+
+def test_threshold_separates_distinct_distances():
+    split = SMALL._replace(gallery_ids=np.array([9, 1, 2, 3]), query_ids=np.array([1, 2]))
+    dist = np.array([[2, 0.2, 2, 2], [2, 2, 0.3, 2]], np.float32)
+    curve = verification_curve(count_pairs(dist, split))
+    assert curve["eer"] == 0
+    assert 0.3 <= curve["eer_threshold"] < 2
+
+
+def test_rank1_by_cameras_leaves_out_persons_that_a_camera_did_not_see():
+    assert rank1_by_cameras(SMALL_DIST, SMALL) == {(1, 2): 0.0}
+    assert rank1_by_cameras(SMALL_DIST[:, ::-1], SMALL) == {(1, 2): 0.5}
+
+
+def test_alignments_are_those_of_alignment_path():
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 5, 3), torch.randn(20, 7, 3)
+    found = align_pairs(x, y)
+    for pair in range(20):
+        expected = alignment_path(x[pair], y[pair])
+        assert np.cumsum([0, *found.moves[pair]]).tolist() == [i for i, _ in expected.cells]
+        assert found.distance[pair] == pytest.approx(float(expected.distance), rel=1e-5)
+        np.testing.assert_allclose(found.cost[pair], expected.cost, rtol=1e-4, atol=1e-5)
+
+
+def test_names_are_shown_on_one_line():
+    assert shown("a\nb\u202e王 \udce4<b>.jpg") == r"a\nb\u202e王 \udce4<b>.jpg"
+
+
+def test_thumbnails_have_a_limit():
+    noise = np.random.default_rng(0).integers(0, 256, (900, 300, 3), np.uint8)
+    jpeg = thumbnail(noise)
+    assert len(jpeg) <= THUMBNAIL_BYTES
+    assert simplejpeg.decode_jpeg_header(jpeg)[:2] == (THUMBNAIL_SIDE, THUMBNAIL_SIDE // 3)
+
+
+def test_training_curves_are_the_logs_last_lines():
+    log = "Ep 1, 2.00s, FPS 1.0, ids/s 2.0, gp 50.00%, gL 0.9000, loss 2.0000\nother\n"
+    log += "Ep 2, 2.00s, FPS 1.0, ids/s 2.0, gp 60.00%, gL 0.7000, loss 1.0000\nEp 2, 2.0s, gp 80.00%, gL 0.5000, loss 0.5\n"
+    losses, right = training_charts(log)
+    assert [line["values"] for line in losses["lines"]] == [["1: 2", "2: 0.5"], ["1: 0.9", "2: 0.5"]]
+    assert right["lines"][0]["values"] == ["1: 0.5", "2: 0.8"]
+    assert training_charts("no epochs") == []
+
+
+def test_report_holds_queries_alignments_and_thumbnails(features, tiny_data, tmp_path):
+    page = write_report(features, tmp_path / "report", data_path=tiny_data, log=lambda line: None)
+    data = data_of(page.parent)
+    num_shown = len(data["name"])
+    assert [order["key"] for order in data["orders"]] == [
+        "global",
+        "global_local",
+        "global_re_ranked",
+        "global_local_re_ranked",
+    ]
+    for order in data["orders"]:
+        assert len(order["ap"]) == len(order["hits"]) == len(data["queries"])
+        assert all(one[1::2] == sorted(one[1::2]) for one in order["hits"])
+    assert sorted(page.parent.glob("images/*.jpg")) == sorted(page.parent / f"images/{n}.jpg" for n in range(num_shown))
+    pairs = json.loads((page.parent / "pairs" / "0.js").read_text().removeprefix("addPairs(0,").rstrip()[:-1])
+    costs, moves, distance = pairs["0"][str(data["orders"][1]["hits"][0][0])]
+    assert len(base64.b64decode(costs)) == 16
+    assert (moves.count("d"), moves.count("r")) == (3, 3)
+    assert 0 < distance < 7
+    text = page.read_text()
+    assert "Content-Security-Policy" in text
+    assert "Global + local distance, re-ranked" in text
+
+
+def test_report_without_local_features_has_no_alignments(tiny_data, tmp_path):
+    features = write_features(tmp_path / "features.h5", tiny_data, local=False)
+    options = {"data_path": tiny_data, "re_ranked": False, "log": lambda line: None}
+    page = write_report(features, tmp_path / "report", **options)
+    data = data_of(page.parent)
+    assert ([order["key"] for order in data["orders"]], data["stripes"]) == (["global"], 0)
+    assert not list((page.parent / "pairs").iterdir())
+    write_report(features, tmp_path / "report", **options)  # an earlier report is replaced
+
+
+def test_single_file_holds_everything(features, tiny_data, tmp_path):
+    page = write_report(features, tmp_path / "report", data_path=tiny_data, single_file=True, log=lambda line: None)
+    assert list(page.parent.iterdir()) == [page]
+    assert page.read_text().count("data:image/jpeg") > 10
+
+
+def test_report_of_a_run_extracts_once_and_shows_its_training(small_trunk, tiny_data, tmp_path):
+    flags = [f"--data_path={tiny_data}", *TINY, "--total_epochs=2", "-llw=1", f"--exp_dir={tmp_path / 'run'}"]
+    run(Config.from_arguments(flags))
+    lines = []
+    page = write_report(tmp_path / "run", tmp_path / "run" / "report", device="cpu", log=lines.append)
+    assert "Triplets in the right order" in page.read_text()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert f"{results['global']['mAP']:.2%}" in lines[-1]
+    written = (tmp_path / "run" / "features.h5").stat().st_mtime_ns
+    write_report(tmp_path / "run", tmp_path / "run" / "report", device="cpu", log=lines.append)
+    assert (tmp_path / "run" / "features.h5").stat().st_mtime_ns == written
+
+
+def test_mistakes_are_one_line(features, tiny_data, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    nameless = shutil.copy(features, tmp_path / "nameless.h5")
+    import h5py
+
+    with h5py.File(nameless, "r+") as file:
+        del file["image_name"]
+    for source, options, reason in (
+        (features, {}, "--data_path"),
+        (tmp_path, {}, "config.json"),
+        (tmp_path / "none.h5", {"data_path": tiny_data}, "no feature file"),
+        (nameless, {"data_path": tiny_data}, "image_name"),
+        (features, {"data_path": tiny_data, "out": tmp_path / "full"}, "other files"),
+        (features, {"data_path": tiny_data, "out": nameless}, "is a file"),
+    ):
+        with pytest.raises(InputError, match=reason) as caught:
+            write_report(source, options.pop("out", tmp_path / "out"), **options, log=lambda line: None)
+        assert "\n" not in str(caught.value)
