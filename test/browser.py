@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+KEYS = {"Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 
 
@@ -78,7 +79,7 @@ class Browser:
 
     def press(self, key):
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
 
     def resize(self, width, height, *, dark=False):
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)

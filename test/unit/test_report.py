@@ -102,7 +102,8 @@ def test_thumbnails_have_a_limit():
 
 def test_training_curves_are_the_logs_last_lines():
     log = "Ep 1, 2.00s, FPS 1.0, ids/s 2.0, gp 50.00%, gL 0.9000, loss 2.0000\nother\n"
-    log += "Ep 2, 2.00s, FPS 1.0, ids/s 2.0, gp 60.00%, gL 0.7000, loss 1.0000\nEp 2, 2.0s, gp 80.00%, gL 0.5000, loss 0.5\n"
+    log += "Ep 2, 2.00s, FPS 1.0, ids/s 2.0, gp 60.00%, gL 0.7000, loss 1.0000\n"
+    log += "Ep 2, 2.00s, gp 80.00%, gL 0.5000, loss 0.5\n"
     losses, right = training_charts(log)
     assert [line["values"] for line in losses["lines"]] == [["1: 2", "2: 0.5"], ["1: 0.9", "2: 0.5"]]
     assert right["lines"][0]["values"] == ["1: 0.5", "2: 0.8"]
