@@ -13,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from aligned_reid import __version__
-from aligned_reid.data.partitions import write_atomically
 from aligned_reid.errors import InputError
+from aligned_reid.files import write_file
 
 THUMBNAIL_SIDE = 192  # pixels of the longer side, at most
 THUMBNAIL_BYTES = 12_000  # of one file, at most
@@ -36,7 +36,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     page = environment.get_template(template).render(version=__version__, **values)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, page.encode())
+        write_file(path, page.encode())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 

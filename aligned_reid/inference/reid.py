@@ -63,9 +63,9 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         """Draw both images and the stripes that match, as .png or .svg. Raises InputError without a local branch."""
-        if self.path is None:
+        if self.path is None or self.local_distance is None:
             raise InputError("the weights have no local branch, so there is no alignment to draw")
-        from aligned_reid.inference.drawing import draw_alignment  # loads matplotlib
+        from aligned_reid.inference.drawing import draw_alignment  # matplotlib takes a second to import
 
         draw_alignment(Path(path), self.images, self.cost, self.path, self.local_distance)
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import open_data
-from aligned_reid.data.partitions import write_atomically
 from aligned_reid.data.transforms import decode_image
 from aligned_reid.device import available_memory
 from aligned_reid.distance import normalize
@@ -28,6 +27,7 @@ from aligned_reid.evaluation.features import read_features
 from aligned_reid.evaluation.kernels import in_threads
 from aligned_reid.evaluation.protocol import TITLES, EvaluationSettings
 from aligned_reid.evaluation.saved import MATRIX_BYTES, join, read_tables
+from aligned_reid.files import write_file
 from aligned_reid.inference.charts import cmc_chart, histogram_chart, roc_chart, training_charts
 from aligned_reid.inference.findings import Findings, Split, find, verification_curve
 from aligned_reid.inference.grid import Grid, make_grid, pairs_of
@@ -177,7 +177,7 @@ def write_files(out_dir: Path, test: Test, grid: Grid) -> None:
 
     def write_script(path: Path, function: str, *values: Any) -> None:
         arguments = ",".join(json.dumps(value, separators=(",", ":")) for value in values)
-        write_atomically(path, f"{function}({arguments})\n".encode())
+        write_file(path, f"{function}({arguments})\n".encode())
 
     in_threads(write_thumbnail, range(len(grid.rows)))
     local_feat = test.features.local_feat
