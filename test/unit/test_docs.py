@@ -32,9 +32,11 @@ each_page = pytest.mark.parametrize("name", sorted(PAGES))
 
 
 def commands_of(text: str, pattern: str) -> list[list[str]]:
-    """What follows `pattern`, one list of words a command; $variables of shell loops stand for 1."""
+    """The words after `pattern`, up to a double space, of each command; $variables of shell loops stand for 1."""
     text = re.sub(r"\\\n\s*", "", text)
-    return [shlex.split(re.sub(r"\$\w+", "1", words)) for words in re.findall(rf"{pattern} ([^\n`#|]*)", text)]
+    return [
+        shlex.split(re.sub(r"\$\w+", "1", words)) for words in re.findall(rf"{pattern} ((?:[^\n`#| ]| (?! ))*)", text)
+    ]
 
 
 def train_commands(text: str) -> list[list[str]]:
@@ -81,8 +83,8 @@ def known_flags(name: str) -> set[str]:
 @each_page
 def test_commands_and_their_flags_exist(name):
     for words in commands_of(PAGES[name], r"(?:^|`|    )aligned-reid"):
-        command, arguments = words[0], words[1:]
-        if command == "prepare":
+        command, arguments = words[0].rstrip(":"), words[1:]
+        if command == "prepare" and arguments:
             command, arguments = " ".join(words[:2]), words[2:]
         kinds = {f"prepare {kind}" for kind in prepare.KINDS}
         assert command in COMMANDS.keys() | kinds | TO_COME, command
@@ -98,7 +100,9 @@ def test_both_languages_show_the_same_commands():
 
 @each_page
 def test_named_files_exist(name):
-    for path in re.findall(r"(?:script|test|docs|benchmark)/[\w/]+\.(?:py|sh|md|png|jsonl)", PAGES[name]):
+    for path in re.findall(
+        r"(?:script/(?!dataset/|experiment/)|test/|docs/|benchmark/)[\w/]+\.(?:py|sh|md|png|jsonl)", PAGES[name]
+    ):
         assert (ROOT / path).is_file(), path
 
 
