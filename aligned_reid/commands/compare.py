@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aligned_reid.cli import parse_path
-from aligned_reid.commands.photos import make_parser, open_model, print_json
+from aligned_reid.commands.common import make_parser, open_model, print_json
 
 
 def main() -> None:

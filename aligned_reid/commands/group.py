@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aligned_reid.cli import parse_path
-from aligned_reid.commands.photos import BadImages, make_parser, note, open_model, print_json, print_table
+from aligned_reid.commands.common import BadImages, make_parser, note, open_model, print_json, print_table
 from aligned_reid.errors import InputError
 
 if TYPE_CHECKING:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from aligned_reid.cli import parse_path
-from aligned_reid.commands.photos import BadImages, make_parser, note, open_model, print_json, print_table, verdict
-from aligned_reid.errors import InputError
+from aligned_reid.commands.common import BadImages, make_parser, note, open_model, print_json, print_table, verdict
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,39 +31,23 @@ def main() -> None:
     if arguments.html:
         check_save_file(arguments.html, "--html")
     reid, bad = open_model(arguments), BadImages()
-    queries = usable(arguments.photos, bad)
     gallery = Gallery.open(arguments.gallery, reid, note, bad)
-    answers = gallery.search(queries, arguments.k)
-    if arguments.html:
+    answers = gallery.search(arguments.photos, arguments.k, bad if len(arguments.photos) > 1 else None)
+    found = [(query, hits) for query, hits in zip(arguments.photos, answers, strict=True) if hits]
+    if arguments.html and found:
         from aligned_reid.inference.pages import write_search_page
 
-        write_search_page(arguments.html, queries[0], answers[0])
+        write_search_page(arguments.html, *found[0])
     if arguments.json:
-        found = [[{**hit._asdict(), "path": str(hit.path)} for hit in hits] for hits in answers]
-        pairs = zip(queries, found, strict=True)
-        print_json({"threshold": reid.threshold, "queries": [{"photo": str(q), "hits": hits} for q, hits in pairs]})
+        queries = [
+            {"photo": str(query), "hits": [{**hit._asdict(), "path": str(hit.path)} for hit in hits]}
+            for query, hits in found
+        ]
+        print_json({"threshold": reid.threshold, "queries": queries})
     else:
-        for query, hits in zip(queries, answers, strict=True):
+        for query, hits in found:
             print(f"{shown(query)}: nearest of {len(gallery):,} photos in {shown(arguments.gallery)}")
             rows = enumerate(hits, start=1)
             cells = [[str(n), f"{hit.distance:.3f}", verdict(hit.same_person), shown(hit.path)] for n, hit in rows]
             print_table(["", "distance", "same person", "photo"], cells)
     bad.check()
-
-
-def usable(photos: list[Path], bad: BadImages) -> list[Path]:
-    """The photos that can be read; `bad` gets the others. Raises InputError if there are none."""
-    from aligned_reid.inference.images import read_image, shown
-
-    good = []
-    for path in photos:
-        try:
-            read_image(path, shown(path))
-            good.append(path)
-        except InputError as error:
-            if len(photos) == 1:
-                raise
-            bad(str(error))
-    if not good:
-        raise InputError(f"none of the {len(photos)} photos can be used")
-    return good

@@ -73,24 +73,26 @@ class Gallery:
     def __len__(self) -> int:
         return len(self.names)
 
-    def search(self, query: Any, k: int = 10) -> list[Any]:
+    def search(self, query: Any, k: int = 10, on_error: Callable[[str], None] | None = None) -> list[Any]:
         """The k images nearest to a query, as Hits, nearest first; for several queries, a list of Hits for each.
 
         query: what `ReID.__call__` takes, or Embeddings. A query that is a file of the gallery is not among its own
-        hits. Raises InputError if a query cannot be used.
+        hits. Raises InputError for a query that cannot be used; with `on_error`, that gets the line instead, and the
+        query has no hits.
         """
         if is_one_image(query):
-            return self.search([query], k)[0]
+            return self.search([query], k, on_error)[0]
         if isinstance(query, Embeddings):
             feat, own = query.global_feat, [-1] * len(query.global_feat)
         else:
             queries = list(query)
-            feat, own = self.reid(queries).global_feat, self.places_of(queries)
+            feat, own = self.reid(queries, on_error=on_error).global_feat, self.places_of(queries)
         places, distances = nearest(self.reid.scaled(feat), self.feat, self.norms, min(k + 1, len(self)))
-        answers = []
+        answers: list[list[Hit]] = []
         for row, own_place in enumerate(own):
             found = zip(places[row].tolist(), distances[row].tolist(), strict=True)
-            answers.append([self.hit(place, distance) for place, distance in found if place != own_place][:k])
+            hits = [self.hit(place, distance) for place, distance in found if place != own_place]
+            answers.append([hit for hit in hits if hit.distance == hit.distance][:k])  # NaN: the query is bad
         return answers
 
     def hit(self, place: int, distance: float) -> Hit:

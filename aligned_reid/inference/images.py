@@ -15,6 +15,7 @@ from aligned_reid.data.prepare.jpeg import decode_upright, read_content, to_rgb
 from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, ending_of
 from aligned_reid.data.transforms import MAX_PIXELS, too_large
 from aligned_reid.errors import InputError
+from aligned_reid.evaluation.kernels import to_numpy
 
 MIN_SIDE = 4  # pixels of an image or box; a person cannot be seen in fewer
 CHANNELS = (1, 3, 4)  # gray, RGB, RGB with transparency, which is dropped
@@ -49,13 +50,15 @@ def read_image(image: Any, name: str, *, bgr: bool = False) -> np.ndarray:
         path = Path(image)
         if path.is_dir():
             raise InputError(f"image {name} is a folder; Gallery.open reads the images of a folder")
-        pixels = decode_upright(name, read_content(path))
+        pixels = decode_upright(name, read_content(path))  # as TestImages, if it is an upright JPEG
     elif isinstance(image, Image.Image):
         if image.width * image.height > MAX_PIXELS:
             raise InputError(too_large(name))
         try:
             pixels = to_rgb(name, ImageOps.exif_transpose(image))
-        except OSError as error:  # PIL reads a file when its pixels are needed
+        except InputError:
+            raise
+        except Exception as error:  # Pillow reads a file when its pixels are needed, and raises errors of many types
             raise InputError(f"image {name} cannot be decoded: {error}") from error
     elif isinstance(image, (np.ndarray, torch.Tensor)):
         pixels = read_array(image, name, bgr)
@@ -69,7 +72,7 @@ def read_image(image: Any, name: str, *, bgr: bool = False) -> np.ndarray:
 def read_array(image: Any, name: str, bgr: bool) -> np.ndarray:
     """An array or a tensor as uint8 [h, w, 3], RGB. Raises InputError for other shapes, types and ranges."""
     is_tensor = isinstance(image, torch.Tensor)
-    array = image.detach().cpu().numpy() if is_tensor else image
+    array = to_numpy(image)
     if is_tensor and array.ndim == 3 and array.shape[0] in CHANNELS and array.shape[2] not in CHANNELS:
         array = array.transpose(1, 2, 0)
     if array.ndim == 2:
@@ -95,7 +98,7 @@ def cut_boxes(image: np.ndarray, boxes: Any, name: str) -> list[np.ndarray | Inp
 
     A box that is not in the image, or is empty, gives an InputError in its place. Raises InputError for other shapes.
     """
-    values = np.asarray(boxes.cpu() if isinstance(boxes, torch.Tensor) else boxes, dtype=np.float64)
+    values = to_numpy(boxes).astype(np.float64)
     if values.size == 0:
         return []
     if values.ndim != 2 or values.shape[1] != 4:

@@ -70,7 +70,7 @@ def test_search_serves_the_good_photos_and_exits_with_2(aligned_reid, photos, tm
     assert [len(query["hits"]) for query in content["queries"]] == [2, 2] and content["threshold"] == 0.5
     errors = done.err.splitlines()
     assert "2 of the images" in errors[-1]
-    assert "empty.jpg" in errors[1] and r"cut\noff.jpg" in errors[2] and len(errors) == 4
+    assert r"cut\noff.jpg" in errors[1] and "empty.jpg" in errors[2] and len(errors) == 4
 
 
 def test_group_writes_a_table_and_copies(aligned_reid, photos, tmp_path):
