@@ -1,5 +1,6 @@
-"""The first ten minutes: draw a data set, train on it from scratch, evaluate, and show what the model finds."""
+"""The first ten minutes: draw people, train on them from scratch, evaluate, and use the model on a folder of photos."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,12 @@ from aligned_reid.cli import OneLineParser, parse_path
 from aligned_reid.config import Config
 from aligned_reid.data import ReidData, TestImages, make_synthetic, open_data
 from aligned_reid.data.partitions import GALLERY, QUERY
-from aligned_reid.device import open_accelerator
-from aligned_reid.distributed import World
+from aligned_reid.errors import InputError
 from aligned_reid.evaluation import Ranking, global_distance_matrix, rank
-from aligned_reid.evaluation.extract import extract_features
-from aligned_reid.evaluation.picture import draw_matches
-from aligned_reid.model import AlignedReID, load_weights
+from aligned_reid.inference import Gallery, ReID
+from aligned_reid.inference.pages import write_group_page, write_search_page
+from aligned_reid.inference.report import write_report
 from aligned_reid.run import run
-from aligned_reid.weights import read_state_dict
 
 DATA = {"num_ids": 300, "num_cameras": 6, "images_per_camera": 3, "seed": 1}
 RECIPE = [
@@ -27,13 +26,15 @@ RECIPE = [
     "--ims_per_id=4",
     "--normalize_feature=true",
     "--base_lr=6e-4",
-    "--total_epochs=22",
-    "--exp_decay_at_epoch=14",
+    "-llw=1",
+    "--last_stride=1",
+    "--total_epochs=16",
+    "--exp_decay_at_epoch=10",
     "--workers=0",
     "--seed=1",
 ]
 PIXELS = (128, 64)  # height and width of the raw pixels to compare
-SHOWN = [0, 95, 180, 280, 375]  # queries in the picture
+NUM_PEOPLE = 12  # in the folder of photos
 
 
 def main() -> None:
@@ -45,12 +46,10 @@ def main() -> None:
     results = run(config)
 
     data = open_data(data_path)
-    raw = rank_pixels(data)
-    draw_findings(data, config, folder / "matches.png")
-    trained = results["global"]
+    raw, trained = rank_pixels(data), results["global"]
     print(f"\nraw pixels     rank@1 {raw.cmc[0]:7.2%}, mAP {raw.mean_ap:7.2%}")
-    print(f"trained model  rank@1 {trained['cmc1']:7.2%}, mAP {trained['mAP']:7.2%}, FPS {results['FPS']:.1f}")
-    print(f"what it finds: {folder / 'matches.png'}; all figures: {config.run_dir / 'results.json'}")
+    print(f"trained model  rank@1 {trained['cmc1']:7.2%}, mAP {trained['mAP']:7.2%}, FPS {results['FPS']:.1f}\n")
+    use_model(folder, config.run_dir, copy_photos(data, folder / "photos"))
 
 
 def rank_pixels(data: ReidData) -> Ranking:
@@ -63,12 +62,38 @@ def rank_pixels(data: ReidData) -> Ranking:
     return rank(dist, ids[query], ids[gallery], cameras[query], cameras[gallery])
 
 
-def draw_findings(data: ReidData, config: Config, path: Path) -> None:
-    """Draw some queries and what the trained model ranks first for them."""
-    model = AlignedReID(None, pretrained="none")
-    load_weights(model, read_state_dict(config.run_dir), str(config.run_dir), need_local=False)
-    images = TestImages(data, size=config.resize_h_w)
-    query, gallery = images.marks == QUERY, images.marks == GALLERY
-    accelerator = open_accelerator(config.device, None, 0, mixed_precision=False)
-    feat = extract_features(model, images, accelerator, World(), local=False, workers=0).global_feat
-    draw_matches(path, images, global_distance_matrix(feat[query], feat[gallery]), SHOWN)
+def copy_photos(data: ReidData, folder: Path) -> list[Path]:
+    """A folder like a user's own: the photos of some people of the test, who is in them not being told. Sorted."""
+    images = TestImages(data)
+    people = np.unique(images.person_ids[images.marks == QUERY])[:NUM_PEOPLE]
+    names = sorted({images.image_names[index] for index in np.flatnonzero(np.isin(images.person_ids, people))})
+    folder.mkdir(exist_ok=True)
+    return [Path(shutil.copy(data.images_dir / name, folder)) for name in names]
+
+
+def use_model(folder: Path, run_dir: Path, photos: list[Path]) -> None:
+    """Compare two photos, search for one, group them all, and write the report of the test."""
+    reid = ReID.from_pretrained(run_dir, log=ignore)
+    one = photos[0]
+    other = next(path for path in photos if path.name[:8] == one.name[:8] and path.name[9:13] != one.name[9:13])
+    pair = reid.compare(one, other)
+    print(f"compare  {one} and {other.name}: {pair}")
+    try:
+        pair.save(folder / "compare.png")
+    except InputError as error:  # matplotlib is an extra
+        print(f"no picture of the comparison: {error}")
+    gallery = Gallery.open(one.parent, reid, log=ignore)
+    hits = gallery.search(one)
+    num_right = sum(hit.path.name[:8] == one.name[:8] for hit in hits)
+    print(f"search   {num_right} of the {len(hits)} nearest of {len(gallery):,} photos show the person in {one.name}")
+    write_search_page(folder / "search.html", one, hits)
+    groups = gallery.group()
+    print(f"group    {len(gallery):,} photos of {NUM_PEOPLE} people in {len(groups)} groups")
+    write_group_page(folder / "groups.html", groups)
+    page = write_report(run_dir, folder / "report", log=ignore)
+    print(f"report   {page}, compare.png, search.html and groups.html in {folder}; all figures: {run_dir}/results.json")
+    print(f"open it: {page.absolute().as_uri()}")
+
+
+def ignore(line: str) -> None:
+    """The demo's own lines say what happens."""

@@ -1,4 +1,4 @@
-"""make demo, with fewer people and epochs: from drawing to the picture of matches."""
+"""make demo, with fewer people and epochs: from drawing to the report."""
 
 import sys
 
@@ -7,12 +7,15 @@ import cv2
 from aligned_reid.commands import demo
 
 
-def test_the_demo_prints_its_scores_and_draws_its_picture(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(demo, "DATA", {"num_ids": 24, "num_cameras": 2, "images_per_camera": 3, "seed": 1})
+def test_the_demo_prints_its_scores_and_uses_its_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "DATA", {"num_ids": 36, "num_cameras": 2, "images_per_camera": 3, "seed": 1})
     monkeypatch.setattr(demo, "RECIPE", [*demo.RECIPE, "--total_epochs=1", "--exp_decay_at_epoch=1"])
-    monkeypatch.setattr(demo, "SHOWN", [0, 1])
     monkeypatch.setattr(sys, "argv", ["demo.py", f"--folder={tmp_path}"])
     demo.main()
-    raw, trained, files = capsys.readouterr().out.splitlines()[-3:]
-    assert "rank@1" in raw and "FPS" in trained and str(tmp_path) in files
-    assert cv2.imread(str(tmp_path / "matches.png")) is not None
+    shown = capsys.readouterr().out
+    for word in ("raw pixels", "FPS", "compare ", "search ", "group ", "report "):
+        assert word in shown
+    assert shown.splitlines()[-1].endswith((tmp_path / "report" / "index.html").as_uri())
+    for page in ("report/index.html", "search.html", "groups.html"):
+        assert "<html" in (tmp_path / page).read_text(encoding="utf-8")
+    assert cv2.imread(str(tmp_path / "compare.png")) is not None
