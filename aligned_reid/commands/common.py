@@ -68,7 +68,3 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads) - 1)]
     for line in lines:
         print("  ".join([*(cell.rjust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]))
-
-
-def verdict(same_person: bool | None) -> str:
-    return {True: "likely", False: "unlikely", None: "-"}[same_person]

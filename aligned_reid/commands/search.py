@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 
 from aligned_reid.cli import parse_path
-from aligned_reid.commands.common import BadImages, make_parser, note, open_model, print_json, print_table, verdict
+from aligned_reid.commands.common import BadImages, make_parser, note, open_model, print_json, print_table
+
+VERDICTS = {True: "likely", False: "unlikely", None: "-"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,6 +50,6 @@ def main() -> None:
         for query, hits in found:
             print(f"{shown(query)}: nearest of {len(gallery):,} photos in {shown(arguments.gallery)}")
             rows = enumerate(hits, start=1)
-            cells = [[str(n), f"{hit.distance:.3f}", verdict(hit.same_person), shown(hit.path)] for n, hit in rows]
+            cells = [[str(n), f"{hit.distance:.3f}", VERDICTS[hit.same_person], shown(hit.path)] for n, hit in rows]
             print_table(["", "distance", "same person", "photo"], cells)
     bad.check()

@@ -130,3 +130,9 @@ def test_more_steps_than_an_epoch_has_are_refused(tiny_data, run_here, capsys):
         run_here("training", f"--data_path={tiny_data}", "--ids_per_batch=8", "--steps=2")
     assert exit_.value.code == 2
     assert "--steps 2" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_search_finds_what_numpy_finds():
+    rows = run("search.py", "--galleries=300,700", "--queries=70", "--rounds=1")
+    assert list(rows) == ["gallery", "300", "700"]
+    assert all(value > 0 for value in numbers(rows["700"])[:4])
