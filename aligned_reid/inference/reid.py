@@ -30,8 +30,14 @@ from aligned_reid.inference.foreign import find_project, open_foreign
 from aligned_reid.inference.images import as_list, cut_boxes, name_of, read_image
 from aligned_reid.inference.networks import Embeddings, Network, OnnxNetwork, TorchNetwork, is_onnx
 from aligned_reid.model import open_model
-from aligned_reid.run import RESULTS_NAME
-from aligned_reid.weights import SAFETENSORS_NAME, digest_of, find_state_dict, read_weight_file, settings_of
+from aligned_reid.weights import (
+    SAFETENSORS_NAME,
+    digest_of,
+    find_state_dict,
+    find_verification,
+    read_weight_file,
+    settings_of,
+)
 
 BATCHES_AHEAD = 2  # that threads decode while the network computes
 SECONDS_WITHOUT_BAR = 2.0
@@ -250,15 +256,3 @@ def open_graph(path: Path, device: str, settings: Mapping[str, Any], log: Callab
 def make_config(settings: Mapping[str, Any]) -> Config:
     """A test with these options. Raises InputError if a value is not allowed."""
     return Config.of(only_test=True, **settings).checked()
-
-
-def find_verification(content: Any, path: Path) -> Mapping[str, Any]:
-    """The verification record of weights: in their file, or in results.json beside it; empty if there is none."""
-    record = content.get("verification") if isinstance(content, Mapping) else None
-    results = (path if path.is_dir() else path.parent) / RESULTS_NAME
-    if not record and settings_of(content) and results.is_file():
-        try:
-            record = json.loads(results.read_text(encoding="utf-8")).get("verification")
-        except (ValueError, AttributeError, OSError) as error:
-            raise InputError(f"{results} is damaged: evaluate the weights again, or remove it") from error
-    return record or {}
