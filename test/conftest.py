@@ -64,6 +64,17 @@ def preparation_refusal(prepare, source, save_dir, *options, **named):
     return str(caught.value)
 
 
+def same(first, second):
+    """Whether nested dicts and lists of tensors and numbers are equal to the bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
 class Finished(NamedTuple):
     """A command that has ended."""
 
