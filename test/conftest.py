@@ -83,6 +83,14 @@ class Finished(NamedTuple):
     err: str
 
 
+def assert_refused(finished, *words):
+    """Exit status 2, and one line on stderr that holds all `words`."""
+    assert finished.status == 2
+    assert finished.err.count("\n") == 1, finished.err
+    for word in words:
+        assert word in finished.err
+
+
 @pytest.fixture
 def command(monkeypatch, capfd):
     """Run a script as its command line would, in this process: what is patched stays so, and torch is imported once."""
