@@ -1,44 +1,26 @@
 """Mining over the batches of all ranks: two ranks learn what one with the whole batch does."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-from aligned_reid.launcher import free_port
+from conftest import run_script
 
 PROGRAM = Path(__file__).with_name("mining_gradients.py")
 
 
-def gradients_of(file, dtype, num_ranks):
+def gradients_of(folder, dtype, num_ranks):
     """The gradients and figures that `num_ranks` processes give."""
-    port = str(free_port())
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(file), dtype],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(num_ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "OMP_NUM_THREADS": "1",
-            },
-        )
-        for rank in range(num_ranks)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0] * num_ranks
+    file = folder / f"{num_ranks}.pth"
+    launcher = ("launch.py", f"--nproc={num_ranks}", f"--log_dir={folder}/logs")
+    done = run_script(*launcher, PROGRAM, file, dtype, environment={"OMP_NUM_THREADS": "1"})
+    assert done.status == 0, done.err
     return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
 def test_two_ranks_have_the_gradients_of_one(tmp_path, dtype, tolerance):
-    one = gradients_of(tmp_path / "one.pth", dtype, 1)
-    two = gradients_of(tmp_path / "two.pth", dtype, 2)
+    one, two = (gradients_of(tmp_path, dtype, num_ranks) for num_ranks in (1, 2))
     assert set(one["gradients"]) == set(two["gradients"])
     for name, gradient in one["gradients"].items():
         largest = gradient.abs().max().item()
