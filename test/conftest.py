@@ -83,6 +83,12 @@ class Finished(NamedTuple):
     err: str
 
 
+def assert_done(finished):
+    """Exit status 0 and nothing on stderr; returns `finished`."""
+    assert (finished.status, finished.err) == (0, "")
+    return finished
+
+
 def assert_refused(finished, *words):
     """Exit status 2, and one line on stderr that holds all `words`."""
     assert finished.status == 2
@@ -103,6 +109,18 @@ def command(monkeypatch, capfd):
         return Finished(exit_.value.code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def trained(command, tiny_flags, tmp_path, small_trunk):
+    """The folder of a run of one epoch with the local loss, in float32."""
+    flags = ("--total_epochs=1", "--seed=1", "-llw=1", "--amp=O0", f"--exp_dir={tmp_path / 'trained'}")
+    assert_done(command("train.py", *tiny_flags, *flags))
+    return tmp_path / "trained"
+
+
+def score_lines(text):
+    return [line for line in text.splitlines() if "cmc1" in line or "Market-1501 benchmark" in line]
 
 
 def run_script(name, *arguments, cwd=None, environment=None, timeout=240):
