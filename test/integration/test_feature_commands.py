@@ -6,11 +6,13 @@ import shutil
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, assert_done, assert_refused, run_script, score_lines
 
 from aligned_reid.data import Partitions, read_partitions, write_partitions
 from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY
 from aligned_reid.evaluation import saved
+
+NAMES = ("global", "global_re_ranked", "local", "local_re_ranked", "global_local", "global_local_re_ranked")
 
 
 @pytest.fixture
@@ -31,39 +33,34 @@ def multi_query_data(tiny_data, tmp_path):
 
 
 @pytest.fixture
-def trained(command, tiny_flags, tmp_path, small_trunk):
-    """The folder of a short run with the local loss, and what it printed."""
-    folder = tmp_path / "run"
-    done = command("train.py", *tiny_flags, "--total_epochs=1", "--seed=1", "-llw=1", f"--exp_dir={folder}")
-    assert done.status == 0, done.err
-    return folder, done.out
-
-
-@pytest.fixture
 def extract(command, tiny_flags, trained, tmp_path):
-    def run(name, *flags):
-        done = command(
-            "extract.py", *tiny_flags, f"--model_weight_file={trained[0]}", f"--save_file={tmp_path / name}", *flags
-        )
-        assert (done.status, done.err) == (0, "")
-        return tmp_path / name
+    """Write the features of the trained run to a file."""
+
+    def run(*flags):
+        save = (f"--model_weight_file={trained}", "--amp=O0", f"--save_file={tmp_path / 'features.h5'}")
+        assert_done(command("extract.py", *tiny_flags, *save, *flags))
+        return tmp_path / "features.h5"
 
     return run
 
 
-def score_lines(output):
-    return [line for line in output.splitlines() if "cmc1" in line or "Market-1501 benchmark" in line]
+@pytest.fixture
+def evaluate(command):
+    """Evaluate features: (standard output, results)."""
+
+    def run(features, *flags):
+        done = assert_done(command("evaluate.py", f"--features={features}", *flags))
+        return done.out, json.loads(features.with_suffix(".results.json").read_text())
+
+    return run
 
 
-def test_saved_features_have_the_runs_scores(command, extract, trained, tmp_path):
-    features = extract("features.h5")
-    done = command("evaluate.py", f"--features={features}")
-    assert (done.status, done.err) == (0, "")
-    assert score_lines(done.out) == score_lines(trained[1])
-    results = json.loads((tmp_path / "features.results.json").read_text())
-    trained_results = json.loads((trained[0] / "results.json").read_text())
-    for name in ("global", "global_re_ranked", "local", "local_re_ranked", "global_local", "global_local_re_ranked"):
-        assert results[name] == trained_results[name]
+def test_saved_features_have_the_runs_scores_and_streamed_ones_too(extract, evaluate, trained, monkeypatch):
+    features = extract()
+    out, results = evaluate(features)
+    assert score_lines(out) == score_lines((trained / "log.txt").read_text())
+    trained_results = json.loads((trained / "results.json").read_text())
+    assert all(results[name] == trained_results[name] for name in NAMES)
     assert results["verification"] == {**trained_results["verification"], "measured_on": "features.h5"}
     with h5py.File(features) as file:
         assert set(file) == {"global", "local", "person_id", "camera", "mark", "image_name"}
@@ -71,46 +68,42 @@ def test_saved_features_have_the_runs_scores(command, extract, trained, tmp_path
     assert made_by["resize_h_w"] == [64, 32]
     assert set(made_by) == {"weights", "resize_h_w", "precision", "normalize_feature", "flip_test"}
 
-
-def test_large_sets_are_streamed_with_the_same_scores(command, extract, trained, tmp_path, monkeypatch):
-    features = extract("features.h5")
     monkeypatch.setattr(saved, "MATRIX_BYTES", 0)
-    done = command("evaluate.py", f"--features={features}", f"--save_file={tmp_path / 'streamed.json'}")
-    assert done.status == 0
-    assert "so distances are streamed: local distances not re-ranked" in done.out
-    streamed = json.loads((tmp_path / "streamed.json").read_text())
-    expected = json.loads((trained[0] / "results.json").read_text())
-    for name in ("global", "local", "global_local"):
-        assert streamed[name] == expected[name]
+    out, streamed = evaluate(features)
+    assert "so distances are streamed: local distances not re-ranked" in out
+    assert all(streamed[name] == trained_results[name] for name in ("global", "local", "global_local"))
     for name in ("global", "global_local"):
-        curve, whole = streamed["verification"][name], expected["verification"][name]
+        curve, whole = streamed["verification"][name], trained_results["verification"][name]
         assert curve["eer"] == pytest.approx(whole["eer"], abs=0.01)
-    assert streamed["global_re_ranked"]["mAP"] == pytest.approx(expected["global_re_ranked"]["mAP"], abs=1e-4)
+    expected = trained_results["global_re_ranked"]["mAP"]
+    assert streamed["global_re_ranked"]["mAP"] == pytest.approx(expected, abs=1e-4)
     assert "local_re_ranked" not in streamed
-    assert not list(tmp_path.glob("*.part*"))
+    assert not list(features.parent.glob("*.part*"))
 
 
-def test_more_galleries_and_multi_query(command, extract, multi_query_data, tmp_path):
+def test_more_galleries_and_multi_query(extract, evaluate, multi_query_data, tmp_path):
     flags = (f"--data_path={multi_query_data}", "--multi_query=true", "--use_local_distance=false")
-    features = extract("features.h5", *flags)
+    features = extract(*flags)
     with h5py.File(features) as file:
         assert "local" not in file
         num_gallery, mean = int((file["mark"][()] == 1).sum()), file["global"][()].mean(0)
-    np.savez(tmp_path / "more.npz", **{"global": np.stack([mean] * 5), "person_id": np.zeros(5), "camera": np.zeros(5)})
-    flags = (
-        f"--features={features}",
-        "--gallery",
-        tmp_path / "more.npz",
-        "--multi_query_pool=max",
-        "--re_ranked=false",
-    )
-    done = command("evaluate.py", *flags)
-    assert (done.status, done.err) == (0, "")
-    results = json.loads((tmp_path / "features.results.json").read_text())
+    more = tmp_path / "more.npz"
+    np.savez(more, **{"global": np.stack([mean] * 5), "person_id": np.zeros(5), "camera": np.zeros(5)})
+    out, results = evaluate(features, "--gallery", more, "--multi_query_pool=max", "--re_ranked=false")
     assert results["num_gallery"] == num_gallery + 5
     assert {"global", "global_multi_query"} <= set(results)
-    assert "Global distance, multi-query (max)" in done.out
-    assert done.out.splitlines()[-2].startswith("Global distance (")
+    assert "Global distance, multi-query (max)" in out
+    assert out.splitlines()[-2].startswith("Global distance (")
+
+
+def test_multi_query_in_a_run(command, tiny_flags, trained, multi_query_data, tmp_path):
+    flags = ("--only_test=true", f"--model_weight_file={trained}", f"--exp_dir={tmp_path / 'test'}")
+    flags += (f"--data_path={multi_query_data}", "--multi_query=true", "--use_local_distance=false")
+    done = assert_done(command("train.py", *tiny_flags, *flags))
+    results = json.loads((tmp_path / "test" / "results.json").read_text())
+    assert results["global"]["cmc1"] is not None
+    assert {"global_multi_query", "global_re_ranked_multi_query"} <= set(results)
+    assert score_lines(done.out)[-2].startswith("Global distance (")
 
 
 def write_with_junk(path, num_junk):
@@ -125,40 +118,25 @@ def write_with_junk(path, num_junk):
 
 
 @pytest.mark.parametrize("matrix_bytes", [saved.MATRIX_BYTES, 0])
-def test_junk_is_left_out_and_counted(command, tmp_path, monkeypatch, matrix_bytes):
+def test_junk_is_left_out_and_counted(evaluate, tmp_path, monkeypatch, matrix_bytes):
     monkeypatch.setattr(saved, "MATRIX_BYTES", matrix_bytes)
     features, more = write_with_junk(tmp_path / "a.npz", 2), write_with_junk(tmp_path / "b.npz", 3)
-    done = command("evaluate.py", f"--features={features}", "--gallery", more)
-    assert (done.status, done.err) == (0, "")
-    assert "junk (person id -1): 0 query, 30 gallery images" in done.out
-    assert ("streamed" in done.out) == (matrix_bytes == 0)
-    results = json.loads((tmp_path / "a.results.json").read_text())
+    out, results = evaluate(features, "--gallery", more)
+    assert "junk (person id -1): 0 query, 30 gallery images" in out
+    assert ("streamed" in out) == (matrix_bytes == 0)
     assert results["num_gallery"] == 12
     assert results["global"]["cmc1"] == results["global"]["mAP"] == results["global_re_ranked"]["mAP"] == 1
 
 
-def test_junk_queries_are_left_out_and_distractors_count(command, tmp_path):
+def test_junk_queries_are_left_out_and_distractors_count(evaluate, tmp_path):
     features = write_with_junk(tmp_path / "a.npz", 1)
     fields = dict(np.load(features))
     fields["person_id"][fields["person_id"] == -1] = 0  # the first person's images are distractors too
     fields["person_id"][0] = -1
     np.savez(features, **fields)
-    done = command("evaluate.py", f"--features={features}", "--re_ranked=false")
-    assert done.status == 0, done.err
-    assert "junk (person id -1): 1 query, 0 gallery images" in done.out
-    results = json.loads((tmp_path / "a.results.json").read_text())
+    out, results = evaluate(features, "--re_ranked=false")
+    assert "junk (person id -1): 1 query, 0 gallery images" in out
     assert (results["num_query"], results["num_gallery"], results["global"]["cmc1"]) == (5, 12, 0)
-
-
-def test_multi_query_in_a_run(command, tiny_flags, trained, multi_query_data, tmp_path):
-    flags = ("--only_test=true", f"--model_weight_file={trained[0]}", f"--exp_dir={tmp_path / 'test'}")
-    flags += (f"--data_path={multi_query_data}",)
-    done = command("train.py", *tiny_flags, *flags, "--multi_query=true", "--use_local_distance=false")
-    assert done.status == 0, done.err
-    results = json.loads((tmp_path / "test" / "results.json").read_text())
-    assert results["global"]["cmc1"] is not None
-    assert {"global_multi_query", "global_re_ranked_multi_query"} <= set(results)
-    assert score_lines(done.out)[-2].startswith("Global distance (")
 
 
 @pytest.mark.slow
@@ -166,38 +144,38 @@ def test_two_processes_write_what_one_does(tiny_data, tmp_path):
     flags = (f"--data_path={tiny_data}", "--resize_h_w=64,32", "--workers=0", "--device=cpu")
     train = ("--pretrained=none", "--ids_per_batch=4", "--ims_per_id=2", "--total_epochs=1", f"--exp_dir={tmp_path}")
     assert run_script("train.py", *flags, *train).status == 0
-    wanted = (*flags, f"--model_weight_file={tmp_path}")
-    assert run_script("extract.py", *wanted, f"--save_file={tmp_path / 'one.h5'}").status == 0
-    script = ("launch.py", "--nproc=2", f"--log_dir={tmp_path / 'logs'}")
-    done = run_script(*script, ROOT / "script" / "extract.py", *wanted, f"--save_file={tmp_path / 'two.h5'}")
-    assert done.status == 0, done.err
+    for number, name in ((1, "one.h5"), (2, "two.h5")):
+        script = ("launch.py", f"--nproc={number}", f"--log_dir={tmp_path / 'logs'}", ROOT / "script" / "extract.py")
+        done = run_script(*script, *flags, f"--model_weight_file={tmp_path}", f"--save_file={tmp_path / name}")
+        assert done.status == 0, done.err
     with h5py.File(tmp_path / "one.h5") as one, h5py.File(tmp_path / "two.h5") as two:
         np.testing.assert_allclose(one["global"][()], two["global"][()], rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(one["image_name"][()], two["image_name"][()])
 
 
-def test_mistakes_are_one_line(command, tiny_flags, tmp_path, small_trunk):
-    features = tmp_path / "features.npz"
+@pytest.mark.parametrize(
+    ("script", "flags", "word"),
+    [
+        ("evaluate.py", "", "--features"),
+        ("evaluate.py", "--features=/none.h5", "/none.h5"),
+        ("evaluate.py", "--features=empty.npz", "mark 0"),
+        ("evaluate.py", "--features=wide.npz --gallery empty.npz", "3 and 2"),
+        ("evaluate.py", "--features=apart.npz", "No valid query"),
+        ("evaluate.py", "--features=apart.npz --k1=0", "k1"),
+        ("evaluate.py", "--features=apart.npz --k2=-1", "k2"),
+        ("evaluate.py", "--features=apart.npz --lambda_value=2", "lambda_value"),
+        ("evaluate.py", "--features=apart.npz --save_file=/none/results.json", "does not exist"),
+        ("evaluate.py", "--features=apart.npz --use_local_distance=true", "no field local"),
+        ("extract.py", "--data_path=tiny", "--save_file"),
+        ("extract.py", "--data_path=tiny --save_file=f.h5 --model_weight_file=/none", "no weight file"),
+    ],
+)
+def test_mistakes_are_one_line(command, tiny_data, tmp_path, monkeypatch, small_trunk, script, flags, word):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").symlink_to(tiny_data)
     empty = {"global": np.zeros((4, 2)), "person_id": np.arange(4), "camera": np.arange(4), "mark": np.ones(4)}
-    np.savez(features, **empty)
-    np.savez(tmp_path / "wide.npz", **empty | {"global": np.zeros((4, 3)), "mark": np.array([0, 0, 1, 1])})
-    np.savez(tmp_path / "apart.npz", **empty | {"mark": np.array([0, 0, 1, 1])})
-    for script, flags, reason in (
-        ("evaluate.py", (), "required: --features"),
-        ("evaluate.py", ("--features=/none.h5",), "no feature file at /none.h5"),
-        ("evaluate.py", (f"--features={features}",), "has no query (mark 0)"),
-        ("evaluate.py", (f"--features={tmp_path}/wide.npz", "--gallery", features), "widths: 3 and 2"),
-        ("evaluate.py", (f"--features={tmp_path}/apart.npz",), "No valid query"),
-        ("evaluate.py", (f"--features={features}", "--k1=0"), "k1"),
-        ("evaluate.py", (f"--features={features}", "--k2=-1"), "k2"),
-        ("evaluate.py", (f"--features={features}", "--lambda_value=2"), "lambda_value"),
-        ("evaluate.py", (f"--features={features}", "--save_file=/none/results.json"), "/none does not exist"),
-        ("evaluate.py", (f"--features={tmp_path}/apart.npz", "--use_local_distance=true"), "has no field local"),
-        ("extract.py", tiny_flags, "required: --save_file"),
-        ("extract.py", (*tiny_flags, f"--save_file={tmp_path}/f.h5", "--model_weight_file=/none"), "no weight file"),
-    ):
-        done = command(script, *flags)
-        assert done.status == 2, (script, flags, done.err)
-        assert done.err.count("\n") == 1, done.err
-        assert reason in done.err
+    np.savez("empty.npz", **empty)
+    np.savez("wide.npz", **empty | {"global": np.zeros((4, 3)), "mark": np.array([0, 0, 1, 1])})
+    np.savez("apart.npz", **empty | {"mark": np.array([0, 0, 1, 1])})
+    assert_refused(command(script, *flags.split()), word)
     assert not list(tmp_path.glob("*.json*"))
