@@ -11,20 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, same
 
 from aligned_reid.lock import hold
-
-
-def same(first, second):
-    """Whether nested dicts and lists of tensors and numbers are equal to the bit."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
 
 
 def epoch_lines(log):
