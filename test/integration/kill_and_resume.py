@@ -7,7 +7,6 @@ random moment of a random step, which may be while a checkpoint is written; the 
 import os
 import random
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -19,13 +18,10 @@ from conftest import make_small_trunk  # noqa: E402
 
 from aligned_reid import model, objective, preflight, run  # noqa: E402
 from aligned_reid.config import Config  # noqa: E402
+from aligned_reid.launcher import free_port  # noqa: E402
 from aligned_reid.training import trainer  # noqa: E402
 
 MOMENTS = ("loss", "step", "write", "keep", "rename")
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_at(moment: str, step: int) -> None:
@@ -39,7 +35,7 @@ def kill_at(moment: str, step: int) -> None:
             if here == moment and steps >= step:
                 if not before:
                     function(*given, **named)
-                kill()
+                os.kill(os.getpid(), signal.SIGKILL)
             return function(*given, **named)
 
         return call
@@ -53,10 +49,7 @@ def kill_at(moment: str, step: int) -> None:
 
 def attempt(config: Config, ranks: int, victim: int | None, moment: str, step: int) -> bool:
     """Train in `ranks` processes; whether all of them finished."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
+    children, port = [], free_port()
     for rank in range(ranks):
         child = os.fork()
         if child:

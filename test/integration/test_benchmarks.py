@@ -21,12 +21,12 @@ def numbers(row):
     return [float(cell.rstrip("%").replace(",", "")) for cell in row]
 
 
-def run(name, *arguments):
+def output_of(name, *arguments, **options):
     """A benchmark as a user runs it: each side in a separate process."""
     command = [sys.executable, str(ROOT / "benchmark" / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
     assert done.returncode == 0, done.stderr
-    return rows_of(done.stdout)
+    return done.stdout
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_training_has_a_row_for_each_side(tiny_data, run_here, small_trunk):
 
 
 def test_scaling_compares_one_process_and_two(tiny_data):
-    rows = run("training.py", f"--data_path={tiny_data}", "--only=scaling", *TINY)
+    rows = rows_of(output_of("training.py", f"--data_path={tiny_data}", "--only=scaling", *TINY))
     rows.pop("scaling")
     assert list(rows) == ["1 process", "2 processes", "2 processes, --cross_rank_mining true"]
     for device, *figures in rows.values():
@@ -86,15 +86,12 @@ def test_feature_extraction_gives_the_published_features(run_here, monkeypatch):
 
 
 def test_sizes_of_the_gallery_are_drawn_from_tables_of_several_runs(tmp_path):
-    galleries = ("--galleries=100,200", "--local=false", "--re_rank_up_to=100")
-    command = [sys.executable, str(ROOT / "benchmark" / "evaluation_large.py")]
-    measured = subprocess.run([*command, *galleries], capture_output=True, text=True, timeout=300, check=True).stdout
+    measured = output_of("evaluation_large.py", "--galleries=100,200", "--local=false", "--re_rank_up_to=100")
     rows = [line.split("|")[1:3] for line in measured.splitlines()[3:]]
     assert rows == [[" 100 ", " global "], [" 100 ", " global, re-ranked "], [" 200 ", " global "]]
-    tables = [tmp_path / "one.txt", tmp_path / "two.txt"]
-    for table in tables:
-        table.write_text(measured.replace(" 100 ", " 1,000 ") if table == tables[1] else measured)
-    subprocess.run([*command, "--figure=all.png", "--tables", *tables], cwd=tmp_path, timeout=100, check=True)
+    (tmp_path / "one.txt").write_text(measured)
+    (tmp_path / "two.txt").write_text(measured.replace(" 100 ", " 1,000 "))
+    output_of("evaluation_large.py", "--figure=all.png", "--tables", "one.txt", "two.txt", cwd=tmp_path)
     assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -102,26 +99,28 @@ def test_rows_of_the_ablation_are_made_once(tiny_data, tmp_path):
     folder, results = tmp_path / "ablation", tmp_path / "results.jsonl"
     flags = (f"--data_path={tiny_data}", f"--folder={folder}", f"--results={results}", "--pretrained=none")
     flags += ("--epochs=1", "--size=64,32", "--rows=8,9")
-    made = run("ablation.py", *flags)
+    made = rows_of(output_of("ablation.py", *flags))
     heads, (padded, mirrored) = made.pop("row"), made.values()
     assert (padded[:3], mirrored[:3]) == (["padded crops", "7", "1"], ["mirror averaging at test", "8", "1"])
     assert [row[heads.index("minutes of training")] for row in (padded, mirrored)] == ["0", "-"]
     written = results.read_text()
     assert len(written.splitlines()) == 2 and "--pad_crop=4" in written.splitlines()[1]
     (folder / "row08_seed1" / "ckpt.pth").unlink()  # which making it again would miss
-    assert run("ablation.py", *flags) == {"row": heads, "8": padded, "9": mirrored}
+    assert rows_of(output_of("ablation.py", *flags)) == {"row": heads, "8": padded, "9": mirrored}
     assert results.read_text() == written
 
 
 def test_loading(tiny_data):
-    rows = run("loader.py", f"--data_path={tiny_data}", "--resize_h_w=32,32", "--images=16", "--rounds=1")
+    rows = rows_of(
+        output_of("loader.py", f"--data_path={tiny_data}", "--resize_h_w=32,32", "--images=16", "--rounds=1")
+    )
     assert len(rows) == 6
     assert numbers(rows["published"])[1] == 1.0
 
 
 def test_the_local_loss_is_the_published_one():
     """The benchmark ends with an error where the two losses differ."""
-    rows = run("local_loss.py", "--sizes=64", "--rounds=1")
+    rows = rows_of(output_of("local_loss.py", "--sizes=64", "--rounds=1"))
     assert min(numbers(rows["64 images"])) > 0
 
 

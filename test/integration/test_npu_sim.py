@@ -10,23 +10,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, Finished, run_script
+from conftest import ROOT, TINY, Finished, run_script, same
 
 SIMULATION = ROOT / "test" / "npu_sim"
 TORCH = "2.14"  # the simulation uses its private interfaces
 pytestmark = pytest.mark.skipif(
     not torch.__version__.startswith(TORCH), reason=f"the simulated NPU needs torch {TORCH}"
 )
-SMALL = (
-    "--pretrained=none",
-    "--resize_h_w=64,32",
-    "--ids_per_batch=4",
-    "--ims_per_id=2",
-    "--workers=0",
-    "--seed=1",
-    "-llw=1",
-    "-idlw=1",
-)
+SMALL = (*TINY, "--seed=1", "-llw=1", "-idlw=1")
 # What a step copies to the host: whether a gradient overflowed, the loss scale, and the loss of an earlier step.
 TO_HOST = re.compile(r"_local_scalar_dense|_copy_from\[npu to cpu\]")
 SCALE_IN_FLOAT64 = {"aten::_copy_from[float64]", "aten::reciprocal[float64]"}  # one number, in torch's scaler
@@ -46,14 +37,9 @@ def train(tiny_data, tmp_path):
     """Run train.py as `nproc` processes and read its results."""
 
     def run(name, *flags, nproc=1, device="npu", **variables):
-        folder = tmp_path / name
-        report = tmp_path / f"report_{name}"
-        environment = {
-            "PYTHONPATH": str(SIMULATION),
-            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-            "NPU_SIM_REPORT": str(report),
-            **variables,
-        }
+        folder, report = tmp_path / name, tmp_path / f"report_{name}"
+        environment = {"PYTHONPATH": f"{SIMULATION}:{ROOT}", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", **variables}
+        environment["NPU_SIM_REPORT"] = str(report)
         script = ROOT / "script" / "train.py" if device == "npu" else SIMULATION / "train_contiguous.py"
         command = [script, f"--data_path={tiny_data}", *SMALL, f"--device={device}", f"--exp_dir={folder}", *flags]
         if nproc > 1:
@@ -72,35 +58,40 @@ def train(tiny_data, tmp_path):
     return run
 
 
-def without_figures(results):
+def scores_of(results):
     return {name: value for name, value in results.items() if name.startswith(("global", "local"))}
+
+
+def step_on_device(run):
+    """The operators of a step in mid-epoch, which must not wait for the device. Checkpoints come between epochs."""
+    step = run.reports[0]["steps"][4]
+    assert not [name for name in step if WAITS.search(name)]
+    assert sum(count for name, count in step.items() if TO_HOST.search(name)) <= 3, step
+    return step
 
 
 def test_float32_equals_the_cpu_and_the_step_stays_on_the_device(train):
     npu = train("npu", "--amp=O0", "--total_epochs=2")
     cpu = train("cpu", "--amp=O0", "--total_epochs=2", device="cpu")
     assert npu.losses == cpu.losses
-    assert without_figures(npu.results) == without_figures(cpu.results)
+    assert scores_of(npu.results) == scores_of(cpu.results)
     # Checkpoints are interchangeable between devices.
     ours, theirs = (torch.load(run.folder / "ckpt.pth", weights_only=True) for run in (npu, cpu))
-    assert all(torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
+    assert same(ours["model"], theirs["model"])
     tested = train("cpu_of_npu", "--only_test=true", f"--model_weight_file={npu.folder}", "--amp=O0", device="cpu")
-    assert without_figures(tested.results) == without_figures(npu.results)
+    assert scores_of(tested.results) == scores_of(npu.results)
 
-    (report,) = npu.reports
-    assert report["calls"]["optim::NpuFusedAdam"] == 6
-    step = report["steps"][4]  # in mid-epoch: a checkpoint is written between epochs
+    assert npu.reports[0]["calls"]["optim::NpuFusedAdam"] == 6
+    step = step_on_device(npu)
     assert step["aten::convolution_backward_overrideable"] == 54
     assert {name for name in step if "float64" in name} <= SCALE_IN_FLOAT64
-    assert not [name for name in step if WAITS.search(name)]
-    assert sum(count for name, count in step.items() if TO_HOST.search(name)) <= 3, step
 
 
 def test_evaluation_runs_on_the_device_with_the_cpus_scores(train):
     trained = train("trained", "--amp=O0", "--total_epochs=1", device="cpu")
     flags = ("--only_test=true", f"--model_weight_file={trained.folder}", "--amp=O0")
     npu, cpu = train("npu", *flags), train("cpu", *flags, device="cpu")
-    assert without_figures(npu.results) == without_figures(cpu.results)
+    assert scores_of(npu.results) == scores_of(cpu.results)
     calls = npu.reports[0]["calls"]
     assert calls["aten::addmm"] == 3  # global distances of queries and gallery, and within each
     assert calls["aten::baddbmm"] == 3  # aligned distances of queries and gallery, and within each
@@ -167,18 +158,18 @@ def test_an_overflow_skips_the_step_and_is_logged(train, amp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [("--amp=O0",), ("--amp=O1",), ("--amp=apex",)])
-def test_two_devices(train, flags):
-    run = train("two", *flags, "--total_epochs=2", nproc=2)
+@pytest.mark.parametrize("amp", ["O0", "O1", "apex"])
+def test_two_devices(train, amp):
+    run = train("two", f"--amp={amp}", "--total_epochs=2", nproc=2)
     assert [report["device"] for report in run.reports] == [0, 1]
     for report in run.reports:
         assert report["calls"]["hccl::allreduce"] > 6
         assert report["calls"]["hccl::allgather"] >= 2  # the features: hccl has no gather
     assert float(run.losses[-1]) < float(run.losses[0])
-    if flags == ("--amp=O0",):
-        cpu = train("cpu", *flags, "--total_epochs=2", nproc=2, device="cpu")
+    if amp == "O0":
+        cpu = train("cpu", "--amp=O0", "--total_epochs=2", nproc=2, device="cpu")
         assert run.losses == cpu.losses
-        assert without_figures(run.results) == without_figures(cpu.results)
+        assert scores_of(run.results) == scores_of(cpu.results)
 
 
 @pytest.mark.slow
@@ -188,7 +179,7 @@ def test_models_on_a_device_each_equal_models_on_one(train):
     together = train("together", *flags, device="cpu")
     assert apart.losses == together.losses
     for one, other in zip(apart.results["models"], together.results["models"], strict=True):
-        assert without_figures(one) == without_figures(other)
+        assert scores_of(one) == scores_of(other)
 
 
 @pytest.mark.slow
@@ -197,6 +188,4 @@ def test_the_strong_recipe_stays_on_the_device(train):
     flags = (*tricks, "--amp=O0", "--total_epochs=2")
     npu, cpu = train("npu", *flags), train("cpu", *flags, device="cpu")
     assert [float(loss) for loss in npu.losses] == pytest.approx([float(loss) for loss in cpu.losses], rel=1e-3)
-    step = npu.reports[0]["steps"][4]
-    assert not [name for name in step if WAITS.search(name)]
-    assert sum(count for name, count in step.items() if TO_HOST.search(name)) <= 3, step
+    step_on_device(npu)

@@ -1,3 +1,1 @@
-from torch_npu.optim import NpuFusedAdam
-
-__all__ = ["NpuFusedAdam"]
+from torch_npu.optim import NpuFusedAdam as NpuFusedAdam

@@ -15,7 +15,7 @@ os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # this import may come first:
 import torch  # noqa: E402
 import torch.utils.backend_registration  # noqa: E402
 
-from torch_npu import autocast, dynamo, hccl, npu, operators, optim, profiler, report, storage  # noqa: E402
+from torch_npu import autocast, hccl, memory, npu, operators, optim, profiler, report  # noqa: E402
 
 if _wanted is None:
     del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
@@ -30,6 +30,12 @@ def _autoload() -> None:
     """The entry point of torch.backends; importing the package has done all of it."""
 
 
+def _run_graph(graph_module, example_inputs, **options):
+    """The backend "npu" of torch.compile; torch_npu's compiles with torchair, this one runs the graph as it is."""
+    report.facts["compiled_nodes"] = report.facts.get("compiled_nodes", 0) + len(graph_module.graph.nodes)
+    return graph_module.forward
+
+
 def _install() -> None:
     torch.utils.backend_registration._setup_privateuseone_for_python_backend("npu", backend_module=npu)
     sys.modules["torch.npu"] = npu
@@ -38,9 +44,12 @@ def _install() -> None:
     torch._C._set_multithreading_enabled(False)
     operators.register()
     autocast.register()
-    storage.register()
+    memory.register()
     hccl.register()
-    dynamo.register()
+    if os.environ.get("NPU_SIM_COMPILER"):  # importing dynamo takes seconds
+        from torch._dynamo import register_backend
+
+        register_backend(_run_graph, "npu")
     report.register()
 
 

@@ -9,8 +9,6 @@ from torch_npu.report import calls
 
 
 def register() -> None:
-    if not torch.distributed.is_available():
-        return
     from torch._C import _distributed_c10d as c10d
 
     class ProcessGroupHCCL(c10d.Backend):
@@ -22,9 +20,6 @@ def register() -> None:
             return "hccl"
 
         name = _get_backend_name = getBackendName
-
-        def barrier(self, options=None):
-            return self.finish("barrier", [], c10d.BarrierOptions())
 
         def finish(self, name, result, *args):
             getattr(self.gloo, name)(*args).wait()
@@ -44,17 +39,11 @@ def register() -> None:
     for name, options, num_inputs in (
         ("allreduce", c10d.AllreduceOptions, 0),
         ("broadcast", c10d.BroadcastOptions, 0),
-        ("reduce", c10d.ReduceOptions, 0),
         ("allgather", c10d.AllgatherOptions, 1),
         ("_allgather_base", c10d.AllgatherOptions, 1),
-        ("scatter", c10d.ScatterOptions, 1),
-        ("reduce_scatter", c10d.ReduceScatterOptions, 1),
-        ("_reduce_scatter_base", c10d.ReduceScatterOptions, 1),
     ):
         collective(name, options, num_inputs)
-    # The names that newer versions of torch call two of them by.
-    ProcessGroupHCCL.all_gather_single = ProcessGroupHCCL._allgather_base
-    ProcessGroupHCCL.reduce_scatter_single = ProcessGroupHCCL._reduce_scatter_base
+    ProcessGroupHCCL.all_gather_single = ProcessGroupHCCL._allgather_base  # newer versions of torch call it so
 
     def create(store, rank, size, timeout):
         return ProcessGroupHCCL(torch.distributed.ProcessGroupGloo(store, rank, size, timeout))

@@ -8,6 +8,8 @@ import ctypes
 
 import torch
 
+from torch_npu.npu import index_of
+
 KDL_CPU, KDL_EXT_DEV = 1, 12  # DLPack's names of a CPU, and of what torch calls PrivateUse1
 DEVICE_OFFSET = ctypes.sizeof(ctypes.c_void_p)  # DLTensor { void* data; { int32 type, int32 index } device; ... }
 
@@ -39,3 +41,29 @@ def _relabelled(tensor: torch.Tensor, kind: int, index: int) -> torch.Tensor:
     device = (ctypes.c_int32 * 2).from_address(_address_in(capsule, b"dltensor") + DEVICE_OFFSET)
     device[:] = [kind, index]
     return torch._C._from_dlpack(capsule)
+
+
+# ---- checkpoints: torch.save and torch.load of npu storages, and their copies
+
+
+def register() -> None:
+    torch.serialization.register_package(1, _tag, _restore)
+    torch.storage._StorageBase.clone = _clone  # type: ignore[method-assign]
+
+
+def _tag(storage: torch.UntypedStorage) -> str | None:
+    return f"npu:{storage.device.index or 0}" if storage.device.type == "npu" else None
+
+
+def _restore(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    if not location.startswith("npu"):
+        return None
+    return to_device(storage_bytes(storage).clone(), index_of(location)).untyped_storage()
+
+
+_host_clone = torch.storage._StorageBase.clone
+
+
+def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage | None:
+    """torch's own makes an UntypedStorage(n, device="npu"), for which there is no allocator."""
+    return _restore(storage, _tag(storage) or "") if storage.device.type == "npu" else _host_clone(storage)

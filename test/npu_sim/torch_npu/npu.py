@@ -14,20 +14,11 @@ _current = 0
 
 def index_of(device: object = None) -> int:
     """The index that a device, its number or None (the current one) names; RuntimeError where there is none such."""
-    if device is None:
-        return _current
-    index = device if isinstance(device, int) else torch.device(device).index  # type: ignore[arg-type]
+    index = device if device is None or isinstance(device, int) else torch.device(device).index
     index = _current if index is None else index
     if not 0 <= index < COUNT:
         raise RuntimeError(f"npu: invalid device index {index}: there are {COUNT}")
     return index
-
-
-def is_available() -> bool:
-    return COUNT > 0
-
-
-is_initialized = is_available
 
 
 def device_count() -> int:
@@ -36,6 +27,13 @@ def device_count() -> int:
 
 def current_device() -> int:
     return _current
+
+
+def is_available() -> bool:
+    return COUNT > 0
+
+
+is_initialized = is_available
 
 
 def set_device(device: object) -> None:
@@ -88,7 +86,7 @@ class _HF32:
 
     def __setattr__(self, option: str, value: bool) -> None:
         self.__dict__[option] = value
-        facts.setdefault("hf32", {})[self.name] = value  # type: ignore[attr-defined]
+        facts.setdefault("hf32", {})[self.name] = value
 
 
 conv, matmul = _HF32("conv", True), _HF32("matmul", False)
@@ -102,42 +100,28 @@ class Event:
     def synchronize(self) -> None: ...
 
 
-class device:
-    """The context manager that makes a device the current one."""
-
-    def __init__(self, which: object) -> None:
-        self.index = index_of(which)
-
-    def __enter__(self) -> None:
-        self.former = _current
-        set_device(self.index)
-
-    def __exit__(self, *exception: object) -> None:
-        set_device(self.former)
-
-
 amp = types.ModuleType("torch_npu.npu.amp")
 
 
 class GradScaler(torch.amp.GradScaler):
     """torch_npu's signature, and its trap: with dynamic=False nothing looks for an overflow and every step is taken."""
 
-    def __init__(self, init_scale: float = 2.0**16, dynamic: bool = True, **options: object) -> None:
-        super().__init__("npu", init_scale=init_scale, **options)  # type: ignore[arg-type]
+    def __init__(self, init_scale=2.0**16, dynamic=True, **options):
+        super().__init__("npu", init_scale=init_scale, **options)
         self._dynamic = dynamic
 
-    def _maybe_opt_step(self, optimizer, optimizer_state, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def _maybe_opt_step(self, optimizer, optimizer_state, *args, **kwargs):
         if self._dynamic:
             return super()._maybe_opt_step(optimizer, optimizer_state, *args, **kwargs)
         return optimizer.step(*args, **kwargs)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self):
         return {**super().state_dict(), "dynamic": self._dynamic}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state):
         super().load_state_dict(state)
-        self._dynamic = state["dynamic"]  # type: ignore[assignment]
+        self._dynamic = state["dynamic"]
 
 
-amp.GradScaler = GradScaler  # type: ignore[attr-defined]
-amp.autocast = functools.partial(torch.amp.autocast, "npu")  # type: ignore[attr-defined]
+amp.GradScaler = GradScaler
+amp.autocast = functools.partial(torch.amp.autocast, "npu")

@@ -38,10 +38,11 @@ def register() -> None:
                 direct += [getattr(packet, one) for one in packet.overloads() if not one.endswith("out")]
     for operator in direct:
         own.impl(operator, functools.partial(run, operator), "PrivateUse1")
-    # Pinned memory is host memory with a mark: there is nothing to pin it for.
-    own.impl("_pin_memory", _pin, "CPU")
-    own.impl("is_pinned", lambda tensor, device=None: getattr(tensor, "_is_pinned_in_simulation", False), "CPU")
-    torch.empty = functools.partial(_empty, torch.empty)
+    # There is nothing to pin memory for, and no device that torch.empty could ask for pinned memory.
+    own.impl("_pin_memory", lambda tensor, device=None: tensor.clone(), "CPU")
+    own.impl("is_pinned", lambda tensor, device=None: False, "CPU")
+    empty = torch.empty
+    torch.empty = lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs)
 
 
 def run(operator, *args, **kwargs):
@@ -153,18 +154,6 @@ def convert(function, value):
 
 def is_half(value) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == torch.float16
-
-
-def _pin(tensor, device=None):
-    pinned = tensor.clone()
-    pinned._is_pinned_in_simulation = True
-    return pinned
-
-
-def _empty(empty, *args, pin_memory=False, **kwargs):
-    """torch.empty, which asks a device that is not there for pinned memory."""
-    tensor = empty(*args, **kwargs)
-    return _pin(tensor) if pin_memory else tensor
 
 
 def _convolution_backward(gradient, x, weight, stride, padding, dilation, transposed, output_padding, groups, mask):

@@ -9,11 +9,8 @@ from torch_npu.memory import to_host
 class NpuFusedAdam(torch.optim.Optimizer):
     """Adam whose steps are counted on the host, as an int in each parameter's state."""
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, amsgrad=False):
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        )
-        self.is_fused_optimizer = True
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -26,17 +23,14 @@ class NpuFusedAdam(torch.optim.Optimizer):
         states = [self.state[one] for one in parameters]
         for parameter, state in zip(parameters, states, strict=True):
             if not state:
-                state["step"] = 0
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")} | {"step": 0}
             if not isinstance(state["step"], int):
                 raise TypeError("NpuFusedAdam counts its steps on the host: a tensor there would make each step wait")
             state["step"] += 1
         torch._fused_adam_(
             [to_host(one) for one in parameters],
             [to_host(one.grad) for one in parameters],
-            [to_host(state["exp_avg"]) for state in states],
-            [to_host(state["exp_avg_sq"]) for state in states],
+            *([to_host(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")),
             [],
             [torch.tensor(float(state["step"])) for state in states],
             lr=group["lr"],

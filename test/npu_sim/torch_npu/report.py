@@ -8,14 +8,13 @@ import os
 calls: collections.Counter[str] = collections.Counter()  # operator or hccl collective -> how often it ran
 facts: dict[str, object] = {}  # what was set: compile mode, device
 steps: list[dict[str, int]] = []  # the calls of each optimiser step, from the end of the one before
+_counted: collections.Counter[str] = collections.Counter()
 
 
 def end_of_step() -> None:
     """Called by the optimiser: the calls since the last step are one training step's."""
-    done: collections.Counter[str] = collections.Counter()
-    for one in steps:
-        done.update(one)
-    steps.append(dict(calls - done))
+    steps.append(dict(calls - _counted))
+    _counted.update(steps[-1])
 
 
 def register() -> None:
