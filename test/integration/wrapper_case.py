@@ -57,7 +57,10 @@ class Case:
 
     def run(self, wrapper, *options, **given):
         process = self.start(wrapper, *options, **given)
-        out, err = process.communicate(timeout=300)
+        try:
+            out, err = process.communicate(timeout=600)
+        finally:
+            process.terminate()
         return Finished(process.returncode, out, err)
 
     def arguments(self, call="run"):
