@@ -132,6 +132,6 @@ def test_more_steps_than_an_epoch_has_are_refused(tiny_data, run_here, capsys):
 
 
 def test_search_finds_what_numpy_finds():
-    rows = run("search.py", "--galleries=300,700", "--queries=70", "--rounds=1")
+    rows = rows_of(output_of("search.py", "--galleries=300,700", "--queries=70", "--rounds=1"))
     assert list(rows) == ["gallery", "300", "700"]
     assert all(value > 0 for value in numbers(rows["700"])[:4])
