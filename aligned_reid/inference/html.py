@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from aligned_reid import __version__
 from aligned_reid.errors import InputError
 from aligned_reid.files import write_file
+from aligned_reid.inference.images import shown
 
 THUMBNAIL_SIDE = 192  # pixels of the longer side, at most
 THUMBNAIL_BYTES = 12_000  # of one file, at most
@@ -39,11 +40,6 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         write_file(path, page.encode())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def shown(name: str | Path) -> str:
-    """A file's name as text: line breaks, control characters and bytes that are not UTF-8 become escapes."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(name))
 
 
 def thumbnail(image: Pixels) -> bytes:
