@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
@@ -31,15 +30,16 @@ def nearest(queries: Tensor, feat: Tensor, norms: Tensor, k: int) -> tuple[np.nd
     for first in tqdm(blocks, desc="search", leave=False, disable=None, delay=SECONDS_WITHOUT_BAR):
         block = queries[first : first + QUERIES_PER_BLOCK]
         # One query is limited by reading feat once, at which numpy's BLAS is faster than torch's.
-        dots = product(block, feat) if len(block) > 1 else torch.from_numpy(feat.numpy() @ block[0].numpy())[None]
-        squared = torch.add(norms, dots, alpha=-2).numpy()  # [B, N], without the query's own norm
+        dots = product(block, feat).numpy() if len(block) > 1 else (feat.numpy() @ block[0].numpy())[None]
+        squared = np.multiply(dots, -2, out=dots)  # [B, N], without the query's own norm
+        squared += norms.numpy()
         found = np.argpartition(squared, k - 1, axis=1)[:, :k]
         found.sort(axis=1)
         values = np.take_along_axis(squared, found, axis=1)
         order = np.argsort(values, axis=1, kind="stable")
         rows = slice(first, first + len(block))
         places[rows] = np.take_along_axis(found, order, axis=1)
-        values = np.take_along_axis(values, order, axis=1) + block.square().sum(1, keepdim=True).numpy()
+        values = np.take_along_axis(values, order, axis=1) + np.square(block.numpy()).sum(axis=1, keepdims=True)
         distances[rows] = np.sqrt(values.clip(min=MIN_SQUARED_DISTANCE))
     return places, distances
 
