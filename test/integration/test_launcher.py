@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -269,3 +270,21 @@ def test_a_mistake_is_not_retried(run, tmp_path, end, status, attempts):
 
 def test_one_process_can_be_restarted(run):
     assert run(f"{COUNT}print(tried); sys.exit(tried == 0)", num_processes=1, max_restarts=1)[:2] == (0, "0\n1\n")
+
+
+def test_a_command_is_launched_by_its_name_without_a_checkout(tmp_path):
+    """As from an installed wheel: the package alone, in another folder than the user's."""
+    shutil.copytree(LAUNCH.parents[1] / "aligned_reid", tmp_path / "site" / "aligned_reid")
+    program = [sys.executable, "-m", "aligned_reid", "launch", "--nproc=2", "--check=false"]
+    done = subprocess.run(
+        [*program, "train", "--data_path=/nowhere", "--device=cpu"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("aligned-reid launch: error: rank ") and "/nowhere" in done.stderr
+    assert read_log(tmp_path, 0).startswith("aligned-reid train: error: ")
