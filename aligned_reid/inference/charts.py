@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aligned_reid.evaluation.kernels import BIN_SHIFT
 from aligned_reid.evaluation.protocol import TITLES
-from aligned_reid.inference.findings import BROWSED, PairCounts
+from aligned_reid.evaluation.verification import Counts
+from aligned_reid.inference.findings import BROWSED
 
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 50, 20, 12, 40
@@ -133,16 +135,18 @@ def roc_chart(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     )
 
 
-def histogram_chart(title: str, counts: PairCounts, threshold: float | None) -> dict[str, Any]:
+def histogram_chart(title: str, counts: Counts, threshold: float | None) -> dict[str, Any]:
     """Distances of pairs of one person and of different people, each adding up to 1."""
-    middles = (counts.edges[:-1] + counts.edges[1:]) / 2
-    used = middles[(counts.same + counts.different) > 0]
+    used = np.flatnonzero(counts.any(axis=0))
+    first, last = int(used[0]), int(used[-1])
+    edges = (np.arange(first, last + 2, dtype=np.int32) << BIN_SHIFT).view(np.float32)  # of the bins
+    middles = (edges[:-1] + edges[1:]) / 2
     lines = []
-    for label, values in (("same person", counts.same), ("different people", counts.different)):
-        heights, edges = np.histogram(middles, HISTOGRAM_BARS, (used[0], used[-1]), weights=values)
+    for label, values in zip(("same person", "different people"), counts[:, first : last + 1], strict=True):
+        heights, bars = np.histogram(middles, HISTOGRAM_BARS, (edges[0], edges[-1]), weights=values)
         shares = heights / max(values.sum(), 1)
-        lines.append(Line(label, list(zip(((edges[:-1] + edges[1:]) / 2).tolist(), shares.tolist(), strict=True))))
-    x = linear_axis("distance", float(used[0]), float(used[-1]))
+        lines.append(Line(label, list(zip(((bars[:-1] + bars[1:]) / 2).tolist(), shares.tolist(), strict=True))))
+    x = linear_axis("distance", float(edges[0]), float(edges[-1]))
     y = linear_axis("pairs", 0, max(share for line in lines for _, share in line.points), share=True)
     mark = None if threshold is None else (threshold, f"threshold {threshold:.2f}")
     return chart(title, lines, x, y, mark=mark, filled=True)

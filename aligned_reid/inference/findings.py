@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,14 +13,13 @@ from aligned_reid.data.partitions import GALLERY, QUERY
 from aligned_reid.evaluation.extract import FeatureSet
 from aligned_reid.evaluation.protocol import EvaluationSettings, LabelArrays, distances, log_scores, select
 from aligned_reid.evaluation.ranking import rank
+from aligned_reid.evaluation.verification import VERIFIED, Counts, count_pairs
 
 BROWSED = ("global", "global_local", "global_re_ranked", "global_local_re_ranked")  # distances with a grid of queries
-VERIFIED = ("global", "global_local")  # distances with a ROC curve
 CMC_RANKS = 50
 NUM_HITS = 10  # gallery images shown for a query, without those that the protocol removes
 NUM_NEAREST = 30  # images among which they are searched
 ROWS_PER_BLOCK = 256
-NUM_BINS = 4000  # of the distances of pairs
 
 Indices = NDArray[np.int64]
 Float32s = NDArray[np.float32]
@@ -43,14 +42,6 @@ class Split(NamedTuple):
         return cls(*(array[one] for array in arrays for one in rows))
 
 
-class PairCounts(NamedTuple):
-    """How many pairs of images from different cameras have a distance in each bin."""
-
-    edges: NDArray[np.float64]  # [B + 1]
-    same: Indices  # [B], pairs of one person
-    different: Indices  # [B]
-
-
 class Findings(NamedTuple):
     """What the distances of a test show; dictionaries by the distance's name."""
 
@@ -58,7 +49,7 @@ class Findings(NamedTuple):
     cmc: dict[str, list[float]]  # rank@1 to rank@CMC_RANKS
     ap: dict[str, list[float | None]]  # of each query; None without a match
     hits: dict[str, list[list[tuple[int, float]]]]  # of each query: gallery image and distance, nearest first
-    pairs: dict[str, PairCounts]
+    pairs: dict[str, Counts]  # of verification
     rank1: dict[tuple[int, int], float]  # of queries of one camera in the gallery of another, by global distance
 
 
@@ -80,7 +71,7 @@ def find(features: FeatureSet, split: Split, settings: EvaluationSettings, log: 
                 for images, row in zip(nearest_images(dist, split), dist, strict=True)
             ]
         if name in VERIFIED:
-            found.pairs[name] = count_pairs(dist, split)
+            found.pairs[name] = count_pairs(dist, *split[:4])
         if name == "global":
             found.rank1.update(rank1_by_cameras(dist, split))
     return found
@@ -103,40 +94,6 @@ def nearest_images(dist: Float32s, split: Split) -> list[Indices]:
             counted = ~(same_person & (split.gallery_cams[images] == split.query_cams[query]))
             found.append(images[counted.cumsum() - counted < NUM_HITS])
     return found
-
-
-def count_pairs(dist: Float32s, split: Split) -> PairCounts:
-    """Count the distances [Q, G] of queries to gallery images of other cameras in NUM_BINS bins."""
-    top = float(dist.max()) * (1 + 1e-6)
-    counts = np.zeros((2, NUM_BINS), np.int64)
-    for first in range(0, len(dist), ROWS_PER_BLOCK):
-        rows = slice(first, first + ROWS_PER_BLOCK)
-        bins = (dist[rows] * (NUM_BINS / top)).astype(np.int32)
-        other_camera = split.query_cams[rows, None] != split.gallery_cams
-        same_person = split.query_ids[rows, None] == split.gallery_ids
-        counts[0] += np.bincount(bins[other_camera & same_person], minlength=NUM_BINS)
-        counts[1] += np.bincount(bins[other_camera & ~same_person], minlength=NUM_BINS)
-    return PairCounts(np.linspace(0, top, NUM_BINS + 1), *counts)
-
-
-def verification_curve(counts: PairCounts) -> dict[str, Any]:
-    """Rates and thresholds of the decision "one person if the distance is below a threshold", as in results.json."""
-    num_same, num_different = int(counts.same.sum()), int(counts.different.sum())
-    tmr, below = (np.append(0, kind.cumsum()) for kind in (counts.same / max(num_same, 1), counts.different))
-    fmr = below / max(num_different, 1)
-    at_fmr: dict[str, Any] = {}
-    for rate in (1e-2, 1e-3, 1e-4):
-        place = int(np.searchsorted(below, rate * num_different, side="right")) - 1
-        figures = {"threshold": float(counts.edges[place]), "tmr": float(tmr[place])}
-        at_fmr[f"{rate:g}"] = figures if rate * num_different >= 1 else None
-    equal = int(np.abs(1 - tmr - fmr).argmin())
-    places = np.unique(np.searchsorted(fmr, np.geomspace(1e-6, 1, 100), side="right") - 1)
-    return {
-        "eer": float(1 - tmr[equal] + fmr[equal]) / 2,
-        "eer_threshold": float(counts.edges[equal]),
-        "at_fmr": at_fmr,
-        "roc": {"fmr": fmr[places].tolist(), "tmr": tmr[places].tolist()},
-    }
 
 
 def rank1_by_cameras(dist: Float32s, split: Split) -> dict[tuple[int, int], float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aligned_reid.evaluation.protocol import TITLES
 from aligned_reid.inference.findings import BROWSED, Findings, Split
-from aligned_reid.inference.html import shown
+from aligned_reid.inference.images import shown
 
 
 class Grid(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the pages share: templates, thumbnails, and names of files as text."""
+"""What the pages share: templates and thumbnails."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shown"] = shown
     page = environment.get_template(template).render(version=__version__, **values)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,33 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from aligned_reid.data.prepare.jpeg import read_as_jpeg
-from aligned_reid.data.transforms import decode_jpeg
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.kernels import in_threads
-from aligned_reid.inference.html import Pixels, data_uri, shown, thumbnail, write_page
-
-
-class Hit(Protocol):
-    """A photo that a search has found."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def distance(self) -> float: ...
-    @property
-    def same_person(self) -> bool | None: ...
-
-
-class Group(Protocol):
-    """The photos of one person."""
-
-    @property
-    def person(self) -> int: ...
-    @property
-    def paths(self) -> list[Path]: ...
+from aligned_reid.inference.gallery import Group, Hit
+from aligned_reid.inference.html import Pixels, data_uri, thumbnail, write_page
+from aligned_reid.inference.images import read_image, shown
 
 
 class Photo(NamedTuple):
@@ -85,6 +65,6 @@ def link(path: Path, address: str | None) -> Photo:
 def read_thumbnail(path: Path) -> bytes | None:
     """None if the photo cannot be read: the others are still shown."""
     try:
-        return thumbnail(decode_jpeg(path, read_as_jpeg(path)))
+        return thumbnail(read_image(path, shown(path)))
     except InputError:
         return None

@@ -27,11 +27,13 @@ from aligned_reid.evaluation.features import read_features
 from aligned_reid.evaluation.kernels import in_threads
 from aligned_reid.evaluation.protocol import TITLES, EvaluationSettings
 from aligned_reid.evaluation.saved import MATRIX_BYTES, join, read_tables
+from aligned_reid.evaluation.verification import verification_curve
 from aligned_reid.files import write_file
 from aligned_reid.inference.charts import cmc_chart, histogram_chart, roc_chart, training_charts
-from aligned_reid.inference.findings import Findings, Split, find, verification_curve
+from aligned_reid.inference.findings import Findings, Split, find
 from aligned_reid.inference.grid import Grid, make_grid, pairs_of
-from aligned_reid.inference.html import data_uri, shown, thumbnail, write_page
+from aligned_reid.inference.html import data_uri, thumbnail, write_page
+from aligned_reid.inference.images import shown
 from aligned_reid.run import CONFIG_NAME, run_extraction
 from aligned_reid.training.log import Log
 from aligned_reid.weights import CHECKPOINT_NAME, SAFETENSORS_NAME, digest_of, read_weight_file

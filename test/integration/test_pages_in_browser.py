@@ -2,8 +2,6 @@
 
 import base64
 import json
-from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -12,6 +10,7 @@ from browser import CHROMIUM, Browser
 
 from aligned_reid.data import TestImages, open_data
 from aligned_reid.evaluation.features import FeatureWriter
+from aligned_reid.inference.gallery import Group, Hit
 from aligned_reid.inference.html import data_uri, thumbnail
 from aligned_reid.inference.pages import write_group_page, write_search_page
 from aligned_reid.inference.report import write_report
@@ -21,17 +20,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found; apt
 DRAWN = "document.querySelector('.row .hit')"
 NUM_QUERIES, NUM_IMAGES = 3368, 19281  # Market-1501's test
 WAIT = "new Promise((done) => setTimeout(done, 50))"
-
-
-class Hit(NamedTuple):
-    path: Path
-    distance: float
-    same_person: bool | None
-
-
-class Group(NamedTuple):
-    person: int
-    paths: list[Path]
 
 
 @pytest.fixture(scope="module")
