@@ -9,7 +9,7 @@ import torch
 
 from aligned_reid import InputError
 from aligned_reid.distance import alignment_path
-from aligned_reid.inference.drawing import draw_alignment, draw_heat_map
+from aligned_reid.inference.drawing import diagonal_distance, draw_alignment, draw_heat_map
 
 PHOTOS = [np.full((128, 64, 3), shade, np.uint8) for shade in (60, 200)]
 
@@ -25,6 +25,14 @@ def test_alignment_shows_both_photos_and_the_path(tmp_path):
     assert min(picture.shape[:2]) > 400
     for colour in [(60, 60, 60), (200, 200, 200), (0x1C, 0x71, 0xF2)]:  # blue, green, red
         assert (picture == colour).all(axis=2).sum() > 500
+
+
+def test_aligned_distance_is_never_above_the_diagonals():
+    torch.manual_seed(0)
+    for one, other in torch.randn(50, 2, 6, 4):
+        aligned = alignment_path(one, other)
+        assert aligned.distance <= diagonal_distance(aligned.cost.numpy()) + 1e-6
+    assert diagonal_distance(np.array([[0.1, 0.4], [0.8, 0.2]])) == pytest.approx(0.9)
 
 
 def test_alignment_as_svg_is_text(tmp_path):

@@ -2,7 +2,7 @@
 // The grid of queries and the picture of an alignment. data.js calls showReport, pairs/*.js call addPairs.
 
 const byId = (id) => document.getElementById(id);
-const MARKS = { right: "✓", wrong: "✗", junk: "·" };
+const MARKS = { right: "✓", wrong: "✗", junk: "–" };
 const MEANING = { right: "the query's person", wrong: "someone else", junk: "same person and camera, not counted" };
 const STOPS = [[8, 29, 88], [34, 94, 168], [65, 182, 196], [199, 233, 180], [255, 255, 217]]; // dark: alike
 const alignments = new Map(); // by file in pairs/: a promise of its content
@@ -83,7 +83,7 @@ function fill(row) {
   text.append(make("br"), `camera ${report.camera[query]}`);
   for (const one of others) text.append(make("small", { class: "soft", title: one.title }, shortly(one, query)));
   const hits = hitsOf(query).map((hit, index) => {
-    const name = `${hit.rank ? `rank ${hit.rank}` : "not counted"}: ${place(hit.image)}, ${MEANING[hit.kind]}, distance ${hit.distance}`;
+    const name = `${hit.rank ? `rank ${hit.rank}: ` : ""}${place(hit.image)}, ${MEANING[hit.kind]}, distance ${hit.distance}`;
     const button = make("button", { class: `hit ${hit.kind}`, "aria-label": name, title: name });
     button.append(make("img", { src: photo(hit.image), alt: "", loading: "lazy", decoding: "async" }));
     button.append(make("span", {}, make("b", {}, `${MARKS[hit.kind]}${hit.rank}`), hit.distance.toPrecision(3)));
@@ -127,7 +127,8 @@ async function open(query, index) {
   const hits = hitsOf(query);
   const hit = hits[index];
   opened = { query, index, length: hits.length };
-  byId("detail-title").textContent = `${MARKS[hit.kind]} ${hit.rank ? `Rank ${hit.rank}` : "Not counted"}: ${MEANING[hit.kind]}`;
+  const title = hit.rank ? `Rank ${hit.rank}: ${MEANING[hit.kind]}` : "Not counted: same person and camera";
+  byId("detail-title").textContent = `${MARKS[hit.kind]} ${title}`;
   byId("detail-text").textContent = `Query: ${place(query)}. Found: ${place(hit.image)}. ${order.title}: ${hit.distance}.`;
   byId("files").textContent = `${report.name[query]} and ${report.name[hit.image]}`;
   byId("previous").disabled = index === 0;
@@ -187,7 +188,8 @@ function drawPair(query, image, pair) {
   const stripes = report.stripes;
   const cost = Array.from(atob(costs), (one) => one.charCodeAt(0) / 255);
   const [least, most] = [Math.min(...cost), Math.max(...cost)];
-  const share = (i, j) => (cost[i * stripes + j] - least) / Math.max(most - least, 1e-6); // 0: alike
+  const at = (i, j) => cost[i * stripes + j];
+  const share = (i, j) => (at(i, j) - least) / Math.max(most - least, 1e-6); // 0: alike
   const cells = [[0, 0]];
   for (const move of moves) {
     const [i, j] = cells[cells.length - 1];
@@ -202,7 +204,7 @@ function drawPair(query, image, pair) {
     const alike = 1 - share(i, j);
     const ends = { x1: WIDTH, y1: middle(i, HEIGHT), x2: WIDTH + GAP, y2: middle(j, HEIGHT) };
     const look = { "stroke-width": 1 + 7 * alike, "stroke-opacity": 0.35 + 0.65 * alike };
-    photos.append(draw("line", { class: "link", ...ends, ...look }, `stripes ${i + 1} and ${j + 1}: cost ${cost[i * stripes + j].toFixed(2)}`));
+    photos.append(draw("line", { class: "link", ...ends, ...look }, `stripes ${i + 1} and ${j + 1}: cost ${at(i, j).toFixed(2)}`));
   }
   const matrix = draw("svg", { viewBox: `0 0 ${HEIGHT} ${HEIGHT}`, width: HEIGHT, role: "img" });
   matrix.setAttribute("aria-label", "costs of all pairs of stripes, and the shortest path");
@@ -216,10 +218,10 @@ function drawPair(query, image, pair) {
   for (const [stroke, width] of [["white", 8], ["#f2711c", 4]]) {
     matrix.append(draw("polyline", { class: "trail", points, stroke, "stroke-width": width }));
   }
-  let straight = 0;
-  for (let i = 0; i < stripes; i++) straight += cost[i * stripes + i] / stripes;
+  let diagonal = at(0, 0); // without alignment: the mean of the paths along the diagonal
+  for (let i = 1; i < stripes; i++) diagonal += at(i, i) + (at(i - 1, i) + at(i, i - 1)) / 2;
   byId("alignment").textContent =
-    `Aligned distance ${distance}: ${(distance / cells.length).toFixed(2)} per stripe pair on the path, ` +
-    `${straight.toFixed(2)} straight across. The thicker a line and the darker a square, the more alike its stripes.`;
+    `Aligned distance ${distance}, along the diagonal ${diagonal.toPrecision(4)}. ` +
+    "The thicker a line and the darker a square, the more alike its stripes.";
   return [photos, matrix];
 }
