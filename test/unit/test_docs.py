@@ -144,8 +144,9 @@ def test_the_ablation_page_has_the_table_of_its_results():
     assert table in PAGES["ablation.md"]
 
 
-def test_readme_shows_a_picture():
-    assert min(cv2.imread(str(ROOT / "docs" / "matches.png")).shape[:2]) > 500
+@pytest.mark.parametrize("name", ["matches.png", "report.png"])
+def test_readme_shows_pictures(name):
+    assert min(cv2.imread(str(ROOT / "docs" / name)).shape[:2]) > 500
 
 
 def test_example_of_a_custom_split_makes_a_data_set(tmp_path, monkeypatch):
