@@ -21,6 +21,7 @@ from aligned_reid.model import AlignedReID
 from aligned_reid.weights import write_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "test" / "golden"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job and its children ignore it
 TINY = ("--pretrained=none", "--resize_h_w=64,32", "--ids_per_batch=4", "--ims_per_id=2", "--workers=0", "--device=cpu")
 
@@ -35,6 +36,13 @@ def tiny_data(tmp_path_factory):
 def tiny_flags(tiny_data):
     """Flags of a run that takes seconds."""
     return (f"--data_path={tiny_data}", *TINY)
+
+
+def tiny_config(data, folder, **settings):
+    """Settings of a run of two epochs that takes seconds."""
+    common = {"data_path": str(data), "exp_dir": str(folder), "pretrained": "none", "resize_h_w": (64, 32), "seed": 1}
+    common |= {"ids_per_batch": 4, "ims_per_id": 2, "workers": 0, "device": "cpu", "amp": "O0", "total_epochs": 2}
+    return Config(**common | settings)
 
 
 def make_small_trunk():
@@ -55,13 +63,25 @@ def small_trunk(monkeypatch):
         monkeypatch.setattr(f"aligned_reid.{module}.make_trunk", make_small_trunk)
 
 
+def refusal(function, *arguments, **named):
+    """The message of the InputError that a call raises: one printable line."""
+    with pytest.raises(InputError) as caught:
+        function(*arguments, **named)
+    message = str(caught.value)
+    assert message.isprintable()
+    return message
+
+
 def preparation_refusal(prepare, source, save_dir, *options, **named):
     """The one line that `prepare` raises; it must not leave a data set behind."""
-    with pytest.raises(InputError) as caught:
-        prepare(source, save_dir, *options, **named)
-    assert "\n" not in str(caught.value)
+    message = refusal(prepare, source, save_dir, *options, **named)
     assert not (save_dir / "partitions.pkl").exists()
-    return str(caught.value)
+    return message
+
+
+def contents(folder):
+    """The files below a folder by their relative names."""
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def same(first, second):
