@@ -1,6 +1,7 @@
 """What tests share: a tiny drawn data set, a tiny trunk, and commands run as a user runs them."""
 
 import json
+import errno
 import os
 import runpy
 import signal
@@ -93,6 +94,11 @@ def same(first, second):
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(same, first, second))
     return first == second
+
+
+def full_disk(*_):
+    """In place of a function that writes."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Finished(NamedTuple):
