@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import GOLDEN, refusal
 
-from aligned_reid import InputError
 from aligned_reid.data.partitions import (
     Partitions,
     build_partitions,
@@ -25,76 +25,43 @@ from aligned_reid.data.partitions import (
 )
 from aligned_reid.data.plain_pickle import MAX_BYTES, load_plain
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+NAME = "00000002_0001_00000000.jpg"
 
 
 def small_partitions() -> Partitions:
     """Four identities under two cameras to train on, two to test with."""
-    trainval = [
-        format_image_name(person, camera, index) for person in (2, 7, 9, 11) for camera in (1, 2) for index in (0, 1)
-    ]
-    return build_partitions(
-        trainval,
-        query=["00000020_0001_00000000.jpg", "00000021_0002_00000000.jpg"],
-        gallery=["00000000_0003_00000000.jpg", "00000020_0002_00000000.jpg"],
-        multi_query=["00000020_0001_00000001.jpg"],
-        num_val_ids=2,
-    )
+    trainval = [format_image_name(person, camera, i) for person in (2, 7, 9, 11) for camera in (1, 2) for i in (0, 1)]
+    query = ["00000020_0001_00000000.jpg", "00000021_0002_00000000.jpg"]
+    gallery = ["00000000_0003_00000000.jpg", "00000020_0002_00000000.jpg"]
+    return build_partitions(trainval, query, gallery, multi_query=["00000020_0001_00000001.jpg"], num_val_ids=2)
 
 
 def as_dict(partitions: Partitions) -> dict:
     return {field.name: getattr(partitions, field.name) for field in dataclasses.fields(partitions)}
 
 
-def refusal(tmp_path: Path, content: bytes) -> str:
+def unreadable(tmp_path: Path, content: bytes) -> str:
     """The message with which a file of this content is refused."""
     path = tmp_path / "partitions.pkl"
     path.write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        read_partitions(path)
-    message = str(caught.value)
+    message = refusal(read_partitions, path)
     assert str(path) in message
-    assert "\n" not in message and message.isprintable()
     return message
 
 
-# Names
-
-
 def test_image_name_parses_and_formats():
-    name = parse_image_name("00000002_0001_00000000.jpg")
-    assert name == (2, 1, 0)
-    assert (name.person_id, name.camera, name.index) == (2, 1, 0)
-    assert format_image_name(2, 1, 0) == "00000002_0001_00000000.jpg"
+    name = parse_image_name(NAME)
+    assert (name.person_id, name.camera, name.index) == name == (2, 1, 0)
+    assert format_image_name(2, 1, 0) == NAME
     assert format_image_name(*parse_image_name("12345678_9012_34567890.jpg")) == "12345678_9012_34567890.jpg"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "0001_c1s1_001051_00.jpg",
-        "00000002_0001_00000000.png",
-        "00000002_0001_00000000.jpg\n",
-        "../0000002_0001_00000000.jpg",
-        "-0000001_0001_00000000.jpg",
-        "٠0000002_0001_00000000.jpg",
-        "",
-    ],
-)
-def test_invalid_image_name_is_named(name):
-    with pytest.raises(InputError) as caught:
-        parse_image_name(name)
-    assert ascii(name) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("numbers", [(-1, 1, 0), (10**8, 1, 0), (1, 10**4, 0), (1, 1, 10**8)])
-def test_numbers_with_too_many_digits_are_refused(numbers):
-    with pytest.raises(InputError):
-        format_image_name(*numbers)
-
-
-# Split
+def test_invalid_image_names_and_numbers_are_refused():
+    numbered = (f"{NAME[:-4]}.png", f"{NAME}\n", f"../{NAME[3:]}", f"-{NAME[1:]}", f"٠{NAME[1:]}")
+    for name in ("0001_c1s1_001051_00.jpg", *numbered, ""):
+        assert ascii(name) in refusal(parse_image_name, name)
+    for numbers in ((-1, 1, 0), (10**8, 1, 0), (1, 10**4, 0), (1, 1, 10**8)):
+        refusal(format_image_name, *numbers)
 
 
 def test_split_is_the_reference_implementations():
@@ -136,9 +103,6 @@ def test_build_partitions_orders_marks_and_labels():
     assert not val_ids & partitions.train_ids2labels.keys()
 
 
-# Reading and writing
-
-
 def test_python2_partitions_have_str_and_int():
     partitions = read_partitions(GOLDEN / "partitions_python2.pkl")
     golden = json.loads((GOLDEN / "partition.json").read_text())
@@ -161,8 +125,7 @@ def test_written_partitions_read_back_and_have_protocol_2(tmp_path):
 
 def test_failed_writing_is_one_line_and_leaves_nothing(tmp_path):
     (tmp_path / "partitions.pkl").mkdir()
-    with pytest.raises(InputError, match="cannot write"):
-        write_partitions(tmp_path / "partitions.pkl", small_partitions())
+    assert "cannot write" in refusal(write_partitions, tmp_path / "partitions.pkl", small_partitions())
     assert [path.name for path in tmp_path.iterdir()] == ["partitions.pkl"]
 
 
@@ -189,9 +152,6 @@ def test_protocol_0_arrays_of_python2_can_hold_any_byte():
     array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I2\nt"
     array += b"cnumpy\ndtype\n(S'i2'\nI0\nI1\ntR"
     assert load_plain(array + b"(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\nS'\\xeb\\x02\\x00\\x80'\ntb.") == [0x02EB, -0x8000]
-
-
-# Hostile files
 
 
 class Call:
@@ -234,10 +194,9 @@ def hostile_calls(marker: Path) -> list:
 def test_pickles_that_name_functions_or_classes_are_refused_and_not_run(tmp_path, protocol):
     marker = tmp_path / "was_run"
     for call in hostile_calls(marker):
-        message = refusal(tmp_path, pickle.dumps(call, protocol=protocol))
-        assert "nothing in it was run" in message, call
+        assert "nothing in it was run" in unreadable(tmp_path, pickle.dumps(call, protocol=protocol)), call
     assert not marker.exists()
-    assert "posix.system" in refusal(tmp_path, pickle.dumps(Call(os.system, "true"), protocol=protocol))
+    assert "posix.system" in unreadable(tmp_path, pickle.dumps(Call(os.system, "true"), protocol=protocol))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +224,7 @@ def test_pickles_that_name_functions_or_classes_are_refused_and_not_run(tmp_path
     ],
 )
 def test_hand_written_attacks_are_refused(tmp_path, content, named):
-    message = refusal(tmp_path, content)
+    message = unreadable(tmp_path, content)
     assert named in message
     assert not named or "nothing in it was run" in message
 
@@ -295,46 +254,39 @@ TYPE = b"cnumpy\ndtype\nU\x02i8K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\
     ],
 )
 def test_files_that_would_take_forever_or_all_memory_are_refused(tmp_path, content):
-    refusal(tmp_path, content)
+    unreadable(tmp_path, content)
 
 
 def test_a_file_larger_than_any_partition_file_is_refused(tmp_path):
     path = tmp_path / "partitions.pkl"
-    with path.open("wb") as file:
-        file.truncate(MAX_BYTES + 1)
-    with pytest.raises(InputError, match="larger than"):
-        read_partitions(path)
-
-
-# Broken files
+    path.touch()
+    os.truncate(path, MAX_BYTES + 1)
+    assert "larger than" in refusal(read_partitions, path)
 
 
 def test_file_cut_off_anywhere_is_refused(tmp_path):
     content = (GOLDEN / "partitions_python2.pkl").read_bytes()
     for length in [0, 1, 2, 3, 100, len(content) // 2, len(content) - 1]:
-        assert "cut off" in refusal(tmp_path, content[:length])
+        assert "cut off" in unreadable(tmp_path, content[:length])
     small = pickle.dumps(as_dict(small_partitions()), protocol=4)
     for length in range(0, len(small), 29):
-        assert "cut off" in refusal(tmp_path, small[:length])
+        assert "cut off" in unreadable(tmp_path, small[:length])
 
 
 def test_noise_is_refused(tmp_path):
     random = np.random.RandomState(0)
     for _ in range(50):
-        refusal(tmp_path, random.bytes(60))
+        unreadable(tmp_path, random.bytes(60))
 
 
-def test_missing_and_unreadable_file(tmp_path):
-    with pytest.raises(InputError, match="No such file"):
-        read_partitions(tmp_path / "none.pkl")
-    with pytest.raises(InputError, match="directory"):
-        read_partitions(tmp_path)
-
-
-def test_missing_key_is_named(tmp_path):
+def test_a_missing_file_or_key_and_other_pickles_are_refused(tmp_path):
+    assert "No such file" in refusal(read_partitions, tmp_path / "none.pkl")
+    assert "directory" in refusal(read_partitions, tmp_path)
     value = as_dict(small_partitions())
     del value["val_marks"]
-    assert "has no val_marks" in refusal(tmp_path, pickle.dumps(value, protocol=2))
+    assert "has no val_marks" in unreadable(tmp_path, pickle.dumps(value, protocol=2))
+    for value in ([], None, "text", np.arange(3)):
+        assert "not a dict" in unreadable(tmp_path, pickle.dumps(value, protocol=2))
 
 
 @pytest.mark.parametrize(
@@ -354,11 +306,5 @@ def test_missing_key_is_named(tmp_path):
     ],
 )
 def test_wrong_values_are_refused(tmp_path, key, value, keyword):
-    content = pickle.dumps({**as_dict(small_partitions()), key: value}, protocol=2)
-    message = refusal(tmp_path, content)
+    message = unreadable(tmp_path, pickle.dumps({**as_dict(small_partitions()), key: value}, protocol=2))
     assert keyword in message and key.split("_")[0] in message
-
-
-@pytest.mark.parametrize("value", [[], None, "text", np.arange(3)])
-def test_pickle_of_something_else_is_refused(tmp_path, value):
-    assert "not a dict" in refusal(tmp_path, pickle.dumps(value, protocol=2))
