@@ -3,11 +3,12 @@
 import os
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import full_disk, refusal, tiny_config
 
-from aligned_reid import InputError
 from aligned_reid.config import Config
 from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World
@@ -72,21 +73,24 @@ def test_load_restores_weights_optimizer_and_random_states(tmp_path):
     assert (content["epoch"], content["sampler"]) == (1, {"seed": 3, "epoch": 1})
     assert content["config"] == CONFIG.to_dict()
     assert torch.equal(torch.rand(3), drawn)
-    for ours, theirs in zip(second.step(), expected, strict=True):
-        assert torch.equal(ours, theirs)
+    assert all(map(torch.equal, second.step(), expected))
 
 
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 1 vs 2")])
-def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch, failure):
+def wrapped_full_disk(content, file):
+    """As torch reports it, after it wrote a part."""
+    file.write(b"a part")
+    try:
+        full_disk()
+    finally:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize("failing", [full_disk, wrapped_full_disk])
+def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch, failing):
     parts = Parts(tmp_path)
     parts.checkpoints.save(1, CONFIG)
-
-    def fail(content, file):
-        file.write(b"a part")
-        raise failure
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError):
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(OSError, match="No space left"):
         parts.checkpoints.save(2, CONFIG)
     assert read_weight_file(tmp_path)["epoch"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pth"]
@@ -119,11 +123,7 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def remove(path):
-    path.unlink()
-
-
-@pytest.mark.parametrize("damage", [flip_a_byte, cut_off, remove])
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_off, Path.unlink])
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, damage):
     parts = Parts(tmp_path, width=40)
     parts.checkpoints.save(1, CONFIG)
@@ -131,32 +131,27 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, damag
     parts.step()
     parts.checkpoints.save(2, CONFIG)
     damage(tmp_path / "ckpt.pth")
-    with pytest.raises(InputError, match=r"ckpt\.previous\.pth" if damage is not remove else "ckpt"):
-        read_weight_file(tmp_path / "ckpt.pth")  # weights to test are not replaced silently
+    message = refusal(read_weight_file, tmp_path / "ckpt.pth")  # weights to test are not replaced silently
+    assert ("ckpt.previous.pth" in message) == (tmp_path / "ckpt.pth").exists()
     last = parts.checkpoints.load(CONFIG)
     assert (last.path.name, last.content["epoch"]) == ("ckpt.previous.pth", 1)
-    assert str(tmp_path / "ckpt.pth") in last.damage
-    assert "\n" not in last.damage
+    assert str(tmp_path / "ckpt.pth") in last.damage and last.damage.isprintable()
     assert all(map(torch.equal, parts.weights(), first))
     parts.checkpoints.save(3, CONFIG)  # must not replace the good file with the damaged one
     assert epochs_in(tmp_path) == {"ckpt.pth": 3, "ckpt.previous.pth": 1}
 
     for path in tmp_path.iterdir():
         flip_a_byte(path)
-    with pytest.raises(InputError, match="no checkpoint") as error:
-        parts.checkpoints.load(CONFIG)
-    assert str(error.value).count("checksum") == 2
-    assert "\n" not in str(error.value)
+    message = refusal(parts.checkpoints.load, CONFIG)
+    assert "no checkpoint" in message and message.count("checksum") == 2
 
 
 def test_bare_weights_and_another_model_are_refused(tmp_path):
     parts = Parts(tmp_path)
     torch.save(parts.model.state_dict(), tmp_path / "ckpt.pth")
-    with pytest.raises(InputError, match="--model_weight_file"):
-        parts.checkpoints.load(CONFIG)
+    assert "--model_weight_file" in refusal(parts.checkpoints.load, CONFIG)
     Parts(tmp_path, width=5).checkpoints.save(1, Config(seed=3, bnneck=True))
-    with pytest.raises(InputError, match="bnneck: True -> False"):
-        parts.checkpoints.load(CONFIG)
+    assert "bnneck: True -> False" in refusal(parts.checkpoints.load, CONFIG)
 
 
 def test_writing_takes_a_bounded_share_of_the_time(tmp_path, monkeypatch):
@@ -193,7 +188,7 @@ def test_random_states_of_another_kind_of_device_are_skipped():
     assert torch.equal(torch.get_rng_state(), states["torch"])
 
 
-def test_an_optimizer_state_of_another_device_is_loaded():
+def test_an_optimizer_state_of_another_device_is_loaded_and_one_of_other_parameters_refused():
     parameter = torch.nn.Parameter(torch.ones(3))
     accelerator = Accelerator(mixed_precision=False)
     optimizer = accelerator.adam([parameter], 0.1, 0.0)
@@ -206,16 +201,8 @@ def test_an_optimizer_state_of_another_device_is_loaded():
     parameter.grad = torch.ones(3)
     optimizer.step()
     assert float(optimizer.state[parameter]["step"]) == 8
-
-
-def test_an_optimizer_state_of_other_parameters_is_refused():
-    accelerator = Accelerator(mixed_precision=False)
-    optimizer = accelerator.adam([torch.nn.Parameter(torch.ones(3))], 0.1, 0.0)
     with pytest.raises(ValueError, match="other parameters"):
         accelerator.load_optimizer(optimizer, {"state": {}, "param_groups": [{"params": [0, 1]}]})
-
-
-# ---- resuming
 
 
 def last_good(tmp_path, damage="", **content):
@@ -234,16 +221,9 @@ def test_resuming_the_same_run_logs_one_line(tmp_path, content):
         ({}, {"step": 4}, ["epoch 3 and step 4"]),
         ({}, {"damage": "ckpt.pth is damaged"}, ["ckpt.pth is damaged", "resumed"]),
         ({}, {"average": {}}, ["resumed", "--ema_decay"]),
-        (
-            {},
-            {"made_on": {"num_processes": 8, "device": "npu"}},
-            ["resumed", "processes 8 -> 2, device npu -> cpu: from here on the run is no longer bit-exact"],
-        ),
-        (
-            {"base_lr": 0.5, "checkpoint_every_steps": 7},
-            {},
-            ["resumed", "change the result: base_lr: 0.0002 -> 0.5", "not affect training: checkpoint_every_steps: 0"],
-        ),
+        ({}, {"made_on": {"num_processes": 8, "device": "npu"}}, ["resumed", "processes 8 -> 2, device npu -> cpu:"]),
+        ({"base_lr": 0.5}, {}, ["resumed", "change the result: base_lr: 0.0002 -> 0.5"]),
+        ({"checkpoint_every_steps": 7}, {}, ["resumed", "not affect training: checkpoint_every_steps: 0"]),
     ],
 )
 def test_resuming_logs_what_differs(tmp_path, settings, last, expected):
@@ -268,23 +248,17 @@ def test_another_number_of_batches_per_step_keeps_the_share_of_the_epoch(before,
     assert first_step(content, Config(accumulate=now), 1, num_steps=20) == expected
 
 
-def config_of(data, folder, **settings):
-    common = {"data_path": str(data), "exp_dir": str(folder), "pretrained": "none", "resize_h_w": (64, 32), "seed": 1}
-    common |= {"ids_per_batch": 4, "ims_per_id": 2, "workers": 0, "device": "cpu", "amp": "O0", "total_epochs": 2}
-    return Config(**common | settings)
-
-
 def test_only_rank_0_needs_the_run_folder(tiny_data, tmp_path):
-    config = config_of(tiny_data, tmp_path, resume=True)
-    with pytest.raises(InputError, match=r"--resume.*ckpt\.pth"):
-        check_input(config)
+    config = tiny_config(tiny_data, tmp_path, resume=True)
+    message = refusal(check_input, config)
+    assert "--resume" in message and "ckpt.pth" in message
     assert check_input(config, has_run_dir=False).weights is None
 
 
 def test_a_run_resumes_from_the_previous_checkpoint(tiny_data, tmp_path, small_trunk):
-    run(config_of(tiny_data, tmp_path))
+    run(tiny_config(tiny_data, tmp_path))
     cut_off(tmp_path / "ckpt.pth")
-    run(config_of(tiny_data, tmp_path, resume=True))
+    run(tiny_config(tiny_data, tmp_path, resume=True))
     log = (tmp_path / "log.txt").read_text()
     assert f"{tmp_path}/ckpt.pth is damaged" in log
     assert f"resumed from {tmp_path}/ckpt.previous.pth after epoch 1" in log
@@ -292,11 +266,11 @@ def test_a_run_resumes_from_the_previous_checkpoint(tiny_data, tmp_path, small_t
 
 
 def test_train_seconds_include_those_before_a_resume(tiny_data, tmp_path, small_trunk):
-    results = run(config_of(tiny_data, tmp_path, total_epochs=1))
+    results = run(tiny_config(tiny_data, tmp_path, total_epochs=1))
     content = read_weight_file(tmp_path)
     assert 0 < content["train_seconds"] <= results["train_seconds"]
     torch.save({**content, "train_seconds": 1000.0}, tmp_path / "ckpt.pth")
-    assert run(config_of(tiny_data, tmp_path, resume=True))["train_seconds"] > 1000
+    assert run(tiny_config(tiny_data, tmp_path, resume=True))["train_seconds"] > 1000
 
 
 @pytest.mark.parametrize(
@@ -304,7 +278,7 @@ def test_train_seconds_include_those_before_a_resume(tiny_data, tmp_path, small_
     [({"token": "a"}, True), ({"token": "b"}, False), ({"token": "a", "name": ""}, False), ({}, False), (None, False)],
 )
 def test_a_restart_resumes_its_own_launch_only(tiny_data, tmp_path, job, resumes):
-    config, accelerator = config_of(tiny_data, tmp_path), Accelerator(mixed_precision=False)
+    config, accelerator = tiny_config(tiny_data, tmp_path), Accelerator(mixed_precision=False)
     world = World(job={"token": "a"})
     assert not resume_after_restart(config, world, accelerator).resume  # no checkpoint yet
     parts = Parts(tmp_path)

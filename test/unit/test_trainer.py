@@ -6,9 +6,8 @@ import signal
 
 import pytest
 import torch
+from conftest import full_disk, refusal, tiny_config
 
-from aligned_reid import InputError
-from aligned_reid.config import Config
 from aligned_reid.data import TrainImages, open_data
 from aligned_reid.data.loader import WorkerDied
 from aligned_reid.data.sampler import IdentityBatchSampler
@@ -51,8 +50,7 @@ class Sampler(IdentityBatchSampler):
 def make_trainer(tiny_data, folder, before=None, after_epoch=None, **settings):
     """A trainer of 3 batches an epoch."""
     folder.mkdir(exist_ok=True)
-    common = {"seed": 1, "resize_h_w": (64, 32), "ids_per_batch": 4, "ims_per_id": 2, "total_epochs": 2, "workers": 0}
-    config = Config(**common | settings)
+    config = tiny_config(tiny_data, folder, **settings)
     torch.manual_seed(1)
     images = TrainImages(open_data(tiny_data), size=config.resize_h_w)
     sampler = Sampler(images.person_ids, config.ids_per_batch, config.ims_per_id, False, config.seed)
@@ -78,10 +76,6 @@ def send(*numbers):
         os.kill(os.getpid(), number)
 
 
-def fail(error):
-    raise error
-
-
 def weights_of(trainer, number=0):
     return {name: value.clone() for name, value in trainer.learners[number].model.state_dict().items()}
 
@@ -93,8 +87,7 @@ def same(first, second):
 def test_training_lowers_the_loss_and_logs_each_epoch(tiny_data, tmp_path):
     trainer = trained(tiny_data, tmp_path, total_epochs=6, base_lr=1e-3, g_loss_weight=0.0)
     losses = [float(loss) for loss in trainer.log.losses()]
-    assert len(losses) == 6
-    assert all(math.isfinite(loss) for loss in losses)
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
     assert min(losses[4:]) < 0.8 * losses[0]
     assert read_weight_file(tmp_path)["epoch"] == 6
     assert trainer.results()["FPS"] > 0
@@ -107,9 +100,6 @@ def test_heads_without_a_loss_are_not_decayed(tiny_data, tmp_path):
     changed = {name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])}
     assert "base.conv1.weight" in changed
     assert not changed & {"fc.weight", "local_conv.weight", "local_bn.weight"}
-
-
-# ---- interrupting and resuming
 
 
 @pytest.mark.parametrize(
@@ -185,12 +175,12 @@ def signal_and_fail():
     raise RuntimeError("Connection closed by peer")  # by a rank that got the same signal
 
 
+def lose_a_worker():
+    raise WorkerDied("a loading worker was killed (SIGKILL)")
+
+
 @pytest.mark.parametrize(
-    ("action", "name", "status"),
-    [
-        (signal_and_fail, "SIGINT", 130),
-        (lambda: fail(WorkerDied("a loading worker was killed (SIGKILL)")), "SIGKILL", 1),
-    ],
+    ("action", "name", "status"), [(signal_and_fail, "SIGINT", 130), (lose_a_worker, "SIGKILL", 1)]
 )
 def test_a_failure_between_steps_saves_first(tiny_data, tmp_path, action, name, status):
     trainer = make_trainer(tiny_data, tmp_path, before=at(1, 3, action))
@@ -202,13 +192,10 @@ def test_a_failure_between_steps_saves_first(tiny_data, tmp_path, action, name, 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tiny_data, tmp_path, monkeypatch):
     trainer = trained(tiny_data, tmp_path)
-    monkeypatch.setattr(torch, "save", lambda *_: fail(OSError(28, "No space left on device")))
-    with pytest.raises(InputError, match=rf"No space left.*{tmp_path}/ckpt\.pth"):
-        trainer.save()
+    monkeypatch.setattr(torch, "save", full_disk)
+    message = refusal(trainer.save)
+    assert "No space left" in message and f"{tmp_path}/ckpt.pth" in message
     assert read_weight_file(tmp_path)["epoch"] == 1
-
-
-# ---- guards
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path):
@@ -221,8 +208,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path):
     with pytest.raises(RunStopped) as error:
         trainer.train()
     message = str(error.value)
-    assert "step 1 of epoch 2" in message
-    assert str(tmp_path / "ckpt.pth") in message
+    assert "step 1 of epoch 2" in message and str(tmp_path / "ckpt.pth") in message
     assert sum(name.endswith(".jpg") for name in message.split()) == 8  # 4 identities with 2 images
     assert read_weight_file(tmp_path)["epoch"] == 1
     assert all(value.isfinite().all() for value in weights_of(trainer).values())
@@ -239,33 +225,20 @@ def test_a_gradient_that_is_not_finite_skips_its_step(tiny_data, tmp_path):
 
 def test_a_collapse_is_logged_once_and_training_continues(tiny_data, tmp_path):
     trainer = make_trainer(tiny_data, tmp_path, total_epochs=3)
-    weight = trainer.learners[0].model.base.conv2.weight.requires_grad_(False)
-    weight.zero_()
+    trainer.learners[0].model.base.conv2.weight.requires_grad_(False).zero_()
     trainer.train()
     (line,) = [line for line in trainer.log if "collapse" in line]
-    assert line.startswith("epoch 1:")
-    assert trainer.epoch == 3
+    assert line.startswith("epoch 1:") and trainer.epoch == 3
 
 
-# ---- options
+OPTIONS = {"label_smoothing": 0.2, "center_loss_weight": 0.1, "warmup_epochs": 1, "weight_decay": 0.1}
+OPTIONS |= {"decay_norms": False, "lr_decay_type": "cosine", "accumulate": 2}
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"label_smoothing": 0.2},
-        {"center_loss_weight": 0.1},
-        {"warmup_epochs": 1},
-        {"weight_decay": 0.1},
-        {"decay_norms": False},
-        {"lr_decay_type": "cosine"},
-        {"accumulate": 2},
-    ],
-    ids=lambda settings: next(iter(settings)),
-)
-def test_the_option_changes_the_weights(tiny_data, tmp_path, settings):
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_option_changes_the_weights(tiny_data, tmp_path, option):
     plain = trained(tiny_data, tmp_path / "plain")
-    other = trained(tiny_data, tmp_path / "other", **settings)
+    other = trained(tiny_data, tmp_path / "other", **{option: OPTIONS[option]})
     assert not same(weights_of(plain), weights_of(other))
 
 
@@ -301,9 +274,6 @@ def test_stages_are_frozen_from_their_epoch(tiny_data, tmp_path, first):
         assert not torch.equal(before["base.conv2.weight"], after["base.conv2.weight"])
     optimized = [parameter for group in trainer.learners[0].optimizer.param_groups for parameter in group["params"]]
     assert any(one is trainer.learners[0].model.base.conv1.weight for one in optimized) == (first == 2)
-
-
-# ---- several models
 
 
 @pytest.mark.parametrize("name", ["pm", "gdm", "ldm"])
