@@ -1,6 +1,7 @@
 """Feature files: every format, errors in them, and resuming an interrupted extraction."""
 
 import json
+import re
 import shutil
 import zipfile
 
@@ -8,9 +9,9 @@ import h5py
 import numpy as np
 import pytest
 import scipy.sparse
+from conftest import refusal
 from scipy.io import savemat
 
-from aligned_reid import InputError
 from aligned_reid.evaluation.features import FeatureWriter, check_partner, read_features
 
 NUM = 7
@@ -24,6 +25,11 @@ def make_fields(seed=0, local=True):
         fields["local"] = rng.standard_normal((NUM, 2, 3)).astype(np.float32)
     fields |= {"person_id": np.arange(NUM) % 3, "camera": np.arange(NUM) % 2, "mark": np.arange(NUM) % 2}
     return fields | {"image_name": np.array([f"image_{row}.jpg" for row in range(NUM)])}
+
+
+def changed(**changes):
+    """The fields with other values; None leaves a field out."""
+    return {name: value for name, value in {**make_fields(), **changes}.items() if value is not None}
 
 
 def write(path, fields):
@@ -54,13 +60,6 @@ def test_every_format_holds_the_same(tmp_path, suffix):
     assert [name.strip() for name in table.image_names] == list(fields["image_name"])
     assert isinstance(table.global_feat, np.memmap) == (suffix.lower() == ".h5")
     assert table.made_by == (MADE_BY if suffix.lower() == ".h5" else {})
-
-
-def test_matlab_7_3_files_are_refused(tmp_path):
-    with h5py.File(tmp_path / "features.mat", "w") as file:
-        file["global"] = np.zeros((5, NUM))
-    with pytest.raises(InputError, match="7.3"):
-        read_features(tmp_path / "features.mat")
 
 
 def make_pytorch_result(parts=("query", "gallery", "mquery")):
@@ -96,27 +95,22 @@ def test_pytorch_result_has_queries_and_gallery_in_separate_arrays(tmp_path, suf
 )
 def test_parts_of_pytorch_result_that_do_not_fit(tmp_path, changes, reason):
     fields = {name: value for name, value in {**make_pytorch_result(), **changes}.items() if value is not None}
-    with pytest.raises(InputError, match=reason):
-        read_features(write(tmp_path / "pytorch_result.mat", fields))
+    assert re.search(reason, refusal(read_features, write(tmp_path / "pytorch_result.mat", fields)))
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".npz", ".mat"])
-def test_marks_may_be_booleans(tmp_path, suffix):
-    marks = np.arange(NUM) % 2 == 1
-    assert read_features(write(tmp_path / f"features{suffix}", changed(mark=marks))).marks.tolist() == [0, 1] * 3 + [0]
-
-
-@pytest.mark.parametrize("suffix", [".h5", ".mat"])
-def test_names_may_be_objects(tmp_path, suffix):
-    names = make_fields()["image_name"].tolist()
-    path = write(tmp_path / f"features{suffix}", changed(image_name=np.array(names, dtype=object)))
-    assert read_features(path).image_names == names
+def test_marks_may_be_booleans_and_names_objects(tmp_path, suffix):
+    marks, names = np.arange(NUM) % 2 == 1, make_fields()["image_name"].tolist()
+    table = read_features(write(tmp_path / f"features{suffix}", changed(mark=marks)))
+    assert table.marks.tolist() == [0, 1] * 3 + [0]
+    if suffix != ".npz":
+        path = write(tmp_path / f"features{suffix}", changed(image_name=np.array(names, dtype=object)))
+        assert read_features(path).image_names == names
 
 
 class Anything:
     def __reduce__(self):
-        raise_if_run = "raise SystemExit('the pickle was run')"
-        return exec, (raise_if_run,)
+        return exec, ("raise SystemExit('the pickle was run')",)
 
 
 def test_pickled_names_are_ignored_and_not_run(tmp_path):
@@ -134,18 +128,11 @@ def test_features_of_any_type_of_number_are_read(tmp_path, dtype):
 
 
 def test_a_gallery_of_distractors_needs_no_marks(tmp_path):
-    fields = make_fields(local=False)
-    del fields["mark"], fields["image_name"]
-    path = write(tmp_path / "more.npz", fields)
+    path = write(tmp_path / "more.npz", changed(local=None, mark=None, image_name=None))
     table = read_features(path, default_mark=1)
     assert table.marks.tolist() == [1] * NUM
     assert (table.local_feat, table.image_names) == (None, None)
-    with pytest.raises(InputError, match="has no field mark"):
-        read_features(path)
-
-
-def changed(**changes):
-    return {name: value for name, value in {**make_fields(), **changes}.items() if value is not None}
+    assert "has no field mark" in refusal(read_features, path)
 
 
 def with_bad(name, rows, value):
@@ -172,60 +159,43 @@ def with_bad(name, rows, value):
     ],
 )
 def test_wrong_fields_are_refused(tmp_path, suffix, changes, reason):
-    with pytest.raises(InputError, match=reason) as error:
-        read_features(write(tmp_path / f"features{suffix}", changed(**changes)))
-    assert str(tmp_path) in str(error.value)
+    message = refusal(read_features, write(tmp_path / f"features{suffix}", changed(**changes)))
+    assert re.search(reason, message) and str(tmp_path) in message
 
 
 @pytest.mark.parametrize("value", [scipy.sparse.eye(NUM).tocsc(), np.array(["a"] * NUM, dtype=object), {"a": 1}])
 @pytest.mark.parametrize("name", ["global", "local", "person_id"])
 def test_sparse_arrays_cells_and_structs_are_refused(tmp_path, name, value):
-    with pytest.raises(InputError, match=name):
-        read_features(write(tmp_path / "features.mat", changed(**{name: value})))
+    assert name in refusal(read_features, write(tmp_path / "features.mat", changed(**{name: value})))
 
 
 @pytest.mark.parametrize("name", ["global", "local", "person_id", "image_name"])
-def test_groups_are_refused(tmp_path, name):
+def test_groups_are_refused_except_for_names(tmp_path, name):
     path = write(tmp_path / "features.h5", changed(**{name: None}))
     with h5py.File(path, "r+") as file:
         file.create_group(name)
     if name == "image_name":
         assert read_features(path).image_names is None
-        return
-    with pytest.raises(InputError, match=name):
-        read_features(path)
+    else:
+        assert name in refusal(read_features, path)
 
 
 @pytest.mark.parametrize(
-    ("sound", "damaged", "reason"),
+    ("name", "sound", "damaged", "reason"),
     [
-        (b"TREE", b"TR\0\0", "damaged"),
-        (b"person_id\0", b"pe\xf2son_id\0", r"no field person_id.* pe\\xf2son_id"),
+        ("features.h5", b"TREE", b"TR\0\0", "damaged"),
+        ("features.h5", b"person_id\0", b"pe\xf2son_id\0", r"no field person_id.* pe\\xf2son_id"),
+        # These crash scipy's reader: the type of numbers, and the length of flags.
+        ("features.mat", b"local\0\0\0\7", b"local\0\0\0\x87", "damaged"),
+        ("features.mat", b"\6\0\0\0\x08\0\0\0\7\0", b"\6\0\0\0\x08\2\0\0\7\0", "damaged"),
     ],
 )
-def test_a_damaged_tree_of_an_h5_file(tmp_path, sound, damaged, reason):
-    path = write(tmp_path / "features.h5", make_fields())
+def test_a_damaged_structure_is_refused(tmp_path, name, sound, damaged, reason):
+    path = write(tmp_path / name, make_fields())
     content = path.read_bytes()
     assert sound in content
     path.write_bytes(content.replace(sound, damaged))
-    with pytest.raises(InputError, match=reason):
-        read_features(path)
-
-
-@pytest.mark.parametrize(
-    ("sound", "damaged"),
-    [
-        (b"local\0\0\0\7", b"local\0\0\0\x87"),  # the type of its numbers
-        (b"\6\0\0\0\x08\0\0\0\7\0", b"\6\0\0\0\x08\2\0\0\7\0"),  # the length of its flags
-    ],
-)
-def test_damage_that_crashes_the_reader_of_mat_files_is_refused(tmp_path, sound, damaged):
-    path = write(tmp_path / "features.mat", make_fields())
-    content = path.read_bytes()
-    assert sound in content
-    path.write_bytes(content.replace(sound, damaged))
-    with pytest.raises(InputError, match="damaged"):
-        read_features(path)
+    assert re.search(reason, refusal(read_features, path))
 
 
 @pytest.mark.parametrize("options", [{}, {"chunks": (1, 1024)}])
@@ -234,8 +204,7 @@ def test_features_that_do_not_fit_into_memory_are_refused(tmp_path, options):
     path = write(tmp_path / "features.h5", changed(**{"global": None}))
     with h5py.File(path, "r+") as file:
         file.create_dataset("global", (NUM, 2**40), np.float32, **options)
-    with pytest.raises(InputError, match="GB of memory"):
-        read_features(path)
+    assert "GB of memory" in refusal(read_features, path)
 
 
 def test_an_array_shorter_than_declared_is_refused(tmp_path):
@@ -243,8 +212,7 @@ def test_an_array_shorter_than_declared_is_refused(tmp_path):
     with zipfile.ZipFile(path, "a") as archive, archive.open("global.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (NUM, 2**40)})
         file.write(b"some")
-    with pytest.raises(InputError, match="damaged"):
-        read_features(path)
+    assert "damaged" in refusal(read_features, path)
 
 
 def test_local_features_are_not_read_if_not_wanted(tmp_path):
@@ -258,15 +226,15 @@ def test_a_file_that_is_cut_off(tmp_path, suffix, share):
     path = write(tmp_path / f"features{suffix}", make_fields())
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(InputError, match="cut off"):
-        read_features(path)
+    assert "cut off" in refusal(read_features, path)
 
 
-def test_no_file_and_no_format(tmp_path):
-    with pytest.raises(InputError, match="no feature file at"):
-        read_features(tmp_path / "none.h5")
-    with pytest.raises(InputError, match=r"\.h5, \.hdf5, \.npz, \.mat"):
-        read_features(tmp_path / "features.txt")
+def test_no_file_and_other_formats_are_refused(tmp_path):
+    assert "no feature file at" in refusal(read_features, tmp_path / "none.h5")
+    assert ".h5, .hdf5, .npz, .mat" in refusal(read_features, tmp_path / "features.txt")
+    with h5py.File(tmp_path / "features.mat", "w") as file:
+        file["global"] = np.zeros((5, NUM))
+    assert "7.3" in refusal(read_features, tmp_path / "features.mat")
 
 
 def test_partners_have_one_width_and_one_model(tmp_path):
@@ -275,26 +243,22 @@ def test_partners_have_one_width_and_one_model(tmp_path):
     check_partner(first, read_features(write(tmp_path / "unknown.npz", make_fields(seed=1))))
     for changes, reason in (
         ({"global": np.zeros((NUM, 6))}, "different widths: 5 and 6"),
-        ({"local": np.zeros((NUM, 2, 4))}, r"different shapes: \[\[2, 3\], \[2, 4\]\]"),
+        ({"local": np.zeros((NUM, 2, 4))}, "different shapes: [[2, 3], [2, 4]]"),
     ):
-        with pytest.raises(InputError, match=reason):
-            check_partner(first, read_features(write(tmp_path / "other.npz", changed(**changes))))
-    other = shutil.copy(tmp_path / "same.h5", tmp_path / "other.h5")
-    with h5py.File(other, "r+") as file:
+        other = read_features(write(tmp_path / "other.npz", changed(**changes)))
+        assert reason in refusal(check_partner, first, other)
+    with h5py.File(tmp_path / "same.h5", "r+") as file:
         file.attrs["made_by"] = json.dumps(MADE_BY | {"weights": "def"})
-    with pytest.raises(InputError, match=r"made in different ways \(weights: abc and def\): extract both alike"):
-        check_partner(first, read_features(other))
+    assert "(weights: abc and def)" in refusal(check_partner, first, read_features(tmp_path / "same.h5"))
 
 
 SHAPES = {"global": (5,), "local": (2, 3)}
 
 
-def make_writer(path, made_by=None, names=None):
+def make_writer(path, made_by=MADE_BY, names=None):
     fields = make_fields()
     labels = {name: fields[name] for name in ("person_id", "camera", "mark")}
-    return FeatureWriter(
-        path, list(fields["image_name"] if names is None else names), labels, made_by or MADE_BY, SHAPES
-    )
+    return FeatureWriter(path, list(names or fields["image_name"]), labels, made_by, SHAPES)
 
 
 def blocks(fields, first, last):
@@ -306,8 +270,8 @@ def test_an_interrupted_writer_resumes(tmp_path):
     path.write_text("the former one")
     make_writer(path).write(0, blocks(fields, 0, 3))
     assert path.read_text() == "the former one"
-    with pytest.raises(InputError, match="interrupted after 3 images"):
-        read_features(shutil.copy(tmp_path / "features.h5.part", tmp_path / "copy.h5"))
+    part = shutil.copy(tmp_path / "features.h5.part", tmp_path / "copy.h5")
+    assert "interrupted after 3 images" in refusal(read_features, part)
     again = make_writer(path)
     assert again.num_done == 3
     again.write(3, blocks(fields, 3, NUM))
@@ -320,16 +284,11 @@ def test_an_interrupted_writer_resumes(tmp_path):
     assert not (tmp_path / "features.h5.part").exists()
 
 
-@pytest.mark.parametrize(
-    "change", [{"made_by": {"weights": "def"}}, {"names": [f"other_{row}.jpg" for row in range(NUM)]}]
-)
-def test_a_part_of_another_model_or_data_set_is_replaced(tmp_path, change):
-    make_writer(tmp_path / "features.h5").write(0, blocks(make_fields(), 0, 3))
-    assert make_writer(tmp_path / "features.h5", **change).num_done == 0
-
-
-def test_a_part_that_is_cut_off_is_begun_again(tmp_path):
-    make_writer(tmp_path / "features.h5").write(0, blocks(make_fields(), 0, 3))
+def test_a_part_of_another_model_or_data_set_and_a_cut_one_are_replaced(tmp_path):
     part = tmp_path / "features.h5.part"
-    part.write_bytes(part.read_bytes()[:700])
-    assert make_writer(tmp_path / "features.h5").num_done == 0
+    for change in ({"made_by": {"weights": "def"}}, {"names": [f"other_{row}.jpg" for row in range(NUM)]}, {}):
+        make_writer(tmp_path / "features.h5").write(0, blocks(make_fields(), 0, 3))
+        if not change:
+            part.write_bytes(part.read_bytes()[:700])
+        assert make_writer(tmp_path / "features.h5", **change).num_done == 0
+        part.unlink()
