@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import preparation_refusal
+from conftest import ROOT, contents, preparation_refusal
 from PIL import Image
 
 from aligned_reid.data.partitions import read_partitions, split_train_val
@@ -21,7 +21,8 @@ from aligned_reid.data.prepare.jpeg import encode_jpeg
 from aligned_reid.data.prepare.market1501 import find_raw_market1501, prepare_command, prepare_market1501
 from aligned_reid.data.transforms import decode_image
 
-SCRIPT = Path(__file__).parents[2] / "script" / "prepare_market1501.py"
+SCRIPT = "prepare_market1501.py"
+refusal = partial(preparation_refusal, prepare_market1501)
 
 FILES = {
     "bounding_box_train": [
@@ -95,20 +96,13 @@ def zip_of(raw: Path, prefix: str = "") -> Path:
     return path
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(file): file.read_bytes() for file in root.rglob("*") if file.is_file()}
-
-
 def assert_prepared(save_dir: Path) -> None:
     assert sorted(path.name for path in save_dir.iterdir()) == ["images", "ori_to_new_im_name.pkl", "partitions.pkl"]
     assert pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes()) == NEW_NAMES
-    assert contents(save_dir / "images") == {
-        str(save_dir / "images" / new): content_of(original) for original, new in NEW_NAMES.items()
-    }
+    images = {new: content_of(original) for original, new in NEW_NAMES.items()}
+    assert contents(save_dir / "images") == images
     partitions = read_partitions(save_dir / "partitions.pkl")
-    named = {
-        folder: [new for original, new in NEW_NAMES.items() if original.startswith(f"{folder}/")] for folder in FILES
-    }
+    named = {folder: [new for old, new in NEW_NAMES.items() if old.startswith(f"{folder}/")] for folder in FILES}
     assert partitions.trainval_im_names == named["bounding_box_train"]
     assert partitions.trainval_ids2labels == {2: 0, 7: 1}
     assert partitions.test_im_names == named["query"] + named["gt_bbox"] + named["bounding_box_test"]
@@ -132,7 +126,7 @@ def test_the_root_may_be_two_folders_below_the_source(raw, tmp_path):
     assert_prepared(prepare_market1501(str(around), str(tmp_path / "market1501")))
 
 
-@pytest.mark.parametrize("prefix", ["", "Market-1501-v15.09.15/", "a/b/"])
+@pytest.mark.parametrize("prefix", ["", "a/b/"])
 def test_a_zip_with_any_root_is_prepared(raw, tmp_path, prefix):
     assert_prepared(prepare_market1501(zip_of(raw, prefix), tmp_path / "market1501"))
 
@@ -155,13 +149,13 @@ def test_images_are_recognized_by_content_and_other_files_counted(raw, tmp_path,
         Image.open(file).save(file.with_suffix(ending), kind)
         if ending != ".jpg":
             file.unlink()
-    (raw / "query" / "notes.TXT").write_text("")
     (raw / "query" / "more").mkdir()
-    (raw / "query" / "more" / "0001_c1s1_001051_00.jpg").write_text("")
+    for name in ("notes.TXT", "more/0001_c1s1_001051_00.jpg"):
+        (raw / "query" / name).touch()
     expected = {".db": 2, "hidden": 1, ".txt": 1, "folders": 1}
     if not zipped:
-        (raw / "query" / "0009_c1s1_001051_00.jpg").symlink_to("nowhere")
-        (raw / "query" / "loop.jpg").symlink_to("loop.jpg")
+        for link in ("0009_c1s1_001051_00.jpg", "loop.jpg"):
+            (raw / "query" / link).symlink_to("loop.jpg")
         expected["dangling links"] = 2
     lines: list[str] = []
     save_dir = prepare_market1501(zip_of(raw) if zipped else raw, tmp_path / "market1501", lines.append)
@@ -178,7 +172,7 @@ def test_names_that_are_not_utf_8_are_prepared(raw, tmp_path):
     (raw / "bounding_box_test" / name).write_bytes(content_of("x.jpg"))
     (raw / "bounding_box_test" / os.fsdecode(b"note.\xe9")).write_text("")
     save_dir = tmp_path / os.fsdecode(b"market_\xe9")
-    command = [sys.executable, str(SCRIPT), "--source", str(raw), "--save_dir", str(save_dir)]
+    command = [sys.executable, str(ROOT / "script" / SCRIPT), "--source", str(raw), "--save_dir", str(save_dir)]
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert done.returncode == 0
     assert os.fsencode(save_dir) in done.stdout.splitlines()[-1]
@@ -190,19 +184,6 @@ def test_gt_bbox_may_be_missing(raw, tmp_path):
     (raw / "gt_bbox").rename(raw / "other")
     partitions = read_partitions(prepare_market1501(raw, tmp_path / "market1501") / "partitions.pkl")
     assert partitions.test_marks == [0, 0, 1, 1, 1]
-
-
-refusal = partial(preparation_refusal, prepare_market1501)
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_preparation_resumes_after_a_damaged_image_is_replaced(raw, tmp_path, zipped):
-    image = raw / "query" / "0001_c1s1_001051_00.jpg"
-    content = image.read_bytes()
-    image.write_bytes(bytes(1000))
-    assert f"query/{image.name}" in refusal(zip_of(raw) if zipped else raw, tmp_path / "market1501")
-    image.write_bytes(content)
-    assert_prepared(prepare_market1501(zip_of(raw) if zipped else raw, tmp_path / "market1501"))
 
 
 @pytest.mark.parametrize("declared", [3 * 10**9, 1000])
@@ -219,7 +200,6 @@ def test_a_zip_entry_unpacks_to_no_more_than_it_declares(raw, tmp_path, declared
 
 def test_sources_that_are_not_market1501_are_refused(raw, tmp_path):
     save_dir = tmp_path / "market1501"
-    assert "does not exist" in refusal(tmp_path / "none", save_dir)
     assert "not a zip file" in refusal(raw / "readme.txt", save_dir)
     assert "bounding_box_train" in refusal(raw / "query", save_dir)
     assert "inside the source" in refusal(tmp_path, save_dir)
@@ -261,7 +241,7 @@ def test_the_original_data_set_is_recognized(raw, tmp_path):
 
 def test_the_script_prints_counts_and_the_next_command(command, raw, tmp_path):
     save_dir = tmp_path / "market1501"
-    done = command(SCRIPT.name, "--source", raw, "--save_dir", save_dir)
+    done = command(SCRIPT, "--source", raw, "--save_dir", save_dir)
     assert done.status == 0
     assert_prepared(save_dir)
     assert len(done.err.splitlines()) <= 10
@@ -270,10 +250,7 @@ def test_the_script_prints_counts_and_the_next_command(command, raw, tmp_path):
     assert lines[0].split() == ["trainval", "4", "images,", "2", "identities"]
     assert [line.split()[:2] for line in lines[3:6]] == [["query", "2"], ["gallery", "3"], ["multi-query", "3"]]
     assert lines[-1] == f"next: python script/train.py --data_path={save_dir}"
-
-
-def test_mistakes_are_one_line_and_status_2(command, tmp_path):
-    source = tmp_path / "none"
-    for flags in (("--source", source, "--save_dir", tmp_path / "x"), ("--source", source), ("--sauce", source)):
-        done = command(SCRIPT.name, *flags)
+    none = tmp_path / "none"
+    for flags in (("--source", none, "--save_dir", tmp_path / "x"), ("--source", none), ("--sauce", none)):
+        done = command(SCRIPT, *flags)
         assert done.status == 2 and done.out == "" and done.err.count("\n") == 1
