@@ -1,21 +1,20 @@
 """CMC, mAP and mINP against the golden vectors and against the protocol written out with a sort."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN, refusal
 
-from aligned_reid import InputError
 from aligned_reid.evaluation import Ranking, rank, ranking
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "ranking.npz")
-GOLDEN_INPUTS = [GOLDEN[name] for name in ("dist", "query_ids", "gallery_ids", "query_cams", "gallery_cams")]
+VECTORS = np.load(GOLDEN / "ranking.npz")
+GOLDEN_INPUTS = [VECTORS[name] for name in ("dist", "query_ids", "gallery_ids", "query_cams", "gallery_cams")]
 
 
 @pytest.fixture(params=["counted", "sorted"])
-def every_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def every_way(request, monkeypatch):
     if request.param == "sorted":
         monkeypatch.setattr(ranking, "MAX_COUNTED_MATCHES", 2)
 
@@ -31,14 +30,7 @@ def random_case(seed: int, num_query: int = 23, num_gallery: int = 60, levels: i
 
 
 def naive_rank(
-    dist: np.ndarray,
-    query_ids: np.ndarray,
-    gallery_ids: np.ndarray,
-    query_cams: np.ndarray,
-    gallery_cams: np.ndarray,
-    topk: int = 10,
-    separate_camera_set: bool = False,
-    first_match_break: bool = True,
+    dist, query_ids, gallery_ids, query_cams, gallery_cams, topk=10, separate_camera_set=False, first_match_break=True
 ) -> dict[str, Any]:
     """Sort all, remove the excluded images, walk down the list."""
     cmc, aps, ap_steps, inps = np.zeros(topk), [], [], []
@@ -48,8 +40,7 @@ def naive_rank(
         same_camera = gallery_cams[order] == query_cams[q]
         matches = same_person[~(same_person & same_camera)]
         if not matches.any():
-            aps.append(np.nan)
-            ap_steps.append(np.nan)
+            aps, ap_steps = [*aps, np.nan], [*ap_steps, np.nan]
             continue
         found, ap, ap_step, precision_before = 0, 0.0, 0.0, 1.0
         for position, match in enumerate(matches, start=1):
@@ -78,31 +69,31 @@ def naive_rank(
     }
 
 
-def check(computed: Ranking, expected: dict[str, Any]) -> None:
+def check(computed: Ranking, expected: dict[str, Any]):
     for name, value in expected.items():
         np.testing.assert_allclose(getattr(computed, name), value, rtol=0, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.usefixtures("every_way")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_golden(dtype: type) -> None:
+def test_golden(dtype: type):
     dist, *labels = GOLDEN_INPUTS
     ranks = np.unique(dist, return_inverse=True)[1].reshape(dist.shape)  # the same order in either type
     computed = rank(dist if dtype is np.float64 else ranks.astype(dtype), *labels, topk=50)
-    np.testing.assert_allclose(computed.cmc, GOLDEN["cmc_market1501"], rtol=0, atol=1e-9)
-    valid = GOLDEN["is_valid_query"] == 1
+    np.testing.assert_allclose(computed.cmc, VECTORS["cmc_market1501"], rtol=0, atol=1e-9)
+    valid = VECTORS["is_valid_query"] == 1
     assert computed.num_valid_queries == valid.sum() == 59
     for name, key in (("ap", "ap_trapezoid"), ("ap_step", "ap_step")):
-        np.testing.assert_allclose(getattr(computed, name)[valid], GOLDEN[key][valid], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(getattr(computed, name)[valid], VECTORS[key][valid], rtol=0, atol=1e-9)
         assert np.isnan(getattr(computed, name)[~valid]).all()
-        assert getattr(computed, f"mean_{name}") == pytest.approx(float(GOLDEN[f"mean_{key}"]), abs=1e-9)
+        assert getattr(computed, f"mean_{name}") == pytest.approx(float(VECTORS[f"mean_{key}"]), abs=1e-9)
     allshots = rank(dist, *labels, topk=50, first_match_break=False)
-    np.testing.assert_allclose(allshots.cmc, GOLDEN["cmc_allshots"], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(allshots.cmc, VECTORS["cmc_allshots"], rtol=0, atol=1e-9)
 
 
 @pytest.mark.usefixtures("every_way")
 @pytest.mark.parametrize("levels", [2, 7, 10**6])
-def test_rank_equals_the_naive_protocol(levels: int) -> None:
+def test_rank_equals_the_naive_protocol(levels: int):
     for seed in range(4):
         case = random_case(seed, levels=levels)
         for topk in (1, 10, 200):
@@ -110,22 +101,22 @@ def test_rank_equals_the_naive_protocol(levels: int) -> None:
                 check(rank(*case, topk=topk, **options), naive_rank(*case, topk=topk, **options))
 
 
-def test_many_queries_in_many_blocks() -> None:
+def test_many_queries_in_many_blocks():
     case = random_case(9, num_query=300, num_gallery=80, levels=50)
     check(rank(*case), naive_rank(*case))
 
 
-def test_random_step_precision_is_that_of_scikit_learn() -> None:
+def test_random_step_precision_is_that_of_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
-    dist, query_ids, gallery_ids, query_cams, gallery_cams = random_case(5, levels=10**6)
-    computed = rank(dist, query_ids, gallery_ids, query_cams, gallery_cams)
-    for q, ap_step in enumerate(computed.ap_step):
+    case = random_case(5, levels=10**6)
+    dist, query_ids, gallery_ids, query_cams, gallery_cams = case
+    for q, ap_step in enumerate(rank(*case).ap_step):
         kept = (gallery_ids != query_ids[q]) | (gallery_cams != query_cams[q])
         expected = metrics.average_precision_score(gallery_ids[kept] == query_ids[q], -dist[q, kept])
         assert ap_step == pytest.approx(expected, abs=1e-12)
 
 
-def test_hand_made_example() -> None:
+def test_hand_made_example():
     #        other, removed, match, other, match
     dist = [[0.1, 0.2, 0.3, 0.4, 0.5]]
     result = rank(dist, [7], [1, 7, 7, 2, 7], [0], [0, 0, 1, 1, 2], topk=3)
@@ -138,7 +129,7 @@ def test_hand_made_example() -> None:
 
 
 @pytest.mark.parametrize("separate_camera_set", [False, True])
-def test_single_gallery_shot_is_the_mean_of_all_draws(separate_camera_set: bool) -> None:
+def test_single_gallery_shot_is_the_mean_of_all_draws(separate_camera_set: bool):
     """The expectation, person by person: how likely is it that fewer than k of them come before the match?"""
     case = random_case(3, num_query=12, num_gallery=40, levels=10**6)
     dist, query_ids, gallery_ids, query_cams, gallery_cams = case
@@ -159,7 +150,7 @@ def test_single_gallery_shot_is_the_mean_of_all_draws(separate_camera_set: bool)
     assert computed[-1] <= 1
 
 
-def test_single_gallery_shot_is_seeded_and_leaves_the_rest() -> None:
+def test_single_gallery_shot_is_seeded_and_leaves_the_rest():
     case = random_case(4)
     plain, one, again, other = (
         rank(*case, single_gallery_shot=shot, seed=seed) for shot, seed in ((False, 0), (True, 0), (True, 0), (True, 1))
@@ -172,7 +163,7 @@ def test_single_gallery_shot_is_seeded_and_leaves_the_rest() -> None:
     np.testing.assert_allclose(shot.cmc, all_images.cmc)
 
 
-def test_tensors_lists_and_arrays_give_the_same() -> None:
+def test_tensors_lists_and_arrays_give_the_same():
     dist, *labels = random_case(6, levels=50)
     expected = rank(dist, *labels)
     tensors = [torch.from_numpy(values) for values in (dist, *labels)]
@@ -185,47 +176,35 @@ def test_tensors_lists_and_arrays_give_the_same() -> None:
     assert half.mean_ap == pytest.approx(rank(dist.astype(np.float16), *labels).mean_ap)
 
 
-def test_a_row_may_overflow_when_summed() -> None:
+def test_a_row_may_overflow_when_summed():
     dist, *labels = random_case(7)
     np.testing.assert_array_equal(rank(dist * np.float32(3e35), *labels).ap, rank(dist, *labels).ap)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_distance_that_is_not_finite_names_the_query(value: float) -> None:
+def test_distance_that_is_not_finite_names_the_query(value):
     dist, *labels = random_case(0, num_query=100)
     dist[70, 5] = value
-    with pytest.raises(InputError, match="query 70 .*NaN or infinity"):
-        rank(dist, *labels)
+    message = refusal(rank, dist, *labels)
+    assert "query 70 " in message and "NaN or infinity" in message
 
 
-@pytest.mark.parametrize("what", ["other people", "one camera"])
-def test_no_query_with_a_match_is_refused(what: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"single_gallery_shot": True}, {"separate_camera_set": True}])
+def test_no_query_with_a_match_is_refused(options):
     dist, query_ids, gallery_ids, query_cams, gallery_cams = random_case(0)
-    if what == "other people":
-        gallery_ids = gallery_ids + 100
-    else:
-        query_cams, gallery_cams = query_cams * 0, gallery_cams * 0
-    for options in ({}, {"single_gallery_shot": True}, {"separate_camera_set": True}):
-        with pytest.raises(InputError, match="No valid query"):
-            rank(dist, query_ids, gallery_ids, query_cams, gallery_cams, **options)
+    assert "No valid query" in refusal(rank, dist, query_ids, gallery_ids + 100, query_cams, gallery_cams, **options)
+    assert "No valid query" in refusal(rank, dist, query_ids, gallery_ids, 0 * query_cams, 0 * gallery_cams, **options)
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "message"),
+    ("place", "shape", "name"),
     [
-        (0, np.zeros((0, 60)), "dist"),
-        (0, np.zeros((23, 0)), "dist"),
-        (0, np.zeros(23), "dist"),
-        (1, np.zeros(22), "query_ids"),
-        (2, np.zeros(61), "gallery_ids"),
-        (3, np.zeros((23, 1)), "query_cams"),
-        (4, np.zeros(0), "gallery_cams"),
+        *((0, shape, "dist") for shape in ((0, 60), (23, 0), (23,))),
+        *((1, (22,), "query_ids"), (2, (61,), "gallery_ids"), (3, (23, 1), "query_cams"), (4, (0,), "gallery_cams")),
     ],
 )
-def test_wrong_input_is_refused(place: int, value: np.ndarray, message: str) -> None:
+def test_wrong_input_is_refused(place, shape, name):
     case = random_case(0)
-    case[place] = value
-    with pytest.raises(InputError, match=message):
-        rank(*case)
-    with pytest.raises(InputError, match="topk"):
-        rank(*random_case(0), topk=0)
+    assert "topk" in refusal(rank, *case, topk=0)
+    case[place] = np.zeros(shape)
+    assert name in refusal(rank, *case)

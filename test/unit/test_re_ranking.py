@@ -1,31 +1,20 @@
 """Re-ranking against the golden vectors and against the k-reciprocal encoding written out with sets and a full sort."""
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN, refusal
 
-from aligned_reid import InputError
-from aligned_reid.evaluation import (
-    distances as distances_module,
-)
-from aligned_reid.evaluation import (
-    global_distance_matrix,
-    neighbours,
-    re_rank,
-    re_rank_features,
-    re_ranking,
-)
+from aligned_reid.evaluation import distances as distances_module
+from aligned_reid.evaluation import global_distance_matrix, neighbours, re_rank, re_rank_features, re_ranking
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "re_ranking.npz")
-GOLDEN_DISTANCES = [GOLDEN[name] for name in ("q_g_dist", "q_q_dist", "g_g_dist")]
+VECTORS = np.load(GOLDEN / "re_ranking.npz")
+GOLDEN_DISTANCES = [VECTORS[name] for name in ("q_g_dist", "q_q_dist", "g_g_dist")]
 SETTINGS = [(20, 6, 0.3), (7, 1, 0.5), (21, 4, 0.0), (1, 2, 1.0), (5, 30, 0.3), (500, 3, 0.2)]
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks(monkeypatch):
     for module, sizes in (
         (re_ranking, {"COLUMNS_PER_BLOCK": 11, "ROWS_PER_PART": 9, "PAIRS_PER_BLOCK": 50}),
         (neighbours, {"TILE": 13, "UNIT": 5, "TILES_PER_THREAD": 1}),
@@ -43,16 +32,12 @@ def features_with_structure(seed: int, num_query: int = 30, num_gallery: int = 7
     return [feat[:num_query], feat[num_query:]]
 
 
-def distances_of(query: np.ndarray, gallery: np.ndarray) -> list[np.ndarray]:
-    return [
-        np.linalg.norm(x[:, None] - y, axis=2).astype(np.float32)
-        for x, y in ((query, gallery), (query, query), (gallery, gallery))
-    ]
+def distances_of(query: np.ndarray, gallery: np.ndarray, dtype: type = np.float32) -> list[np.ndarray]:
+    pairs = ((query, gallery), (query, query), (gallery, gallery))
+    return [np.linalg.norm(x[:, None] - y, axis=2).astype(dtype) for x, y in pairs]
 
 
-def naive_re_rank(
-    q_g_dist: np.ndarray, q_q_dist: np.ndarray, g_g_dist: np.ndarray, k1: int, k2: int, lambda_value: float
-) -> np.ndarray:
+def naive_re_rank(q_g_dist, q_q_dist, g_g_dist, k1: int, k2: int, lambda_value: float) -> np.ndarray:
     num_query = len(q_q_dist)
     dist = np.block([[q_q_dist, q_g_dist], [q_g_dist.T, g_g_dist]])
     dist = np.square(dist).astype(np.float32)
@@ -83,66 +68,61 @@ def naive_re_rank(
     return (1 - lambda_value) * jaccard + lambda_value * dist[:num_query, num_query:]
 
 
-@pytest.mark.parametrize("name", [name for name in GOLDEN.files if name.startswith("reranked")])
-def test_golden(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in VECTORS.files if name.startswith("reranked")])
+def test_golden(name):
     parts = name.split("_")
     settings = int(parts[2]), int(parts[4]), float(parts[6])
     for dtype in (np.float64, np.float32):
         computed = re_rank(*(dist.astype(dtype) for dist in GOLDEN_DISTANCES), *settings)
         assert computed.dtype == np.float32
-        np.testing.assert_allclose(computed, GOLDEN[name], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(computed, VECTORS[name], rtol=0, atol=1e-5)
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults_are_the_papers():
     assert np.array_equal(re_rank(*GOLDEN_DISTANCES), re_rank(*GOLDEN_DISTANCES, k1=20, k2=6, lambda_value=0.3))
 
 
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("k1", "k2", "lambda_value"), SETTINGS)
-def test_re_rank_equals_the_naive_encoding(k1: int, k2: int, lambda_value: float) -> None:
-    distances = distances_of(*features_with_structure(k1 + k2))
-    expected = naive_re_rank(*distances, k1, k2, lambda_value)
-    np.testing.assert_allclose(re_rank(*distances, k1, k2, lambda_value), expected, atol=2e-6)
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("k1", "k2", "lambda_value"), SETTINGS)
-def test_ties_go_by_index(k1: int, k2: int, lambda_value: float) -> None:
+def tied_distances(seed: int) -> list[np.ndarray]:
     """Only four different distances, and several identical images."""
-    rng = np.random.default_rng(k1)
+    rng = np.random.default_rng(seed)
     distances = [rng.integers(1, 5, shape).astype(np.float32) for shape in ((8, 20), (8, 8), (20, 20))]
     for square in distances[1:]:
         np.fill_diagonal(square, 0)
     distances[2][3:7, 3:7] = 0
-    expected = naive_re_rank(*distances, k1, k2, lambda_value)
-    np.testing.assert_allclose(re_rank(*distances, k1, k2, lambda_value), expected, atol=2e-6)
+    return distances
+
+
+def asymmetric_distances(seed: int) -> list[np.ndarray]:
+    """Columns count, as in the reference."""
+    rng = np.random.default_rng(seed)
+    return [rng.random(shape) for shape in ((10, 25), (10, 10), (25, 25))]
+
+
+def distances_with_structure(seed: int) -> list[np.ndarray]:
+    return distances_of(*features_with_structure(seed))
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_asymmetric_distances_are_read_by_column() -> None:
-    """Columns count, as in the reference."""
-    rng = np.random.default_rng(0)
-    distances = [rng.random(shape) for shape in ((10, 25), (10, 10), (25, 25))]
-    expected = naive_re_rank(*distances, 6, 3, 0.4)
-    np.testing.assert_allclose(re_rank(*distances, 6, 3, 0.4), expected, atol=2e-6)
-    single = [dist.astype(np.float32) for dist in distances]
-    np.testing.assert_allclose(re_rank(*single, 6, 3, 0.4), expected, atol=2e-6)
+@pytest.mark.parametrize("make_distances", [distances_with_structure, tied_distances, asymmetric_distances])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_re_rank_equals_the_naive_encoding(make_distances, settings):
+    distances = make_distances(settings[0])
+    expected = naive_re_rank(*distances, *settings)
+    np.testing.assert_allclose(re_rank(*distances, *settings), expected, atol=2e-6)
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(("k1", "k2", "lambda_value"), SETTINGS)
-def test_features_give_what_their_distances_give(k1: int, k2: int, lambda_value: float) -> None:
+def test_features_give_what_their_distances_give(k1, k2, lambda_value):
     query, gallery = (feat.astype(np.float64) for feat in features_with_structure(3))
-    images = np.concatenate([query, gallery])
-    all_distances = np.linalg.norm(images[:, None] - images, axis=2)
-    distances = [all_distances[:30, 30:], all_distances[:30, :30], all_distances[30:, 30:]]
+    distances = distances_of(query, gallery, np.float64)
     expected = naive_re_rank(*distances, k1, k2, lambda_value)
     np.testing.assert_allclose(re_rank_features(query, gallery, k1, k2, lambda_value), expected, atol=1e-5)
     computed = re_rank_features(torch.from_numpy(query).float(), gallery.astype(np.float32), k1, k2, lambda_value)
     np.testing.assert_allclose(computed, expected, atol=1e-4)
 
 
-def test_features_and_global_distances_agree_in_float32() -> None:
+def test_features_and_global_distances_agree_in_float32():
     query, gallery = features_with_structure(1, num_query=300, num_gallery=900, width=32)
     distances = [global_distance_matrix(x, y) for x, y in ((query, gallery), (query, query), (gallery, gallery))]
     difference = np.abs(re_rank_features(query, gallery) - re_rank(*distances))
@@ -150,7 +130,7 @@ def test_features_and_global_distances_agree_in_float32() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_same_in_any_number_of_threads(threads: int) -> None:
+def test_the_same_in_any_number_of_threads(threads):
     query, gallery = features_with_structure(2, num_query=40, num_gallery=700)
     distances = distances_of(query, gallery)
     expected = re_rank(*distances), re_rank_features(query, gallery)
@@ -163,7 +143,7 @@ def test_the_same_in_any_number_of_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_degenerate_sets() -> None:
+def test_degenerate_sets():
     one = np.array([[0.5]]), np.zeros((1, 1)), np.zeros((1, 1))
     np.testing.assert_allclose(re_rank(*one), naive_re_rank(*one, 20, 6, 0.3), atol=2e-6)
     same = np.zeros((3, 5)), np.zeros((3, 3)), np.zeros((5, 5))
@@ -173,7 +153,7 @@ def test_degenerate_sets() -> None:
     assert np.isfinite(identical).all()
 
 
-def test_inputs_of_any_kind_are_not_modified() -> None:
+def test_inputs_of_any_kind_are_not_modified():
     distances = [dist.astype(np.float32) for dist in GOLDEN_DISTANCES]
     kept = [dist.copy() for dist in distances]
     expected = re_rank(*distances)
@@ -192,14 +172,12 @@ def test_inputs_of_any_kind_are_not_modified() -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("k1", 0), ("k1", 2.5), ("k2", 0), ("lambda_value", -0.1), ("lambda_value", float("nan"))]
 )
-def test_settings_out_of_range_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(InputError, match=name):
-        re_rank(*GOLDEN_DISTANCES, **{name: value})
-    with pytest.raises(InputError, match=name):
-        re_rank_features(*features_with_structure(0), **{name: value})
+def test_settings_out_of_range_are_refused(name, value):
+    assert name in refusal(re_rank, *GOLDEN_DISTANCES, **{name: value})
+    assert name in refusal(re_rank_features, *features_with_structure(0), **{name: value})
 
 
-def test_wrong_shapes_are_refused() -> None:
+def test_wrong_shapes_are_refused():
     q_g_dist, q_q_dist, g_g_dist = GOLDEN_DISTANCES
     for wrong, name in (
         ((q_g_dist.T, q_q_dist, g_g_dist), "q_q_dist"),
@@ -207,32 +185,28 @@ def test_wrong_shapes_are_refused() -> None:
         ((q_g_dist[:0], q_q_dist[:0, :0], g_g_dist), "q_g_dist"),
         ((q_g_dist[0], q_q_dist, g_g_dist), "q_g_dist"),
     ):
-        with pytest.raises(InputError, match=name):
-            re_rank(*wrong)
+        assert name in refusal(re_rank, *wrong)
     query, gallery = features_with_structure(0)
     for query_feat, gallery_feat in ((query, gallery[:, :5]), (query[:0], gallery), (query, gallery[0])):
-        with pytest.raises(InputError, match="re-ranking"):
-            re_rank_features(query_feat, gallery_feat)
+        assert "re-ranking" in refusal(re_rank_features, query_feat, gallery_feat)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -np.nan])
-def test_errors_name_the_image_that_is_not_finite(value: float) -> None:
+def test_errors_name_the_image_that_is_not_finite(value):
     for dtype in (np.float32, np.float64):
         q_g_dist, q_q_dist, g_g_dist = (dist.astype(dtype) for dist in GOLDEN_DISTANCES)
         q_g_dist[7, 30] = value
-        with pytest.raises(InputError, match="query 7 .*NaN or infinity"):
-            re_rank(q_g_dist, q_q_dist, g_g_dist)
+        message = refusal(re_rank, q_g_dist, q_q_dist, g_g_dist)
+        assert "query 7 " in message and "NaN or infinity" in message
         g_g_dist[:, 30] = value
-        with pytest.raises(InputError, match="gallery image 30 .*NaN or infinity"):
-            re_rank(GOLDEN_DISTANCES[0].astype(dtype), q_q_dist, g_g_dist)
+        assert "gallery image 30 " in refusal(re_rank, GOLDEN_DISTANCES[0].astype(dtype), q_q_dist, g_g_dist)
     query, gallery = features_with_structure(0)
     gallery[5, 2] = value
-    with pytest.raises(InputError, match="features of gallery image 5 .*NaN or infinity"):
-        re_rank_features(query, gallery)
+    assert "features of gallery image 5 " in refusal(re_rank_features, query, gallery)
 
 
 @pytest.mark.parametrize("levels", [3, 10**6])
-def test_neighbours_are_the_head_of_a_stable_sort(levels: int) -> None:
+def test_neighbours_are_the_head_of_a_stable_sort(levels):
     dist = np.random.default_rng(levels).integers(0, levels, (200, 50)).astype(np.float32)
     found = neighbours.Neighbours(37, length=9)
     found.add(slice(0, 37), dist[:120].copy(), 6, 0, square=True)
