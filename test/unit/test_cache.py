@@ -1,21 +1,19 @@
 """The cache of decoded images: the same bytes as from the files, built once, rebuilt if stale or damaged."""
 
-import errno
-import io
 import multiprocessing
 import os
 import pickle
 import shutil
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import full_disk, refusal
 from test_dataset import SIZE, epoch, write_data
 
-from aligned_reid import InputError, run
+from aligned_reid import run
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import ReidData, TrainImages, open_data
 from aligned_reid.data.loader import make_loader
@@ -23,6 +21,7 @@ from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, resize_image
 from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World, close_group, open_group
+from aligned_reid.launcher import free_port
 from aligned_reid.training.log import Log
 
 
@@ -71,7 +70,7 @@ def test_it_is_built_once_and_logged(data):
     built = cache_file(data).stat().st_mtime_ns
     second = open_train(data, lines)
     assert cache_file(data).stat().st_mtime_ns == built
-    assert [f"{cache_file(data)}: 24 images" in lines[0], f"{cache_file(data)} holds 24" in lines[1]] == [True, True]
+    assert f"{cache_file(data)}: 24 images" in lines[0] and f"{cache_file(data)} holds 24" in lines[1]
     assert np.array_equal(first.read(3), second.read(3))
 
 
@@ -80,8 +79,8 @@ def test_each_size_and_list_of_images_has_its_own(data):
     open_train(data, crop_prob=0.5)
     for images in (TrainImages(data, "train", SIZE), TrainImages(data, "trainval", (40, 24))):
         images.open_cache([data.root / "cache"], print)
-    files = (data.root / "cache").glob("*.npy")
-    assert sorted(path.name.split("-")[0] for path in files) == ["40x24", "64x32", "64x32", "original"]
+    names = sorted(path.name.split("-")[0] for path in (data.root / "cache").glob("*.npy"))
+    assert names == ["40x24", "64x32", "64x32", "original"]
 
 
 @pytest.mark.parametrize("change", ["date", "content", "library"])
@@ -100,18 +99,12 @@ def test_a_stale_one_is_rebuilt(data, monkeypatch, change):
     assert np.array_equal(again.read(0), resize_image(decode_image(images[0]), SIZE))
 
 
-def array_file(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
 DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "cut off": lambda path: os.truncate(path, path.stat().st_size - 1),
     "cut in the header": lambda path: os.truncate(path, 100),
     "another file": lambda path: path.write_bytes(b"\xff" * 10_000),
-    "another array": lambda path: path.write_bytes(array_file(np.zeros(5, dtype=np.uint8))),
+    "another array": lambda path: np.save(path.open("wb"), np.zeros(5, dtype=np.uint8)),
     "a list": lambda path: path.write_bytes(b"[]"),
 }
 
@@ -131,8 +124,7 @@ def test_a_damaged_one_is_rebuilt(data, damage, suffix):
 def test_a_cache_that_is_damaged_after_it_was_opened_is_one_line(data):
     images = open_train(data)
     cache_file(data).write_bytes(b"")
-    with pytest.raises(InputError, match="image cache .* start the run again"):
-        list(make_loader(images, [[SampleRequest(0, 0)]]))
+    assert "image cache" in refusal(list, make_loader(images, [[SampleRequest(0, 0)]]))
     images = open_train(data)
     expected = images.read(1).copy()
     cache_file(data).unlink()
@@ -142,15 +134,9 @@ def test_a_cache_that_is_damaged_after_it_was_opened_is_one_line(data):
 def test_a_full_disk_is_one_line_and_keeps_the_old_one(data, monkeypatch):
     open_train(data)
     old = cache_file(data).read_bytes()
-    for image in data.images_dir.iterdir():
-        os.utime(image, ns=(1, 1))
-
-    def full(*_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(InputError, match="full"):
-        open_train(data)
+    os.utime(data.images_dir / data.partitions.trainval_im_names[0], ns=(1, 1))
+    monkeypatch.setattr(os, "posix_fallocate", full_disk)
+    assert "full" in refusal(open_train, data)
     assert cache_file(data).read_bytes() == old
     assert not list((data.root / "cache").glob(".*.tmp"))
 
@@ -170,8 +156,7 @@ def test_the_next_folder_is_used_if_one_is_not_writable(data, tmp_path):
     images = TrainImages(data, "trainval", SIZE)
     images.open_cache([data.root / "cache", tmp_path / "run" / "cache"], lines.append)
     assert str(data.root / "cache") in lines[0] and f"{tmp_path / 'run' / 'cache'}/64x32-" in lines[1]
-    with pytest.raises(InputError, match="cannot write"):
-        images.open_cache([Path("/proc/cache"), data.root / "cache"], lines.append)
+    assert "cannot write" in refusal(images.open_cache, [Path("/proc/cache"), data.root / "cache"], print)
 
 
 def test_one_process_builds_and_the_others_wait(data):
@@ -183,13 +168,12 @@ def test_one_process_builds_and_the_others_wait(data):
 
 
 def test_a_bad_image_is_named(data):
-    (data.images_dir / data.partitions.trainval_im_names[5]).write_bytes(b"")
+    image = data.images_dir / data.partitions.trainval_im_names[5]
+    image.write_bytes(b"")
     for crop_prob in (0.0, 0.5):
-        with pytest.raises(InputError, match=f"{data.partitions.trainval_im_names[5]} is empty"):
-            open_train(data, crop_prob=crop_prob)
-    (data.images_dir / data.partitions.trainval_im_names[5]).unlink()
-    with pytest.raises(InputError, match=data.partitions.trainval_im_names[5]):
-        open_train(data)
+        assert f"{image.name} is empty" in refusal(open_train, data, crop_prob=crop_prob)
+    image.unlink()
+    assert image.name in refusal(open_train, data)
 
 
 def test_only_its_name_is_sent_to_workers(data):
@@ -218,11 +202,9 @@ def open_as_rank(rank: int, port: int, data: ReidData, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_of_several_ranks_the_first_builds_it(data, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["aligned_reid.run"])
+    port = free_port()
     running = [context.Process(target=open_as_rank, args=(rank, port, data, tmp_path)) for rank in range(2)]
     for process in running:
         process.start()
@@ -230,5 +212,4 @@ def test_of_several_ranks_the_first_builds_it(data, tmp_path):
         process.join(timeout=60)
     assert [process.exitcode for process in running] == [0, 0]
     assert (tmp_path / "log.txt").read_text().startswith(f"image cache {cache_file(data)}: 24 images, ")
-    pixels = [np.load(tmp_path / f"rank{rank}.npy") for rank in range(2)]
-    assert np.array_equal(*pixels)
+    assert np.array_equal(*(np.load(tmp_path / f"rank{rank}.npy") for rank in range(2)))

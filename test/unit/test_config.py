@@ -2,16 +2,13 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, refusal
 
-from aligned_reid import InputError
 from aligned_reid.config import OPTIONS, REMOVED, Config, names_affecting
 from aligned_reid.flags import ARCHITECTURE, TEST, TRAINING, flags_of, flags_page
 from aligned_reid.recipes import RECIPES
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Every flag is someone's to keep: a new one is added here on purpose.
 FLAGS = """
@@ -99,7 +96,6 @@ def test_a_tuple_may_contain_blanks():
         ("--resize_h_w 256", "height,width"),
         ("--resize_h_w 16,16", "32 or more"),
         ("--ids_per_batch 1", "2 or more"),
-        ("--ims_per_id 1", "2 or more"),
         ("--ids_per_batch many", "whole number"),
         ("--lr_decay_type linear", "staircase"),
         ("--loss_scale -3", "above 0"),
@@ -107,7 +103,6 @@ def test_a_tuple_may_contain_blanks():
         ("-gm wide", "none"),
         ("-lm -1", "0 or more"),
         ("-glw 0", "-idlw"),
-        ("-llw -1", "0 or more"),
         ("--pad_crop 128", "--pad_crop"),
         ("--crop_prob 1.5", "at most 1"),
         ("--crop_ratio 0", "above 0"),
@@ -115,9 +110,7 @@ def test_a_tuple_may_contain_blanks():
         ("--last_stride 3", "at most 2"),
         ("--staircase_decay_at_epochs 0,5", "1 or more"),
         ("--base_lr 0", "above 0"),
-        ("--freeze_stages 4", "at most 3"),
         ("--timeout 99999999999", "31536000"),
-        ("--seed -1", "0 or more"),
         ("--npu -1", "0 or more"),
         ("--npu 0,1", "--num_models"),
         ("-gdmlw 1", "--num_models"),
@@ -145,8 +138,7 @@ def test_numbers_out_of_range_are_refused_with_the_bound(name, capsys):
 
 
 def test_library_callers_get_an_input_error():
-    with pytest.raises(InputError, match="ids_per_batch"):
-        Config(ids_per_batch=0).checked()
+    assert "ids_per_batch" in refusal(Config(ids_per_batch=0).checked)
 
 
 def test_settings_survive_json_and_show_differences():
@@ -156,14 +148,10 @@ def test_settings_survive_json_and_show_differences():
     assert parse("--seed 1 --resize_h_w 128,64 --base_lr 1e-3").differences(stored) == ["base_lr: 0.0002 -> 0.001"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "-gm none --loss_scale dynamic --npu 1 --seed 4 --use_local_distance true --resize_h_w 128,64",
-        "--recipe=strong --total_epochs=7",
-    ],
-)
+FLAGS_GIVEN = "-gm none --loss_scale dynamic --npu 1 --seed 4 --use_local_distance true --resize_h_w 128,64"
+
+
+@pytest.mark.parametrize("text", ["", FLAGS_GIVEN, "--recipe=strong --total_epochs=7"])
 def test_settings_written_as_flags_give_the_same_settings(text):
     config = parse(text)
     assert Config.from_arguments(config.to_flags()) == config

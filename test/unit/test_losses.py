@@ -1,14 +1,14 @@
 """Losses, compared with the reference's values and gradients and with their definitions."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN, refusal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from aligned_reid import InputError, losses
+from aligned_reid import losses
 from aligned_reid.distance import aligned_distance, euclidean_distance, normalize
 from aligned_reid.losses import (
     CenterLoss,
@@ -21,12 +21,12 @@ from aligned_reid.losses import (
     mutual_probability_loss,
 )
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "losses.npz")
+VECTORS = np.load(GOLDEN / "losses.npz")
 UNEQUAL_LABELS = torch.tensor([5, 7, 5, 9, 9, 5, 7, 9, 9, 9])
 
 
 def golden(name):
-    return torch.from_numpy(GOLDEN[name])
+    return torch.from_numpy(VECTORS[name])
 
 
 def random_tensor(seed, *shape):
@@ -49,17 +49,17 @@ def test_triplet_losses_match_the_reference(kind, norm_name, normalize_feature, 
         loss, dist_ap, dist_an = local_loss(triplet, feat, normalize_feature=normalize_feature, **partners)
     loss.backward()
     for name, value in {"loss": loss, "grad": feat.grad, "dist_ap": dist_ap, "dist_an": dist_an}.items():
-        expected = GOLDEN[f"{kind}_{norm_name}_{margin_name}_{name}"]
+        expected = VECTORS[f"{kind}_{norm_name}_{margin_name}_{name}"]
         np.testing.assert_allclose(value.detach().numpy(), expected, rtol=0, atol=1e-10, err_msg=name)
 
 
 def test_mutual_losses_match_the_reference():
     prob = mutual_probability_loss(golden("mutual_logits_a"), golden("mutual_logits_b"))
-    assert prob.item() == pytest.approx(GOLDEN["mutual_prob_a_from_b"].item(), abs=1e-10)
+    assert prob.item() == pytest.approx(VECTORS["mutual_prob_a_from_b"].item(), abs=1e-10)
     for kind, distance in (("global", euclidean_distance), ("local", aligned_distance)):
         own, other = golden(f"{kind}_feat"), golden(f"mutual_{kind}_b")
         loss = mutual_distance_loss(distance(own, own), distance(other, other))
-        assert loss.item() == pytest.approx(GOLDEN[f"mutual_{kind}_dist"].item(), abs=1e-10), kind
+        assert loss.item() == pytest.approx(VECTORS[f"mutual_{kind}_dist"].item(), abs=1e-10), kind
 
 
 def test_mutual_losses_have_gradients_for_one_model_only():
@@ -75,8 +75,7 @@ def test_mutual_losses_of_equal_outputs_are_zero_and_in_float32(function):
     logits = random_tensor(0, 6, 4)
     assert function(logits, logits).item() == pytest.approx(0, abs=1e-15)
     assert function(logits.half(), logits.half()).dtype == torch.float32
-    with pytest.raises(InputError, match="shape"):
-        function(logits, logits[:, :3])
+    assert "shape" in refusal(function, logits, logits[:, :3])
 
 
 TIES = torch.tensor(np.random.default_rng(0).integers(0, 3, (10, 10)), dtype=torch.float64)
@@ -94,21 +93,15 @@ def test_batch_hard_selects_the_first_farthest_positive_and_nearest_negative(dis
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"),
-    [([3, 3, 3, 3], "no negative.* 4 images"), ([3, 3, 4, 5], "no positive.* 4, 5$"), ([], "no negative")],
+    ("labels", "words"), [([3, 3, 3, 3], "no negative"), ([3, 3, 4, 5], "no positive"), ([], "no negative")]
 )
-def test_an_anchor_without_partner_is_an_error(labels, message):
+def test_an_anchor_without_partner_is_an_error(labels, words):
     labels = torch.tensor(labels, dtype=torch.int64)
     feat = random_tensor(0, len(labels), 4, 4)
-    triplet = TripletLoss(0.3)
-    for function in (
-        lambda: check_batch_labels(labels),
-        lambda: batch_hard(torch.ones(len(labels), len(labels)), labels),
-        lambda: global_loss(triplet, feat[:, 0], labels, normalize_feature=False),
-        lambda: local_loss(triplet, feat, labels),
-    ):
-        with pytest.raises(InputError, match=message):
-            function()
+    assert words in refusal(check_batch_labels, labels)
+    assert words in refusal(batch_hard, torch.ones(len(labels), len(labels)), labels)
+    assert words in refusal(global_loss, TripletLoss(0.3), feat[:, 0], labels, normalize_feature=False)
+    assert words in refusal(local_loss, TripletLoss(0.3), feat, labels)
 
 
 @pytest.fixture
@@ -146,13 +139,10 @@ def test_triplet_loss_follows_its_formula():
     soft_loss = sum(math.log(1 + math.exp(value)) for value in excess) / 20
     assert TripletLoss(0.3)(dist_ap, dist_an).item() == pytest.approx(margin_loss, abs=1e-12)
     assert TripletLoss(margin=None)(dist_ap, dist_an).item() == pytest.approx(soft_loss, abs=1e-12)
-
-
-def test_soft_margin_does_not_overflow():
-    dist_ap = torch.tensor([1000.0], requires_grad=True)
-    loss = TripletLoss(None)(dist_ap, torch.tensor([0.0]))
+    far = torch.tensor([1000.0], requires_grad=True)  # a soft margin does not overflow
+    loss = TripletLoss(None)(far, torch.tensor([0.0]))
     loss.backward()
-    assert (loss.item(), dist_ap.grad.item()) == (1000, 1)
+    assert (loss.item(), far.grad.item()) == (1000, 1)
 
 
 def test_local_loss_equals_the_loss_of_the_whole_distance_matrix():
@@ -182,13 +172,10 @@ def test_losses_are_in_at_least_float32_under_autocast(dtype):
 
 
 def test_wrong_arguments_are_errors():
-    with pytest.raises(InputError, match="labels"):
-        local_loss(TripletLoss(0.3), random_tensor(0, 4, 5, 6), p_inds=torch.arange(4))
+    assert "labels" in refusal(local_loss, TripletLoss(0.3), random_tensor(0, 4, 5, 6), p_inds=torch.arange(4))
     for dist, labels in (((4, 5), (4,)), ((4, 4), (5,)), ((4, 4), (4, 1))):
-        with pytest.raises(InputError, match="batch_hard"):
-            batch_hard(torch.zeros(dist), torch.zeros(labels, dtype=torch.int64))
-    with pytest.raises(InputError, match="TripletLoss"):
-        TripletLoss(0.3)(torch.zeros(3), torch.zeros(4))
+        assert "batch_hard" in refusal(batch_hard, torch.zeros(dist), torch.zeros(labels, dtype=torch.int64))
+    assert "TripletLoss" in refusal(TripletLoss(0.3), torch.zeros(3), torch.zeros(4))
 
 
 def test_center_loss_follows_its_definition():
