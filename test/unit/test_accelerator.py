@@ -3,20 +3,14 @@ import sys
 
 import pytest
 import torch
+from conftest import refusal
 
-from aligned_reid import InputError
 from aligned_reid.device import Accelerator, open_accelerator
 from aligned_reid.device.npu import Npu, import_torch_npu, why_no_apex
 
 needs_cpu_scaler = pytest.mark.skipif(
     not hasattr(torch.amp, "GradScaler"), reason="torch < 2.3 has no GradScaler for the CPU"
 )
-
-
-@pytest.fixture
-def bfloat16(monkeypatch):
-    """Set whether the CPU has bfloat16 instructions."""
-    return lambda has: monkeypatch.setattr("aligned_reid.device.base.cpu_has_bfloat16", lambda: has)
 
 
 @pytest.fixture
@@ -34,37 +28,29 @@ def test_auto_falls_back_to_the_cpu(monkeypatch):
     assert accelerator.device == torch.device("cpu")
     assert "no npu: torch_npu is not installed; no cuda: " in accelerator.passed_over
     for device, index, reason in (("cuda", None, "CUDA"), ("npu", None, "torch_npu"), ("auto", 9, "--npu 9")):
-        with pytest.raises(InputError, match=reason):
-            open_accelerator(device, index, 0)
+        assert reason in refusal(open_accelerator, device, index, 0)
 
 
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("raise ImportError('libhccl.so: cannot open shared object file')", "libhccl.so"),
-        ("raise RuntimeError('made for another torch')", "made for another torch"),
-        ("import a_missing_helper", "a_missing_helper"),
-    ],
-)
-def test_the_reason_of_a_failed_torch_npu_import_is_reported(tmp_path, monkeypatch, source, reason):
-    (tmp_path / "torch_npu.py").write_text(source)
+FAILURES = {
+    "libhccl.so": "raise ImportError('libhccl.so: cannot open shared object file')",
+    "made for another torch": "raise RuntimeError('made for another torch')",
+    "a_missing_helper": "import a_missing_helper",
+}
+
+
+@pytest.mark.parametrize("reason", FAILURES)
+def test_the_reason_of_a_failed_torch_npu_import_is_reported(tmp_path, monkeypatch, reason):
+    (tmp_path / "torch_npu.py").write_text(FAILURES[reason])
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
     module, why = import_torch_npu()
-    assert module is None
-    assert reason in why
-    assert "\n" not in why
+    assert module is None and reason in why and "\n" not in why
 
 
-def test_a_cuda_index_out_of_range_is_refused(fake_cuda):
-    with pytest.raises(InputError, match="cuda:9: .* has 2"):
-        open_accelerator("cuda", 9, 0)
-
-
-def test_mixed_precision_needs_hardware_support(bfloat16):
+def test_mixed_precision_needs_hardware_support(monkeypatch):
     layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
     for has, wanted, expected in ((True, True, "bfloat16"), (True, False, "float32"), (False, True, "float32")):
-        bfloat16(has)
+        monkeypatch.setattr("aligned_reid.device.base.cpu_has_bfloat16", lambda has=has: has)
         accelerator = Accelerator(mixed_precision=wanted)
         assert f", {expected}, torch" in accelerator.describe()
         with accelerator.autocast():
@@ -138,12 +124,7 @@ def test_only_huaweis_apex_is_accepted(tmp_path, monkeypatch, kind):
             (tmp_path / "apex" / "amp.py").write_text(source)
         monkeypatch.syspath_prepend(str(tmp_path))
     why = why_no_apex()
-    assert reason in why if reason else why == ""
-
-
-def test_apex_is_refused_on_other_devices():
-    with pytest.raises(InputError, match="--amp apex: .*cpu"):
-        open_accelerator("cpu", None, 0, apex=True)
+    assert reason in why and bool(reason) == bool(why)
 
 
 @pytest.fixture
@@ -164,6 +145,11 @@ def test_modes_are_applied_and_described(undo_deterministic):
     assert "compiled" not in plain.describe()
 
 
+def test_a_cuda_index_out_of_range_and_apex_elsewhere_are_refused(fake_cuda):
+    assert "has 2" in refusal(open_accelerator, "cuda", 9, 0)
+    assert "--amp apex" in refusal(open_accelerator, "cpu", None, 0, apex=True)
+
+
 @pytest.mark.parametrize("tf32", [False, True])
 def test_tf32_applies_to_convolutions_only(monkeypatch, fake_cuda, tf32):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
@@ -171,15 +157,13 @@ def test_tf32_applies_to_convolutions_only(monkeypatch, fake_cuda, tf32):
     assert torch.backends.cudnn.allow_tf32 is tf32
     assert torch.backends.cuda.matmul.allow_tf32 is False  # distances are matrix products
     assert ("float32, TF32 convolutions" in gpu.describe()) is tf32
-    with pytest.raises(InputError, match="--amp tf32: cpu"):
-        open_accelerator("cpu", None, 0, tf32=True)
+    assert "--amp tf32" in refusal(open_accelerator, "cpu", None, 0, tf32=True)
 
 
 def test_compiling_needs_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(InputError, match=r"--compile true: .*C\+\+"):
-        open_accelerator("cpu", None, 0, compiled=True)
+    assert "--compile true" in refusal(open_accelerator, "cpu", None, 0, compiled=True)
     open_accelerator("cpu", None, 0)
 
 
