@@ -1,14 +1,15 @@
 """Any image file as an upright JPEG: modes, orientation, and images that are refused."""
 
 import io
+import re
 
 import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from conftest import refusal
 from PIL import Image, ImageOps
 
-from aligned_reid import InputError
 from aligned_reid.data.prepare.jpeg import encode_jpeg, read_as_jpeg
 
 
@@ -42,6 +43,7 @@ RAMP = np.linspace(0, 1, 64, dtype=np.float32)[None].repeat(32, axis=0)
 GRAY = np.rint(255 * RAMP).astype(np.uint8)
 COLOR = np.stack([GRAY, 255 - GRAY, GRAY // 2], axis=-1)
 ALPHA = GRAY[:, ::-1]
+RGBA = np.dstack([COLOR, ALPHA])
 PALETTE = Image.fromarray(COLOR).quantize(200)
 
 
@@ -68,14 +70,9 @@ MODES = {
     "palette, half transparent": ("png", PALETTE, {"transparency": bytes(range(200))}, COLOR),
     "palette, bmp": ("bmp", PALETTE, {}, COLOR),
     "gray, transparent": ("png", Image.fromarray(np.stack([GRAY, ALPHA], axis=-1)), {}, GRAY),
-    "transparent": ("png", Image.fromarray(np.dstack([COLOR, ALPHA])), {}, COLOR),
-    "transparent, webp": (
-        "webp",
-        Image.fromarray(np.dstack([COLOR, ALPHA])),
-        {"lossless": True, "exact": True},
-        COLOR,
-    ),
-    "transparent, tiff": ("tif", Image.fromarray(np.dstack([COLOR, ALPHA])), {}, COLOR),
+    "transparent": ("png", Image.fromarray(RGBA), {}, COLOR),
+    "transparent, webp": ("webp", Image.fromarray(RGBA), {"lossless": True, "exact": True}, COLOR),
+    "transparent, tiff": ("tif", Image.fromarray(RGBA), {}, COLOR),
     "CMYK": ("tif", Image.fromarray(COLOR).convert("CMYK"), {}, COLOR),
     "CMYK, jpeg": ("jpg", Image.fromarray(COLOR).convert("CMYK"), {"quality": 95}, COLOR),
     "gray, jpeg": ("jpg", Image.fromarray(GRAY), {"quality": 95}, GRAY),
@@ -105,8 +102,7 @@ def test_16_bit_colors_lose_their_low_byte(tmp_path):
 @pytest.mark.parametrize("values", [RAMP * 2 - 1, RAMP * 1e6, np.full_like(RAMP, np.nan)])
 def test_values_of_unknown_range_are_refused(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "image.tif")
-    with pytest.raises(InputError, match="8 bits per channel"):
-        read_as_jpeg(tmp_path / "image.tif")
+    assert "8 bits per channel" in refusal(read_as_jpeg, tmp_path / "image.tif")
 
 
 def turned(orientation: int) -> Image.Exif:
@@ -142,15 +138,13 @@ def test_images_that_are_too_large_are_named(tmp_path, monkeypatch):
     with open(tmp_path / "image.jpg", "wb") as file:
         file.truncate(101 * 10**6)
     for name, reason in (("image.png", "100 million pixels"), ("image.jpg", "101 MB")):
-        with pytest.raises(InputError, match=reason) as caught:
-            read_as_jpeg(tmp_path / name)
-        assert str(tmp_path / name) in str(caught.value)
+        message = refusal(read_as_jpeg, tmp_path / name)
+        assert reason in message and str(tmp_path / name) in message
 
 
 def test_postscript_is_refused_without_running_a_program(tmp_path):
     (tmp_path / "image.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(InputError, match="image.png is damaged or not"):
-        read_as_jpeg(tmp_path / "image.png")
+    assert "image.png is damaged or not" in refusal(read_as_jpeg, tmp_path / "image.png")
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "bmp", "webp"])
@@ -160,9 +154,7 @@ def test_damaged_images_are_named(picture, tmp_path, kind):
     content = path.read_bytes()
     for size, reason in ((len(content) // 2, "cut off|damaged"), (0, "empty")):
         path.write_bytes(content[:size])
-        with pytest.raises(InputError, match=reason) as caught:
-            read_as_jpeg(path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        message = refusal(read_as_jpeg, path)
+        assert re.search(reason, message) and str(path) in message
     path.unlink()
-    with pytest.raises(InputError, match="is missing"):
-        read_as_jpeg(path)
+    assert "is missing" in refusal(read_as_jpeg, path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import preparation_refusal
+from conftest import contents, preparation_refusal
 from PIL import Image
 
 from aligned_reid.data.partitions import read_partitions
@@ -39,6 +39,8 @@ NEW_NAMES = {
     "test/0000/0000_000_14_0303morning_0025_0.jpg": "00000002_0014_00000001.jpg",
 }
 
+refusal = partial(preparation_refusal, prepare_msmt17)
+
 
 def write_raw(root: Path, train: str = "train", test: str = "test") -> Path:
     for name, lines in LISTS.items():
@@ -54,10 +56,6 @@ def write_raw(root: Path, train: str = "train", test: str = "test") -> Path:
 @pytest.fixture
 def raw(tmp_path) -> Path:
     return write_raw(tmp_path / "download" / "MSMT17_V1")
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
 
 def test_persons_of_the_test_are_numbered_after_those_of_training(raw, tmp_path):
@@ -82,9 +80,6 @@ def test_version_2_is_found_in_the_folder_around_it(tmp_path, folders):
     assert {name.split("/")[0] for name in new_names} == set(folders)
 
 
-refusal = partial(preparation_refusal, prepare_msmt17)
-
-
 def test_images_of_other_kinds_become_jpegs(raw, tmp_path):
     query = raw / "test" / LISTS["list_query.txt"][0].split()[0]
     Image.open(query).save(query.with_suffix(".PNG"))
@@ -99,7 +94,6 @@ def test_images_of_other_kinds_become_jpegs(raw, tmp_path):
 
 def test_sources_that_cannot_be_used_are_refused(raw, tmp_path):
     save_dir = tmp_path / "msmt17"
-    assert "does not exist" in refusal(tmp_path / "none", save_dir)
     assert "list_train.txt" in refusal(raw / "train", save_dir)
     assert "inside the source" in refusal(raw, raw / "prepared")
     image = raw / "test" / "0003" / "0003_000_14_0303morning_0040_0.jpg"
@@ -130,8 +124,7 @@ def test_the_original_data_set_is_recognized(raw, tmp_path):
     assert find_raw_msmt17(raw) == find_raw_msmt17(raw.parent) == raw
     for path in (tmp_path / "none", raw / "train", raw / "list_train.txt"):
         assert find_raw_msmt17(path) is None
-    command = f"python script/prepare_msmt17.py --source {raw} --save_dir {raw.parent / 'msmt17'}"
-    assert prepare_command(raw) == command
+    assert prepare_command(raw).endswith(f"prepare_msmt17.py --source {raw} --save_dir {raw.parent / 'msmt17'}")
 
 
 def test_the_command_prints_counts_and_the_next_command(command, raw, tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import contents, refusal
 
-from aligned_reid import InputError
 from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY, parse_image_name, read_partitions
 from aligned_reid.synthetic.make import make_synthetic
 
@@ -18,13 +18,8 @@ NUM_IDS, NUM_CAMERAS, NUM_IMAGES = 24, 3, 4
 
 @pytest.fixture(scope="module")
 def small_set(tmp_path_factory) -> Path:
-    return make_synthetic(
-        tmp_path_factory.mktemp("small") / "set", NUM_IDS, NUM_CAMERAS, NUM_IMAGES, seed=3, num_workers=1
-    )
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    save_dir = tmp_path_factory.mktemp("small") / "set"
+    return make_synthetic(save_dir, NUM_IDS, NUM_CAMERAS, NUM_IMAGES, seed=3, num_workers=1)
 
 
 def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers(small_set, tmp_path):
@@ -48,35 +43,29 @@ def test_more_images_do_not_change_the_others(small_set, tmp_path):
 def test_images_are_readable_and_of_one_size(small_set):
     paths = sorted((small_set / "images").iterdir())
     assert len(paths) == (NUM_IDS + 1) * NUM_CAMERAS * NUM_IMAGES
-    for path in paths:
-        image = cv2.imread(str(path))
-        assert image.shape == (128, 64, 3)
-        assert image.std() > 5, path.name
+    images = [cv2.imread(str(path)) for path in paths]
+    assert all(image.shape == (128, 64, 3) and image.std() > 5 for image in images)
 
 
-def test_parts_are_disjoint_and_complete(small_set):
+def test_parts_are_disjoint_and_complete_and_each_identity_has_its_marks_under_each_camera(small_set):
     partitions = read_partitions(small_set / "partitions.pkl")
     names = sorted(os.listdir(small_set / "images"))
     assert names == sorted(partitions.trainval_im_names + partitions.test_im_names)
     assert sorted(partitions.trainval_im_names) == sorted(partitions.train_im_names + partitions.val_im_names)
-    test_ids = {parse_image_name(name).person_id for name in partitions.test_im_names}
-    assert len(partitions.trainval_ids2labels) == NUM_IDS * 3 // 4
-    assert 0 in test_ids and not partitions.trainval_ids2labels.keys() & test_ids
     assert sorted(pickle.loads((small_set / "ori_to_new_im_name.pkl").read_bytes()).values()) == names
-
-
-def test_each_identity_has_its_marks_under_each_camera(small_set):
-    partitions = read_partitions(small_set / "partitions.pkl")
     marks = defaultdict(list)
     for name, mark in zip(partitions.test_im_names, partitions.test_marks, strict=True):
-        parsed = parse_image_name(name)
-        marks[parsed.person_id, parsed.camera].append(mark)
+        person_id, camera, _ = parse_image_name(name)
+        marks[person_id, camera].append(mark)
     for (person_id, _), of_pair in marks.items():
         wanted = [GALLERY] * NUM_IMAGES if person_id == 0 else [QUERY, MULTI_QUERY, *[GALLERY] * (NUM_IMAGES - 2)]
         assert sorted(of_pair) == sorted(wanted)
+    test_ids = {person_id for person_id, _ in marks}
+    assert len(partitions.trainval_ids2labels) == NUM_IDS * 3 // 4
+    assert 0 in test_ids and not partitions.trainval_ids2labels.keys() & test_ids
 
 
-@pytest.mark.parametrize(("num_cameras", "num_images"), [(2, 2), (3, 3), (4, 5)])
+@pytest.mark.parametrize(("num_cameras", "num_images"), [(2, 2), (4, 5)])
 def test_queries_have_matches_under_other_cameras(tmp_path, num_cameras, num_images):
     save_dir = make_synthetic(tmp_path / "set", 5, num_cameras, num_images, seed=1, num_workers=1)
     partitions = read_partitions(save_dir / "partitions.pkl")
@@ -93,18 +82,17 @@ def test_queries_have_matches_under_other_cameras(tmp_path, num_cameras, num_ima
 def test_raw_pixels_find_less_than_half(tmp_path):
     large_set = make_synthetic(tmp_path / "set", 120, 3, 2, seed=3)  # among few people raw pixels do well
     partitions = read_partitions(large_set / "partitions.pkl")
-    pixels = {mark: [] for mark in (QUERY, GALLERY, MULTI_QUERY)}
     images = {mark: [] for mark in (QUERY, GALLERY, MULTI_QUERY)}
     for name, mark in zip(partitions.test_im_names, partitions.test_marks, strict=True):
-        pixels[mark].append(cv2.imread(str(large_set / "images" / name)).astype(np.float32).ravel())
-        images[mark].append(parse_image_name(name))
-    gallery = np.array(pixels[GALLERY])
+        pixels = cv2.imread(str(large_set / "images" / name)).astype(np.float32).ravel()
+        images[mark].append((parse_image_name(name), pixels))
+    gallery = np.array([pixels for _, pixels in images[GALLERY]])
     num_correct = 0
-    for query, image in zip(pixels[QUERY], images[QUERY], strict=True):
-        distances = np.linalg.norm(gallery - query, axis=1)
-        distances[[other[:2] == image[:2] for other in images[GALLERY]]] = np.inf
-        num_correct += images[GALLERY][int(distances.argmin())].person_id == image.person_id
-    assert num_correct / len(pixels[QUERY]) < 0.5
+    for query, pixels in images[QUERY]:
+        distances = np.linalg.norm(gallery - pixels, axis=1)
+        distances[[other[:2] == query[:2] for other, _ in images[GALLERY]]] = np.inf
+        num_correct += images[GALLERY][int(distances.argmin())][0].person_id == query.person_id
+    assert num_correct / len(images[QUERY]) < 0.5
 
 
 def test_global_random_state_and_opencv_threads_are_kept(tmp_path):
@@ -127,21 +115,13 @@ def test_an_interrupted_drawing_resumes(small_set, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_ids": 3}, "num_ids is 3"),
-        ({"num_cameras": 1}, "num_cameras is 1"),
-        ({"images_per_camera": 1}, "images_per_camera is 1"),
-        ({"seed": -1}, "seed is -1"),
-        ({"num_cameras": 10_000}, "num_cameras is 10000"),
-        ({"num_workers": 0}, "num_workers is 0"),
-    ],
+    ("name", "value"),
+    [("num_ids", 3), ("num_cameras", 1), ("num_cameras", 10_000), ("images_per_camera", 1), ("seed", -1)],
 )
-def test_numbers_out_of_range_are_refused(tmp_path, arguments, message):
-    with pytest.raises(InputError, match=message):
-        make_synthetic(
-            tmp_path / "set", **{"num_ids": 4, "num_cameras": 2, "images_per_camera": 2, "seed": 1} | arguments
-        )
+def test_numbers_out_of_range_are_refused(tmp_path, name, value):
+    numbers = {"num_ids": 4, "num_cameras": 2, "images_per_camera": 2, "seed": 1, name: value}
+    assert f"{name} is {value}" in refusal(make_synthetic, tmp_path / "set", **numbers)
+    assert "num_workers" in refusal(make_synthetic, tmp_path / "set", 4, 2, 2, 1, num_workers=0)
     assert not (tmp_path / "set").exists()
 
 
@@ -157,8 +137,7 @@ def test_folders_with_anything_else_are_refused(tmp_path):
         (tmp_path / "file", "not a folder"),
         (tmp_path / "file" / "below", "cannot write"),
     ):
-        with pytest.raises(InputError, match=reason):
-            make_synthetic(save_dir, 4, 2, 2, seed=1)
+        assert reason in refusal(make_synthetic, save_dir, 4, 2, 2, seed=1)
     assert contents(tmp_path) == before
 
 
