@@ -5,9 +5,8 @@ import os
 import shutil
 
 import pytest
-from conftest import TINY
+from conftest import TINY, contents, refusal
 
-from aligned_reid import InputError
 from aligned_reid.data import make_synthetic, parse_image_name, read_partitions
 from aligned_reid.data.partitions import Partitions, write_partitions
 from aligned_reid.data.prepare.joined import prepare_joined
@@ -57,34 +56,24 @@ def test_images_are_copied_where_links_are_impossible(tiny_data, other_data, tmp
         assert copy.read_bytes() == path.read_bytes() and not copy.samefile(path)
 
 
-def test_a_symbolic_link_is_followed(tiny_data, other_data, tmp_path):
-    source = tmp_path / "linked"
-    shutil.copytree(other_data, source)
-    image = next(iter((source / "images").iterdir()))
-    image.rename(tmp_path / "away.jpg")
-    image.symlink_to("../../away.jpg")
-    save_dir = prepare_joined([source, tiny_data], tmp_path / "joined")
-    assert (save_dir / "images" / image.name).samefile(tmp_path / "away.jpg")
-
-
 def test_an_interrupted_join_resumes(tiny_data, other_data, tmp_path):
     source = tmp_path / "other"
     shutil.copytree(other_data, source)
     image = max((source / "images").iterdir())
     image.rename(tmp_path / "away.jpg")
-    with pytest.raises(InputError, match=image.name):
-        prepare_joined([tiny_data, source], tmp_path / "joined")
+    assert image.name in refusal(prepare_joined, [tiny_data, source], tmp_path / "joined")
     assert not (tmp_path / "joined" / "partitions.pkl").exists()
-    (tmp_path / "away.jpg").rename(image)
-    prepare_joined([tiny_data, source], tmp_path / "joined")
+    image.symlink_to("../../away.jpg")  # links in a source are followed
+    joined = prepare_joined([tiny_data, source], tmp_path / "joined")
+    assert any(path.samefile(tmp_path / "away.jpg") for path in (joined / "images").iterdir())
     before = (tmp_path / "joined" / "images").stat().st_mtime_ns
     prepare_joined([tiny_data, source], tmp_path / "joined")
     assert (tmp_path / "joined" / "images").stat().st_mtime_ns == before
 
 
 def test_mistakes_are_refused(tiny_data, other_data, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "x").mkdir()
+    for name in ("empty", "x"):
+        (tmp_path / name).mkdir()
     (tmp_path / "x" / "tiny").symlink_to(other_data)
     (tmp_path / "again").symlink_to(tiny_data)
     for sources, save_dir, reason in (
@@ -95,9 +84,7 @@ def test_mistakes_are_refused(tiny_data, other_data, tmp_path):
         ([tiny_data, tmp_path / "x" / "tiny"], "joined", "called tiny"),
         ([tiny_data, other_data], tiny_data / "joined", "inside the source"),
     ):
-        with pytest.raises(InputError, match=reason) as caught:
-            prepare_joined(sources, tmp_path / save_dir)
-        assert "\n" not in str(caught.value)
+        assert reason in refusal(prepare_joined, sources, tmp_path / save_dir)
         assert not (tmp_path / "joined").exists()
 
 
@@ -107,18 +94,16 @@ def test_a_folder_with_anything_else_is_refused(tiny_data, other_data, tmp_path)
     (tmp_path / "notes" / "thesis.txt").touch()
     joined = prepare_joined([tiny_data, other_data], tmp_path / "joined")
     for save_dir in (copy, tmp_path / "notes", joined):
-        before = {path: path.read_bytes() for path in save_dir.rglob("*") if path.is_file()}
-        with pytest.raises(InputError, match="something else"):
-            prepare_joined([other_data, tiny_data], save_dir)
-        assert {path: path.read_bytes() for path in save_dir.rglob("*") if path.is_file()} == before
+        before = contents(save_dir)
+        assert "something else" in refusal(prepare_joined, [other_data, tiny_data], save_dir)
+        assert contents(save_dir) == before
 
 
 def test_more_cameras_than_names_can_hold_are_refused(tiny_data, tmp_path):
     (tmp_path / "wide" / "images").mkdir(parents=True)
     name = "00000001_9999_00000000.jpg"
     write_partitions(tmp_path / "wide" / "partitions.pkl", Partitions([name], {1: 0}, [name], {1: 0}, [], [], [], []))
-    with pytest.raises(InputError, match="10002"):
-        prepare_joined([tiny_data, tmp_path / "wide"], tmp_path / "joined")
+    assert "10002" in refusal(prepare_joined, [tiny_data, tmp_path / "wide"], tmp_path / "joined")
 
 
 def test_the_join_is_trained_on_and_each_set_tested(command, tiny_data, other_data, tmp_path, small_trunk):

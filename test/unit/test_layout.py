@@ -5,8 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import contents, refusal
 
-from aligned_reid import InputError
 from aligned_reid.data.partitions import read_partitions
 from aligned_reid.data.prepare.layout import Row, describe, write_table
 from aligned_reid.data.prepare.sources import check_paths, find_image, folders_to_look_in, prepare_command
@@ -33,6 +33,9 @@ def read(original: str) -> bytes:
     return original.encode() * 9
 
 
+IMAGES = {new: read(original) for original, new in NEW_NAMES.items()}
+
+
 def interrupt_at(original: str):
     def read_or_stop(name: str) -> bytes:
         if name == original:
@@ -45,9 +48,7 @@ def interrupt_at(original: str):
 def test_images_maps_and_partitions_are_written(tmp_path, capsys):
     save_dir = tmp_path / "new" / "set"
     assert write_table(save_dir, TABLE, read, 1, {"names.json": b"{}"}) == save_dir
-    assert {path.name: path.read_bytes() for path in (save_dir / "images").iterdir()} == {
-        new: read(original) for original, new in NEW_NAMES.items()
-    }
+    assert contents(save_dir / "images") == IMAGES
     assert pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes()) == NEW_NAMES
     assert (save_dir / "names.json").read_bytes() == b"{}"
     partitions = read_partitions(save_dir / "partitions.pkl")
@@ -71,9 +72,7 @@ def test_an_interrupted_preparation_resumes(tmp_path):
     (images / NEW_NAMES["a"]).write_bytes(b"")
     (images / ".00000005_0001_00000001.jpg.7.tmp").write_bytes(b"half")
     write_table(tmp_path, TABLE, read)
-    assert {path.name: path.read_bytes() for path in images.iterdir()} == {
-        new: read(original) for original, new in NEW_NAMES.items()
-    }
+    assert contents(images) == IMAGES
     del before[images / NEW_NAMES["a"]]
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -101,25 +100,16 @@ def test_partitions_are_removed_before_images_change_their_meaning(tmp_path):
     assert (tmp_path / "images" / NEW_NAMES["a"]).read_bytes() == read("b")
 
 
-def test_an_image_that_is_listed_twice_is_refused(tmp_path):
-    with pytest.raises(InputError, match="e twice"):
-        write_table(tmp_path / "set", [*TABLE, Row("e", 5, 9, "gallery")], read)
+def test_an_image_that_is_listed_twice_and_unusable_folders_are_refused(tmp_path):
+    assert "e twice" in refusal(write_table, tmp_path / "set", [*TABLE, Row("e", 5, 9, "gallery")], read)
     assert not (tmp_path / "set").exists()
-
-
-def test_a_folder_with_another_data_set_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot write" in refusal(write_table, tmp_path / "file" / "set", TABLE, read)
     other = tmp_path / "images" / "00000009_0001_00000000.jpg"
     other.parent.mkdir()
     other.write_bytes(b"other")
-    with pytest.raises(InputError, match=other.name):
-        write_table(tmp_path, TABLE, read)
+    assert other.name in refusal(write_table, tmp_path, TABLE, read)
     assert list(other.parent.iterdir()) == [other]
-
-
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot write .*file"):
-        write_table(tmp_path / "file" / "set", TABLE, read)
 
 
 def test_nothing_is_written_into_a_source(tmp_path):
@@ -127,11 +117,9 @@ def test_nothing_is_written_into_a_source(tmp_path):
     source.mkdir(parents=True)
     (tmp_path / "link").symlink_to(source)
     for save_dir in (source, source / "x", tmp_path / "set", tmp_path / "link" / "x"):
-        with pytest.raises(InputError, match="inside the source"):
-            check_paths(source, save_dir)
+        assert "inside the source" in refusal(check_paths, source, save_dir)
     check_paths(source, tmp_path / "other")
-    with pytest.raises(InputError, match="does not exist"):
-        check_paths(tmp_path / "none", tmp_path / "other")
+    assert "does not exist" in refusal(check_paths, tmp_path / "none", tmp_path / "other")
 
 
 def test_an_image_is_found_under_another_ending(tmp_path):

@@ -36,6 +36,11 @@ def test_outputs_have_the_documented_shapes(model, height, width, stripes):
     assert model.feature_shapes((height, width), local=False) == {"global": (2048,)}
 
 
+def test_a_model_without_classifier_returns_no_logits(small_trunk):
+    features = AlignedReID(None, local_channels=16, pretrained="none").eval()(torch.randn(1, 3, 64, 32))
+    assert features.logits is None and features.local_feat.shape == (1, 2, 16)
+
+
 @torch.no_grad()
 def test_heads_follow_their_definition(model):
     images = torch.randn(2, 3, 128, 64)
@@ -46,13 +51,6 @@ def test_heads_follow_their_definition(model):
     local = torch.relu(model.local_bn(model.local_conv(stripe[:, :, None, None])))[:, :, 0, 0]
     assert torch.allclose(features.local_feat[:, 1], local, rtol=1e-4, atol=1e-4 * local.max().item())
     assert torch.allclose(features.logits, model.fc(features.global_feat), atol=1e-5)
-
-
-def test_a_model_without_classifier_returns_no_logits(small_trunk):
-    model = AlignedReID(None, local_channels=16, pretrained="none").eval()
-    features = model(torch.randn(1, 3, 64, 32))
-    assert features.logits is None
-    assert features.local_feat.shape == (1, 2, 16)
 
 
 def test_initial_weights_are_small(model):
