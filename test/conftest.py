@@ -1,7 +1,7 @@
 """What tests share: a tiny drawn data set, a tiny trunk, and commands run as a user runs them."""
 
-import json
 import errno
+import json
 import os
 import runpy
 import signal

@@ -6,7 +6,9 @@ import torch
 from conftest import refusal
 
 from aligned_reid.device import Accelerator, open_accelerator
+from aligned_reid.device.base import trained_parameters
 from aligned_reid.device.npu import Npu, import_torch_npu, why_no_apex
+from aligned_reid.model import AlignedReID
 
 needs_cpu_scaler = pytest.mark.skipif(
     not hasattr(torch.amp, "GradScaler"), reason="torch < 2.3 has no GradScaler for the CPU"
@@ -179,3 +181,24 @@ def test_hccl_timeouts_follow_the_runs_within_bounds(monkeypatch, timeout, expec
     assert tuple(os.environ[name] for name in names) == expected
     Npu.prepare_group(None, 1836)  # variables that are set stay
     assert tuple(os.environ[name] for name in names) == expected
+
+
+def test_norms_and_biases_form_a_group_without_weight_decay(small_trunk):
+    model = AlignedReID(3, pretrained="none", bnneck=True, pooling="gem")
+    model.train_heads(local=False, identity=True)
+    trained = {id(one) for one in model.parameters() if one.requires_grad}
+    assert {id(one) for one in trained_parameters(model)} == trained
+    decayed, others = trained_parameters(model, decay_norms=False)
+    assert {id(one) for one in decayed["params"] + others["params"]} == trained
+    names = {id(one): name for name, one in model.named_parameters()}
+    kept = {"base.bn1.weight", "base.bn1.bias", "base.conv2.bias", "pooling.p", "neck.weight"}
+    assert {names[id(one)] for one in others["params"]} == kept
+
+
+def test_weight_decay_shrinks_the_decayed_group_only():
+    decayed, kept = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [decayed]}, {"params": [kept], "weight_decay": 0.0}]
+    optimizer = Accelerator().adam(groups, lr=0.1, weight_decay=0.1)
+    decayed.grad, kept.grad = torch.zeros(2), torch.zeros(2)
+    optimizer.step()
+    assert (decayed < 1).all() and (kept == 1).all()

@@ -76,16 +76,12 @@ def test_only_a_second_ctrl_c_a_second_later_ends_a_command_that_saves():
     assert (done.returncode, done.stdout) == (-signal.SIGINT, b"saving\n")
 
 
-@pytest.mark.parametrize(
-    ("text", "path"),
-    [("~/runs/a", "{home}/runs/a"), ("~", "{home}"), ("./~", "./~"), ("runs/~/a", "runs/~/a"), ("", "")],
-)
-def test_a_leading_tilde_is_the_home_folder(monkeypatch, tmp_path, text, path):
+def test_a_leading_tilde_is_the_home_folder_if_there_is_one(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert expand_home(text) == path.format(home=tmp_path)
-
-
-def test_a_home_folder_that_does_not_exist_is_refused(monkeypatch, tmp_path):
+    for text in ("~/runs/a", "~"):
+        assert expand_home(text) == text.replace("~", str(tmp_path))
+    for text in ("./~", "runs/~/a", ""):
+        assert expand_home(text) == text
     for home, path in ((tmp_path, "~nosuchuser/x"), (tmp_path / "none", "~/x")):
         monkeypatch.setenv("HOME", str(home))
         with pytest.raises(argparse.ArgumentTypeError, match="home folder"):

@@ -8,35 +8,10 @@ import pytest
 from aligned_reid.device import available_memory, mkl_leaves_avx512
 
 
-@pytest.mark.parametrize(
-    ("cpuinfo", "expected"),
-    [
-        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f\n", True),
-        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2\n", False),
-        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 avx512f\n", False),
-        (None, False),
-    ],
-)
-def test_mkl_leaves_avx512_unused_on_other_vendors_only(monkeypatch, cpuinfo, expected):
-    def read_text(path):
-        if cpuinfo is None:
-            raise FileNotFoundError(path)
-        return cpuinfo
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert mkl_leaves_avx512() is expected
-
-
-@pytest.mark.parametrize(
-    ("limit", "available"),
-    [(None, 2000 * 1024), ("max\n", 2000 * 1024), ("1000000\n", 400000), ("9000000\n", 2000 * 1024)],
-)
-def test_available_memory_respects_the_container_limit(monkeypatch, limit, available):
-    files = {
-        "meminfo": "MemTotal: 9000 kB\nMemFree: 5 kB\nMemAvailable: 2000 kB\n",
-        "memory.stat": "anon 600000\nfile 7\n",
-    }
-    files |= {"memory.max": limit} if limit else {}
+@pytest.fixture
+def host_files(monkeypatch):
+    """The text of files under /proc and /sys by their names; the others are missing."""
+    files = {}
 
     def read_text(path):
         if path.name not in files:
@@ -44,6 +19,28 @@ def test_available_memory_respects_the_container_limit(monkeypatch, limit, avail
         return files[path.name]
 
     monkeypatch.setattr(Path, "read_text", read_text)
+    return files
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "expected"),
+    [("AuthenticAMD", "avx2 avx512f", True), ("AuthenticAMD", "avx2", False), ("GenuineIntel", "avx2 avx512f", False)],
+)
+def test_mkl_leaves_avx512_unused_on_other_vendors_only(host_files, vendor, flags, expected):
+    assert not mkl_leaves_avx512()
+    host_files["cpuinfo"] = f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n"
+    assert mkl_leaves_avx512() is expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "available"),
+    [(None, 2000 * 1024), ("max\n", 2000 * 1024), ("1000000\n", 400000), ("9000000\n", 2000 * 1024)],
+)
+def test_available_memory_respects_the_container_limit(host_files, limit, available):
+    host_files["meminfo"] = "MemTotal: 9000 kB\nMemFree: 5 kB\nMemAvailable: 2000 kB\n"
+    host_files["memory.stat"] = "anon 600000\nfile 7\n"
+    if limit:
+        host_files["memory.max"] = limit
     assert available_memory() == available
 
 

@@ -8,12 +8,12 @@ import shutil
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from aligned_reid.commands import COMMANDS, prepare
 from aligned_reid.config import Config
@@ -23,7 +23,6 @@ from aligned_reid.export import InferenceGraph, export_onnx
 from aligned_reid.model import AlignedReID
 from aligned_reid.weights import write_safetensors
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
 FOLDERS = {path.name: path.parent for path in FILES}
@@ -60,14 +59,11 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@each_page
-def test_train_commands_parse(name):
-    for flags in train_commands(PAGES[name]):
+def test_train_commands_parse():
+    commands = [flags for text in PAGES.values() for flags in train_commands(text)]
+    assert len(commands) >= 25
+    for flags in commands:
         Config.from_arguments(flags)  # exits at a mistake
-
-
-def test_there_are_train_commands_to_parse():
-    assert sum(len(train_commands(text)) for text in PAGES.values()) >= 25
 
 
 @cache
@@ -115,7 +111,8 @@ def test_links_between_pages_lead_somewhere(name):
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_readme_links_every_page_and_is_short():
+def test_readme_is_short_with_a_picture_and_a_link_to_every_page():
+    assert min(cv2.imread(str(ROOT / "docs" / "matches.png")).shape[:2]) > 500
     for language in ("README.md", "README.zh-CN.md"):
         assert all(f"docs/{path.name}" in PAGES[language] for path in (ROOT / "docs").glob("*.md"))
         assert PAGES[language].count("\n") <= 150
@@ -127,13 +124,8 @@ def test_architecture_names_every_folder():
 
 
 def test_nothing_is_prepared_into_its_source():
-    commands = [
-        pair
-        for text in PAGES.values()
-        for pair in re.findall(
-            r"(?:script/prepare_\w+\.py|aligned-reid prepare \w+) --source (\S+) .*--save_dir (\S+)", text
-        )
-    ]
+    pattern = r"(?:script/prepare_\w+\.py|aligned-reid prepare \w+) --source (\S+) .*--save_dir (\S+)"
+    commands = [pair for text in PAGES.values() for pair in re.findall(pattern, text)]
     assert len(commands) >= 5
     assert all(source != save_dir for source, save_dir in commands)
 
@@ -142,11 +134,6 @@ def test_the_ablation_page_has_the_table_of_its_results():
     command = [sys.executable, str(ROOT / "benchmark" / "ablation.py"), "--table"]
     table = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert table in PAGES["ablation.md"]
-
-
-@pytest.mark.parametrize("name", ["matches.png", "report.png"])
-def test_readme_shows_pictures(name):
-    assert min(cv2.imread(str(ROOT / "docs" / name)).shape[:2]) > 500
 
 
 def test_example_of_a_custom_split_makes_a_data_set(tmp_path, monkeypatch):

@@ -4,8 +4,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import refusal
 
-from aligned_reid import InputError, export
+from aligned_reid import export
 from aligned_reid.data import TestImages, open_data, preprocess
 from aligned_reid.errors import RunStopped
 from aligned_reid.evaluation.extract import inference_copy
@@ -34,10 +35,8 @@ def test_every_opset_computes_torchs_features(model, tmp_path, opset, batch_size
     difference, described = export_onnx(graph, path, SIZE, opset=opset, batch_size=batch_size)
     assert difference < 1e-5
     n = batch_size or "N"
-    assert described == (
-        f"opset {opset}, images uint8 [{n}, 64, 32, 3] -> global_feat float32 [{n}, 2048], "
-        f"local_feat float32 [{n}, 2, 128]"
-    )
+    assert described.startswith(f"opset {opset}, images uint8 [{n}, 64, 32, 3] -> global_feat float32 [{n}, 2048], ")
+    assert described.endswith(f"local_feat float32 [{n}, 2, 128]")
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     assert capfd.readouterr() == ("", "")  # the exporters are silent
     content = onnx.load(path)
@@ -61,9 +60,8 @@ def test_both_inputs_are_normalised_as_in_training(model):
 def test_normalized_features_have_unit_length(model, tmp_path):
     graph = make_graph(model, normalize_feature=True)
     export_onnx(graph, tmp_path / "model.onnx", SIZE, opset=17, batch_size=None)
-    global_feat, local_feat = OnnxFeatures(tmp_path / "model.onnx")(graph.example(2, SIZE).numpy())
-    np.testing.assert_allclose(np.linalg.norm(global_feat, axis=-1), 1, rtol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(local_feat, axis=-1), 1, rtol=1e-5)
+    for feat in OnnxFeatures(tmp_path / "model.onnx")(graph.example(2, SIZE).numpy()):
+        np.testing.assert_allclose(np.linalg.norm(feat, axis=-1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("uint8_input", [True, False])
@@ -104,12 +102,9 @@ def test_a_graph_that_differs_is_discarded(model, tmp_path, monkeypatch):
 
 
 def test_missing_packages_are_named(monkeypatch):
-    with pytest.raises(InputError, match="--opset 12"):
-        check_packages(12)
+    assert "--opset 12" in refusal(check_packages, 12)
     monkeypatch.setattr(export, "HAS_NEW_EXPORTER", False)
     check_packages(17)
-    with pytest.raises(InputError, match="--opset 18"):
-        check_packages(18)
+    assert "--opset 18" in refusal(check_packages, 18)
     monkeypatch.setattr(export, "PACKAGES", ("onnx", "a_missing_package"))
-    with pytest.raises(InputError, match="a_missing_package"):
-        check_packages(17)
+    assert "a_missing_package" in refusal(check_packages, 17)
