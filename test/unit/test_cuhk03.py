@@ -16,16 +16,9 @@ from aligned_reid.data.partitions import read_partitions
 from aligned_reid.data.prepare.cuhk03 import find_raw_cuhk03, prepare_command, prepare_cuhk03
 from aligned_reid.data.prepare.jpeg import encode_jpeg
 
-# name: person, camera; in the protocol's order
-IMAGES = {
-    "1_001_1_01.png": (7, 1),
-    "1_001_1_02.png": (7, 1),
-    "1_001_2_06.png": (7, 2),
-    "1_002_1_01.png": (3, 1),
-    "1_002_2_07.png": (3, 2),
-    "2_001_1_01.png": (5, 1),
-    "2_001_2_10.png": (5, 2),
-}
+# The protocol's images: pair of cameras, person of the pair, camera and number; and the new number of the person.
+NAMES = ["1_001_1_01", "1_001_1_02", "1_001_2_06", "1_002_1_01", "1_002_2_07", "2_001_1_01", "2_001_2_10"]
+IMAGES = {f"{name}.png": (person, int(name[6])) for name, person in zip(NAMES, (7, 7, 7, 3, 3, 5, 5), strict=True)}
 TRAIN, GALLERY, QUERY = [4, 5], [2, 3, 7], [1, 6]  # counted from 1, as MATLAB does
 SHAPES = ((2, 10), (1, 10))  # of the pairs: persons and images
 

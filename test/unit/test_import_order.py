@@ -2,9 +2,10 @@
 
 import ast
 from graphlib import TopologicalSorter
-from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[2] / "aligned_reid"
+from conftest import ROOT
+
+PACKAGE = ROOT / "aligned_reid"
 
 # In the direction that data flows. A file belongs to the most specific room that fits its name.
 LINE = """

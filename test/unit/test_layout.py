@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import contents, refusal
 
-from aligned_reid.data.partitions import read_partitions
+from aligned_reid.data.partitions import format_image_name, read_partitions
 from aligned_reid.data.prepare.layout import Row, describe, write_table
 from aligned_reid.data.prepare.sources import check_paths, find_image, folders_to_look_in, prepare_command
 
@@ -19,14 +19,8 @@ TABLE = [
     Row("e", 5, 1, "query"),
     Row("f", 5, 1, "multi_query"),
 ]
-NEW_NAMES = {
-    "a": "00000001_0001_00000000.jpg",
-    "b": "00000001_0001_00000001.jpg",
-    "c": "00000002_0003_00000000.jpg",
-    "d": "00000005_0002_00000000.jpg",
-    "e": "00000005_0001_00000000.jpg",
-    "f": "00000005_0001_00000001.jpg",
-}
+NUMBERS = {"a": (1, 1, 0), "b": (1, 1, 1), "c": (2, 3, 0), "d": (5, 2, 0), "e": (5, 1, 0), "f": (5, 1, 1)}
+NEW_NAMES = {original: format_image_name(*numbers) for original, numbers in NUMBERS.items()}
 
 
 def read(original: str) -> bytes:
@@ -89,13 +83,11 @@ def test_a_write_stopped_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
 
 def test_partitions_are_removed_before_images_change_their_meaning(tmp_path):
     write_table(tmp_path, TABLE, read)
-    with pytest.raises(KeyboardInterrupt):
-        write_table(tmp_path, TABLE, interrupt_at("a"))
-    assert (tmp_path / "partitions.pkl").exists()  # the same images
     swapped = [TABLE[1], TABLE[0], *TABLE[2:]]
-    with pytest.raises(KeyboardInterrupt):
-        write_table(tmp_path, swapped, interrupt_at("a"))
-    assert not (tmp_path / "partitions.pkl").exists()
+    for table in (TABLE, swapped):
+        with pytest.raises(KeyboardInterrupt):
+            write_table(tmp_path, table, interrupt_at("a"))
+        assert (tmp_path / "partitions.pkl").exists() == (table is TABLE)
     write_table(tmp_path, swapped, read)
     assert (tmp_path / "images" / NEW_NAMES["a"]).read_bytes() == read("b")
 

@@ -25,31 +25,16 @@ SCRIPT = "prepare_market1501.py"
 refusal = partial(preparation_refusal, prepare_market1501)
 
 FILES = {
-    "bounding_box_train": [
-        "0007_c2s1_000001_01.jpg",
-        "0007_c1s2_000009_01.jpg",
-        "0007_c1s1_000001_01.jpg",
-        "0002_c1s1_000451_03.jpg",
-        "Thumbs.db",
-        "._0002_c1s1_000451_03.jpg",
-    ],
-    "bounding_box_test": [
-        "0001_c2s1_000301_00.jpg",
-        "0001_c1s1_001051_00.jpg",  # the same base name as in query
-        "0000_c1s1_000151_01.jpg",
-        "-1_c1s1_000401_03.jpg",
-        "Thumbs.db",
-    ],
-    "query": ["0001_c1s1_001051_00.jpg", "0003_c6s4_000001_00.jpg"],
-    "gt_bbox": [
-        "0001_c1s1_001051_00.jpg",
-        "0001_c1s1_001126_00.jpg.jpg",
-        "0001_c2s1_000301_00.jpg",  # no query of person 1 under camera 2
-        "0007_c1s1_000001_01.jpg",  # a training identity
-        "0003_c6s4_000002_00.jpg",
-    ],
-    "gt_query": ["0001_c1s1_001051_00_good.mat"],
+    "bounding_box_train": "0007_c2s1_000001_01 0007_c1s2_000009_01 0007_c1s1_000001_01 0002_c1s1_000451_03",
+    "bounding_box_test": "0001_c2s1_000301_00 0001_c1s1_001051_00 0000_c1s1_000151_01 -1_c1s1_000401_03",
+    "query": "0001_c1s1_001051_00 0003_c6s4_000001_00",
+    # Person 1 has no query under camera 2, and person 7 is for training.
+    "gt_bbox": "0001_c1s1_001051_00 0001_c1s1_001126_00.jpg 0001_c2s1_000301_00 0007_c1s1_000001_01",
 }
+FILES = {folder: [f"{name}.jpg" for name in names.split()] for folder, names in FILES.items()}
+FILES["gt_bbox"].append("0003_c6s4_000002_00.jpg")
+FILES["bounding_box_train"] += ["Thumbs.db", "._0002_c1s1_000451_03.jpg"]
+FILES |= {"bounding_box_test": [*FILES["bounding_box_test"], "Thumbs.db"], "gt_query": ["0001_c1s1_001051_00_good.mat"]}
 
 NEW_NAMES = {
     "bounding_box_train/0002_c1s1_000451_03.jpg": "00000002_0001_00000000.jpg",

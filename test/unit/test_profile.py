@@ -39,18 +39,11 @@ def test_operations_and_bytes_are_counted(profile_steps):
     assert profile.flops == 2 * product  # the product and the gradient of its weight; the input has none
     x, weight, y = 4 * 8 * 4, 8 * 16 * 4, 4 * 16 * 4  # bytes
     gradient = 2 * y  # ones_like reads a tensor for its shape, and writes one
-    assert profile.bytes == (x + weight + y) + gradient + (x + y + weight) + extra_copies(profile.bytes, x, weight, y)
+    extra = profile.bytes - (x + weight + y) - gradient - (x + y + weight)
+    assert extra in (0, weight, 2 * weight)  # autograd may detach or clone a gradient: whole weights, nothing else
     assert len(lines) == 2
     assert set(profile.results()) == {"flops_per_step", "bytes_per_step", "seconds_per_step"}
     assert profile.results()["seconds_per_step"] > 0
-
-
-def extra_copies(total, x, weight, y):
-    """Autograd may detach or clone a gradient: whole weights, nothing else."""
-    rest = total - (x + weight + y) - 2 * y - (x + y + weight)
-    assert rest % weight == 0
-    assert 0 <= rest <= 2 * weight
-    return rest
 
 
 def test_the_trace_holds_each_operator_of_each_step(profile_steps):
@@ -63,14 +56,11 @@ def test_the_trace_holds_each_operator_of_each_step(profile_steps):
 
 def test_a_run_that_ends_early_reports_the_steps_traced_so_far(profile_steps):
     profile, lines, _ = profile_steps(100, Throughput.WARM_UP_STEPS + 1 + 3)
-    assert profile.num_traced == 3
-    assert "a step over 3" in lines[1]
+    assert profile.num_traced == 3 and "a step over 3" in lines[1]
 
 
 @pytest.mark.parametrize(("num_steps", "num_batches"), [(0, 6), (2, 2)])
 def test_without_steps_to_trace_nothing_is_written(profile_steps, num_steps, num_batches):
     profile, lines, seen = profile_steps(num_steps, num_batches)
-    assert seen == num_batches
-    assert lines == []
-    assert profile.results() is None
+    assert (seen, lines, profile.results()) == (num_batches, [], None)
     assert not profile.folder.exists()

@@ -203,16 +203,3 @@ def test_errors_name_the_image_that_is_not_finite(value):
     query, gallery = features_with_structure(0)
     gallery[5, 2] = value
     assert "features of gallery image 5 " in refusal(re_rank_features, query, gallery)
-
-
-@pytest.mark.parametrize("levels", [3, 10**6])
-def test_neighbours_are_the_head_of_a_stable_sort(levels):
-    dist = np.random.default_rng(levels).integers(0, levels, (200, 50)).astype(np.float32)
-    found = neighbours.Neighbours(37, length=9)
-    found.add(slice(0, 37), dist[:120].copy(), 6, 0, square=True)
-    found.add(slice(0, 37), np.square(dist[120:]), 6, 120)
-    expected = np.argsort(dist[:, 6:43], axis=0, kind="stable")[:9].T
-    indices, nearest_dist = found.nearest(9, np.ones(37, np.float32))
-    assert np.array_equal(indices, expected)
-    assert np.array_equal(nearest_dist, np.take_along_axis(np.square(dist[:, 6:43]).T, expected, 1))
-    assert np.array_equal(found.largest, np.square(dist[:, 6:43]).max(axis=0))

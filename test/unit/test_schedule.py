@@ -2,14 +2,14 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from conftest import GOLDEN
 
 from aligned_reid.config import Config
 from aligned_reid.training.schedule import exp_decay, learning_rate, staircase
 
-CASES = json.loads((Path(__file__).parents[1] / "golden" / "lr_schedules.json").read_text())
+CASES = json.loads((GOLDEN / "lr_schedules.json").read_text())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['type']}-{case['total_epochs']}")

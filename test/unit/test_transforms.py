@@ -33,9 +33,9 @@ def scene(height: int = 128, width: int = 64, seed: int = 0) -> np.ndarray:
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def jpeg(image: np.ndarray | Image.Image, **options) -> bytes:
+def jpeg(image: np.ndarray, mode: str = "RGB", **options) -> bytes:
     file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, "JPEG", **options)
+    Image.fromarray(image).convert(mode).save(file, "JPEG", **options)
     return file.getvalue()
 
 
@@ -81,11 +81,6 @@ def test_normalize_images_can_train_after_inference_mode():
     assert weight.grad is not None
 
 
-def test_resizing_to_the_same_size_copies_nothing():
-    image = scene(20, 10)
-    assert resize_image(image, (20, 10)) is image
-
-
 def test_preprocess_and_normalize_images_agree_to_the_bit():
     images = [resize_image(VECTORS[name], (256, 128)) for name in GOLDEN_IMAGES]
     batch = normalize_images(torch.from_numpy(np.stack(images)))
@@ -108,9 +103,20 @@ def test_random_crop_keeps_its_bounds_and_reaches_the_edges():
     assert np.array_equal(random_crop(image, 1.0, random), image)
 
 
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # an orientation, which is ignored as in PIL
+
+
 @pytest.mark.parametrize(
     "options",
-    [{}, {"quality": 30}, {"subsampling": 0, "quality": 95}, {"progressive": True}, {"restart_marker_rows": 1}],
+    [
+        {},
+        {"quality": 30},
+        {"subsampling": 0, "quality": 95},
+        {"progressive": True},
+        {"restart_marker_rows": 1},
+        {"exif": TURNED},
+    ],
 )
 @pytest.mark.parametrize("size", [(128, 64), (91, 53)])
 def test_decoded_pixels_are_pils(write, options, size):
@@ -123,16 +129,9 @@ def test_decoded_pixels_are_pils(write, options, size):
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_other_modes_become_rgb(write, mode):
-    path = write(jpeg(Image.fromarray(scene()).convert(mode)))
+    path = write(jpeg(scene(), mode))
     expected = np.asarray(Image.open(path).convert("RGB"))
     assert np.abs(decode_image(path).astype(int) - expected).max() <= (mode == "CMYK")
-
-
-def test_exif_orientation_is_ignored_as_in_pil(write):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    path = write(jpeg(scene(), exif=exif))
-    assert np.array_equal(decode_image(path), np.asarray(Image.open(path)))
 
 
 def test_bytes_after_the_image_and_padding_before_a_marker_are_ignored(write):
@@ -143,22 +142,16 @@ def test_bytes_after_the_image_and_padding_before_a_marker_are_ignored(write):
 
 
 def with_stray_bytes(content: bytes, marker: bytes) -> bytes:
-    place = content.index(marker)
-    return content[:place] + b"\0stray" + content[place:]
+    return content.replace(marker, b"\0stray" + marker, 1)
 
 
-@pytest.mark.parametrize("marker", [b"\xff\xdb", b"\xff\xc0", b"\xff\xc4", b"\xff\xda"])
-def test_stray_bytes_in_the_header_are_ignored(write, marker):
+def test_stray_bytes_in_the_header_and_an_unknown_revision_are_ignored(write):
     content = jpeg(scene())
     expected = decode_image(write(content))
-    decoded = decode_image(write(with_stray_bytes(content, marker)))
-    assert np.array_equal(decoded, expected) and decoded.flags.writeable
-
-
-def test_an_unknown_revision_of_the_format_is_accepted(write):
-    content = jpeg(scene())
-    expected = decode_image(write(content))
-    assert np.array_equal(decode_image(write(content.replace(b"JFIF\0\1", b"JFIF\0\7"))), expected)
+    odd = [with_stray_bytes(content, marker) for marker in (b"\xff\xdb", b"\xff\xc0", b"\xff\xc4", b"\xff\xda")]
+    for other in (*odd, content.replace(b"JFIF\0\1", b"JFIF\0\7")):
+        decoded = decode_image(write(other))
+        assert np.array_equal(decoded, expected) and decoded.flags.writeable
 
 
 def undecodable(path: Path) -> str:
@@ -209,17 +202,14 @@ def test_an_image_that_ends_early_is_refused(write):
 
 def test_pad_and_crop_shifts_by_at_most_its_pixels():
     image = scene(32, 16)
+    padded = np.pad(image, ((3, 3), (3, 3), (0, 0)))
+    shifted = {padded[down : 32 + down, right : 16 + right].tobytes() for down in range(7) for right in range(7)}
     moved = set()
     for seed in range(200):
         own = image.copy()
         pad_and_crop(own, 3, Random(seed))
         moved.add(own.tobytes())
-    places = {}
-    for down in range(-3, 4):
-        for right in range(-3, 4):
-            padded = np.pad(image, ((3, 3), (3, 3), (0, 0)))
-            places[padded[3 - down : 35 - down, 3 - right : 19 - right].tobytes()] = (down, right)
-    assert moved <= set(places)
+    assert moved <= shifted
     assert len(moved) > 40  # of 49
 
 
