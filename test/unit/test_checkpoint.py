@@ -177,14 +177,11 @@ def test_set_aside_never_overwrites(tmp_path):
     assert kept == {"ckpt.old1.pth": "first", "ckpt.old2.pth": "second", "ckpt.old3.pth": "third"}
 
 
-def test_random_states_of_another_kind_of_device_are_skipped():
+def test_states_of_another_device_are_skipped_or_adapted_and_those_of_other_parameters_refused():
     states = random_states(Accelerator())
     states["device"] = torch.ones(16, dtype=torch.uint8)
     set_random_states(states, Accelerator())
     assert torch.equal(torch.get_rng_state(), states["torch"])
-
-
-def test_an_optimizer_state_of_another_device_is_loaded_and_one_of_other_parameters_refused():
     parameter = torch.nn.Parameter(torch.ones(3))
     accelerator = Accelerator(mixed_precision=False)
     optimizer = accelerator.adam([parameter], 0.1, 0.0)
@@ -247,22 +244,17 @@ def test_only_rank_0_needs_the_run_folder(tiny_data, tmp_path):
     assert check_input(config, has_run_dir=False).weights is None
 
 
-def test_a_run_resumes_from_the_previous_checkpoint(tiny_data, tmp_path, small_trunk):
-    run(tiny_config(tiny_data, tmp_path))
+def test_a_run_resumes_from_the_previous_checkpoint_and_adds_to_its_seconds(tiny_data, tmp_path, small_trunk):
+    results = run(tiny_config(tiny_data, tmp_path))
     cut_off(tmp_path / "ckpt.pth")
-    run(tiny_config(tiny_data, tmp_path, resume=True))
+    content = read_weight_file(tmp_path / "ckpt.previous.pth")
+    assert 0 < content["train_seconds"] <= results["train_seconds"]
+    torch.save({**content, "train_seconds": 1000.0}, tmp_path / "ckpt.previous.pth")
+    assert run(tiny_config(tiny_data, tmp_path, resume=True))["train_seconds"] > 1000
     log = (tmp_path / "log.txt").read_text()
     assert f"{tmp_path}/ckpt.pth is damaged" in log
     assert f"resumed from {tmp_path}/ckpt.previous.pth after epoch 1" in log
     assert read_weight_file(tmp_path / "ckpt.pth")["epoch"] == 2
-
-
-def test_train_seconds_include_those_before_a_resume(tiny_data, tmp_path, small_trunk):
-    results = run(tiny_config(tiny_data, tmp_path, total_epochs=1))
-    content = read_weight_file(tmp_path)
-    assert 0 < content["train_seconds"] <= results["train_seconds"]
-    torch.save({**content, "train_seconds": 1000.0}, tmp_path / "ckpt.pth")
-    assert run(tiny_config(tiny_data, tmp_path, resume=True))["train_seconds"] > 1000
 
 
 @pytest.mark.parametrize("job", [{"token": "a"}, {"token": "b"}, {"token": "a", "name": ""}, {}, None])

@@ -45,11 +45,8 @@ def cheapest_of_all_paths(cost):
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_distances_match_the_reference(dtype, rtol):
     query, gallery = golden("query_local", dtype), golden("gallery_local", dtype)
-    computed = {
-        "euclidean": euclidean_distance(golden("query_global", dtype), golden("gallery_global", dtype)),
-        "local": aligned_distance(query, gallery),
-    }
-    for name, value in computed.items():
+    euclidean = euclidean_distance(golden("query_global", dtype), golden("gallery_global", dtype))
+    for name, value in {"euclidean": euclidean, "local": aligned_distance(query, gallery)}.items():
         assert value.dtype == dtype
         np.testing.assert_allclose(value, VECTORS[name], rtol=rtol, err_msg=name)
     pairs = aligned_distance_pairs(query, gallery[: len(query)])

@@ -127,7 +127,9 @@ def test_features_of_any_type_of_number_are_read(tmp_path, dtype):
         assert table.global_feat.dtype.kind == "f"
 
 
-def test_a_gallery_of_distractors_needs_no_marks(tmp_path):
+def test_a_gallery_of_distractors_needs_no_marks_and_local_features_only_if_wanted(tmp_path):
+    path = write(tmp_path / "features.npz", changed(**with_bad("local", [3], np.nan)))
+    assert read_features(path, local=False).local_feat is None
     path = write(tmp_path / "more.npz", changed(local=None, mark=None, image_name=None))
     table = read_features(path, default_mark=1)
     assert table.marks.tolist() == [1] * NUM
@@ -198,26 +200,18 @@ def test_a_damaged_structure_is_refused(tmp_path, name, sound, damaged, reason):
     assert re.search(reason, refusal(read_features, path))
 
 
-@pytest.mark.parametrize("options", [{}, {"chunks": (1, 1024)}])
-def test_features_that_do_not_fit_into_memory_are_refused(tmp_path, options):
+def test_more_features_declared_than_fit_into_memory_or_are_there_are_refused(tmp_path):
     """A file of a few kB may declare any number of features."""
-    path = write(tmp_path / "features.h5", changed(**{"global": None}))
-    with h5py.File(path, "r+") as file:
-        file.create_dataset("global", (NUM, 2**40), np.float32, **options)
-    assert "GB of memory" in refusal(read_features, path)
-
-
-def test_an_array_shorter_than_declared_is_refused(tmp_path):
+    for options in ({}, {"chunks": (1, 1024)}):
+        path = write(tmp_path / "features.h5", changed(**{"global": None}))
+        with h5py.File(path, "r+") as file:
+            file.create_dataset("global", (NUM, 2**40), np.float32, **options)
+        assert "GB of memory" in refusal(read_features, path)
     path = write(tmp_path / "features.npz", changed(**{"global": None}))
     with zipfile.ZipFile(path, "a") as archive, archive.open("global.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (NUM, 2**40)})
         file.write(b"some")
     assert "damaged" in refusal(read_features, path)
-
-
-def test_local_features_are_not_read_if_not_wanted(tmp_path):
-    path = write(tmp_path / "features.npz", changed(**with_bad("local", [3], np.nan)))
-    assert read_features(path, local=False).local_feat is None
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".npz", ".mat"])

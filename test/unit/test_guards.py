@@ -67,11 +67,9 @@ def test_healthy_epochs_have_no_sign():
 def test_features_without_spread_are_reported_when_it_starts():
     guard = CollapseGuard(Config())
     point = figures(dist_ap=1e-3, dist_an=9e-4, loss=0.3001)
-    (line,) = guard.find(7, point, 20, 0)
-    assert line.startswith("epoch 7: collapse: the global features have no spread")
-    assert guard.find(8, point, 20, 0) == []
-    assert guard.find(9, HEALTHY, 20, 0) == []
-    assert len(guard.find(10, point, 20, 0)) == 1
+    found = [guard.find(epoch, means, 20, 0) for epoch, means in ((7, point), (8, point), (9, HEALTHY), (10, point))]
+    assert [len(lines) for lines in found] == [1, 0, 0, 1]
+    assert found[0][0].startswith("epoch 7: collapse: the global features have no spread")
 
 
 @pytest.mark.parametrize(("margin", "value"), [(0.3, 0.3), (0.5, 0.5), (None, math.log(2))])

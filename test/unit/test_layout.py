@@ -114,12 +114,18 @@ def test_nothing_is_written_into_a_source(tmp_path):
     assert "does not exist" in refusal(check_paths, tmp_path / "none", tmp_path / "other")
 
 
-def test_an_image_is_found_under_another_ending(tmp_path):
-    for name in ("a.PNG", "b.jpg", "b.png"):
+def test_sources_are_looked_for_two_folders_deep_and_images_under_other_endings(tmp_path):
+    for folder in ("b", "a/deep/deeper", "__MACOSX", ".hidden"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "file").touch()
+    (tmp_path / "a" / "loop").symlink_to("loop")
+    assert list(folders_to_look_in(tmp_path)) == [tmp_path, tmp_path / "a", tmp_path / "b", tmp_path / "a" / "deep"]
+    assert not list(folders_to_look_in(tmp_path / "file"))
+    for name in ("d.PNG", "e.jpg", "e.png"):
         (tmp_path / name).touch()
     (tmp_path / "c.jpg").symlink_to("nowhere")
-    assert find_image(tmp_path / "a.jpg") == tmp_path / "a.PNG"
-    assert find_image(tmp_path / "b.png") == tmp_path / "b.png"
+    assert find_image(tmp_path / "d.jpg") == tmp_path / "d.PNG"
+    assert find_image(tmp_path / "e.png") == tmp_path / "e.png"
     assert find_image(tmp_path / "c.png") is None
 
 
@@ -130,12 +136,3 @@ def test_the_suggested_command_prepares_into_a_folder_beside_the_source(tmp_path
     assert prepare_command("prepare x", Path("/a/x"), "x").endswith("--source /a/x --save_dir /a/x_prepared")
     monkeypatch.chdir(tmp_path)
     assert prepare_command("prepare x", Path("."), "x").endswith(f"--save_dir {tmp_path.parent / 'x'}")
-
-
-def test_sources_are_looked_for_two_folders_deep(tmp_path):
-    for folder in ("b", "a/deep/deeper", "__MACOSX", ".hidden"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "file").touch()
-    (tmp_path / "a" / "loop").symlink_to("loop")
-    assert list(folders_to_look_in(tmp_path)) == [tmp_path, tmp_path / "a", tmp_path / "b", tmp_path / "a" / "deep"]
-    assert not list(folders_to_look_in(tmp_path / "file"))

@@ -14,30 +14,20 @@ from aligned_reid.data.prepare.jpeg import encode_jpeg
 from aligned_reid.data.prepare.msmt17 import find_raw_msmt17, prepare_command, prepare_msmt17
 from aligned_reid.data.transforms import decode_image
 
-LISTS = {
-    "list_train.txt": [
-        "0000/0000_000_01_0303morning_0015_0.jpg 0",
-        "0000/0000_001_05_0303noon_0015_1.jpg 0",
-        "0001/0001_000_05_0303morning_0020_0.jpg 1",
-    ],
-    "list_val.txt": ["0001/0001_001_01_0303noon_0016_0.jpg 1"],
-    "list_query.txt": ["0000/0000_000_14_0303morning_0025_0.jpg 0"],
-    "list_gallery.txt": [
-        "0000/0000_001_02_0303afternoon_0030_2.jpg 0",
-        "0000/0000_002_14_0303afternoon_0031_2.jpg 0",
-        "0003/0003_000_14_0303morning_0040_0.jpg 3",
-    ],
-}
-NEW_NAMES = {
-    "train/0000/0000_000_01_0303morning_0015_0.jpg": "00000000_0001_00000000.jpg",
-    "train/0000/0000_001_05_0303noon_0015_1.jpg": "00000000_0005_00000000.jpg",
-    "train/0001/0001_000_05_0303morning_0020_0.jpg": "00000001_0005_00000000.jpg",
-    "train/0001/0001_001_01_0303noon_0016_0.jpg": "00000001_0001_00000000.jpg",
-    "test/0000/0000_001_02_0303afternoon_0030_2.jpg": "00000002_0002_00000000.jpg",
-    "test/0000/0000_002_14_0303afternoon_0031_2.jpg": "00000002_0014_00000000.jpg",
-    "test/0003/0003_000_14_0303morning_0040_0.jpg": "00000005_0014_00000000.jpg",
-    "test/0000/0000_000_14_0303morning_0025_0.jpg": "00000002_0014_00000001.jpg",
-}
+ROWS = [  # list, image and new name
+    ("train", "0000/0000_000_01_0303morning_0015_0.jpg", "00000000_0001_00000000.jpg"),
+    ("train", "0000/0000_001_05_0303noon_0015_1.jpg", "00000000_0005_00000000.jpg"),
+    ("train", "0001/0001_000_05_0303morning_0020_0.jpg", "00000001_0005_00000000.jpg"),
+    ("val", "0001/0001_001_01_0303noon_0016_0.jpg", "00000001_0001_00000000.jpg"),
+    ("gallery", "0000/0000_001_02_0303afternoon_0030_2.jpg", "00000002_0002_00000000.jpg"),
+    ("gallery", "0000/0000_002_14_0303afternoon_0031_2.jpg", "00000002_0014_00000000.jpg"),
+    ("gallery", "0003/0003_000_14_0303morning_0040_0.jpg", "00000005_0014_00000000.jpg"),
+    ("query", "0000/0000_000_14_0303morning_0025_0.jpg", "00000002_0014_00000001.jpg"),
+]
+NEW_NAMES = {f"{'train' if part in ('train', 'val') else 'test'}/{name}": new for part, name, new in ROWS}
+LISTS = {f"list_{part}.txt": [] for part in ("train", "val", "query", "gallery")}
+for part, name, _ in ROWS:
+    LISTS[f"list_{part}.txt"].append(f"{name} {int(name[:4])}")
 
 refusal = partial(preparation_refusal, prepare_msmt17)
 

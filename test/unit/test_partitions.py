@@ -36,10 +36,6 @@ def small_partitions() -> Partitions:
     return build_partitions(trainval, query, gallery, multi_query=["00000020_0001_00000001.jpg"], num_val_ids=2)
 
 
-def as_dict(partitions: Partitions) -> dict:
-    return {field.name: getattr(partitions, field.name) for field in dataclasses.fields(partitions)}
-
-
 def unreadable(tmp_path: Path, content: bytes) -> str:
     """The message with which a file of this content is refused."""
     path = tmp_path / "partitions.pkl"
@@ -124,7 +120,7 @@ def test_written_partitions_read_back_and_have_protocol_2(tmp_path):
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_every_protocol_and_container_can_be_read(tmp_path, protocol):
     expected = small_partitions()
-    value = collections.OrderedDict(as_dict(expected))
+    value = collections.OrderedDict(dataclasses.asdict(expected))
     value["trainval_im_names"] = np.array(expected.trainval_im_names)
     value["train_im_names"] = np.array(expected.train_im_names, dtype="S")
     value["val_im_names"] = [np.str_(name) for name in expected.val_im_names]
@@ -249,31 +245,23 @@ def test_files_that_would_take_forever_or_all_memory_are_refused(tmp_path, conte
     unreadable(tmp_path, content)
 
 
-def test_a_file_larger_than_any_partition_file_is_refused(tmp_path):
-    path = tmp_path / "partitions.pkl"
-    path.touch()
-    os.truncate(path, MAX_BYTES + 1)
-    assert "larger than" in refusal(read_partitions, path)
-
-
-def test_file_cut_off_anywhere_is_refused(tmp_path):
+def test_files_cut_off_anywhere_noise_and_huge_files_are_refused(tmp_path):
     content = (GOLDEN / "partitions_python2.pkl").read_bytes()
-    small = pickle.dumps(as_dict(small_partitions()), protocol=4)
+    small = pickle.dumps(dataclasses.asdict(small_partitions()), protocol=4)
     lengths = (0, 1, 2, 3, 100, len(content) // 2, len(content) - 1)
     for part in [*(content[:length] for length in lengths), *(small[:length] for length in range(0, len(small), 29))]:
         assert "cut off" in unreadable(tmp_path, part)
-
-
-def test_noise_is_refused(tmp_path):
     random = np.random.RandomState(0)
     for _ in range(50):
         unreadable(tmp_path, random.bytes(60))
+    os.truncate(tmp_path / "partitions.pkl", MAX_BYTES + 1)
+    assert "larger than" in refusal(read_partitions, tmp_path / "partitions.pkl")
 
 
 def test_a_missing_file_or_key_and_other_pickles_are_refused(tmp_path):
     assert "No such file" in refusal(read_partitions, tmp_path / "none.pkl")
     assert "directory" in refusal(read_partitions, tmp_path)
-    value = as_dict(small_partitions())
+    value = dataclasses.asdict(small_partitions())
     del value["val_marks"]
     assert "has no val_marks" in unreadable(tmp_path, pickle.dumps(value, protocol=2))
     for value in ([], None, "text", np.arange(3)):
@@ -297,5 +285,5 @@ def test_a_missing_file_or_key_and_other_pickles_are_refused(tmp_path):
     ],
 )
 def test_wrong_values_are_refused(tmp_path, key, value, keyword):
-    message = unreadable(tmp_path, pickle.dumps({**as_dict(small_partitions()), key: value}, protocol=2))
+    message = unreadable(tmp_path, pickle.dumps({**dataclasses.asdict(small_partitions()), key: value}, protocol=2))
     assert keyword in message and key.split("_")[0] in message

@@ -76,13 +76,19 @@ def test_epochs_are_a_function_of_seed_rank_and_epoch():
         subject.set_epoch(epoch)
         return list(subject)
 
+    before = np.random.get_state()[1].copy()
     first = epoch_of(7)
     assert epoch_of(7) == first
+    assert np.array_equal(np.random.get_state()[1], before)  # the global generator is not used
     subject = sampler()  # as after a resume: the epochs before do not matter
     for epoch in (1, 2, 3, 7):
         subject.set_epoch(epoch)
         last = list(subject)
     assert last == first
+    assert list(subject) == first
+    subject.set_epoch(7, first_batch=2)  # an epoch can start at a later batch
+    assert list(subject) == first[2:]
+    subject.set_epoch(7)
     assert list(subject) == first
     others = [epoch_of(8), epoch_of(7, seed=2), epoch_of(7, rank=1), epoch_of(1, rank=7)]
     indices = [groups(other) for other in [first, *others]]
@@ -98,23 +104,6 @@ def test_draws_are_those_of_earlier_versions():
     seeds = [7278974541391867024, 1851874262292907826, 5776761366725996170]
     seeds += [4227413481742876118, 6190269527286367431, 9190621936180538610]
     assert list(subject) == [[SampleRequest(*pair) for pair in zip(indices, seeds, strict=True)]]
-
-
-def test_the_global_generator_is_not_used():
-    np.random.seed(0)
-    before = np.random.get_state()[1].copy()
-    list(sampler())
-    assert np.array_equal(np.random.get_state()[1], before)
-
-
-def test_an_epoch_can_start_at_a_later_batch():
-    subject = sampler()
-    subject.set_epoch(3)
-    whole = list(subject)
-    subject.set_epoch(3, first_batch=2)
-    assert list(subject) == whole[2:]
-    subject.set_epoch(3)
-    assert list(subject) == whole
 
 
 def test_shards_divide_the_identities():
