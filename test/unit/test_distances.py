@@ -34,12 +34,11 @@ def threads(request):
 
 
 def test_distances_match_the_reference():
-    computed = global_distance_matrix(VECTORS["query_global"], VECTORS["gallery_global"])
-    np.testing.assert_allclose(computed, VECTORS["euclidean"], rtol=1e-5)
-    assert computed.dtype == np.float32
-    computed = local_distance_matrix(VECTORS["query_local"], VECTORS["gallery_local"])
-    np.testing.assert_allclose(computed, VECTORS["local"], rtol=1e-5)
-    assert computed.dtype == np.float32
+    functions = {"global": global_distance_matrix, "local": local_distance_matrix}
+    for kind, function in functions.items():
+        computed = function(VECTORS[f"query_{kind}"], VECTORS[f"gallery_{kind}"])
+        assert computed.dtype == np.float32
+        np.testing.assert_allclose(computed, VECTORS["euclidean" if kind == "global" else "local"], rtol=1e-5)
     query, gallery = (normalize(torch.from_numpy(VECTORS[name])) for name in ("query_local", "gallery_local"))
     np.testing.assert_allclose(local_distance_matrix(query, gallery), VECTORS["local_normalized"], rtol=1e-5)
 

@@ -33,10 +33,9 @@ def renumber(data, shift):
 def swap_labels(data, first, second):
     """Exchange the labels of two persons."""
     path = data / "partitions.pkl"
-    partitions = read_partitions(path)
-    labels = {label: person for person, label in partitions.trainval_ids2labels.items()}
-    swapped = {labels[first]: second, labels[second]: first}
-    fields = {**vars(partitions), "trainval_ids2labels": {**partitions.trainval_ids2labels, **swapped}}
+    fields = vars(read_partitions(path))
+    persons = {label: person for person, label in fields["trainval_ids2labels"].items()}
+    fields["trainval_ids2labels"] |= {persons[first]: second, persons[second]: first}
     write_partitions(path, Partitions(**fields))
 
 

@@ -153,15 +153,12 @@ def test_queries_leave_a_match_in_the_gallery():
     assert len(choose(a=["a0", "a1"], b=["b0", "b1"])) == 2
 
 
-def test_camera_is_read_from_the_name():
+def test_camera_is_read_from_the_name_and_names_are_numbered_in_sorted_order():
     cameras = {"c1_001.jpg": "1", "0001_c3s1_000151_01.jpg": "3", "x-Cam02.png": "2", "CAM7 evening.webp": "7"}
     cameras["0001_c10s3_00.jpg.jpg"] = "10"
     assert {name: camera_of(Path(name)) for name in cameras} == cameras
     for name in ("001.jpg", "pic1.jpg", "c1a.jpg", "cam.jpg", "c1_cam2.jpg", "abc3_d.jpg"):
         assert name in refusal(camera_of, Path(name))
-
-
-def test_names_are_numbered_in_sorted_order():
     assert numbered({"b", "10", "9", "a", "09"}) == {"09": 1, "9": 2, "10": 3, "a": 4, "b": 5}
 
 

@@ -22,15 +22,12 @@ def test_rates_match_the_reference(case):
         assert rate == pytest.approx(expected, rel=1e-12)
 
 
-def test_settings_choose_the_schedule():
+def test_settings_choose_the_schedule_and_cosine_falls_to_a_thousandth():
     config = Config(base_lr=1e-3, total_epochs=10, exp_decay_at_epoch=6, staircase_decay_at_epochs=(3, 5))
     assert learning_rate(5, config) == 1e-3
     assert learning_rate(10, config) == pytest.approx(1e-6)
     config = Config(base_lr=1e-3, lr_decay_type="staircase", staircase_decay_at_epochs=(3, 5))
     assert [learning_rate(epoch, config) for epoch in (2, 3, 5)] == pytest.approx([1e-3, 1e-4, 1e-5])
-
-
-def test_cosine_falls_to_a_thousandth_step_by_step():
     config = Config(base_lr=1e-3, total_epochs=10, lr_decay_type="cosine")
     assert learning_rate(1, config) == pytest.approx(1e-3)
     assert learning_rate(6, config) == pytest.approx((1e-3 + 1e-6) / 2)

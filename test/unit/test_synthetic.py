@@ -22,9 +22,11 @@ def small_set(tmp_path_factory) -> Path:
     return make_synthetic(save_dir, NUM_IDS, NUM_CAMERAS, NUM_IMAGES, seed=3, num_workers=1)
 
 
-def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers(small_set, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers_and_images(small_set, tmp_path):
     again = make_synthetic(tmp_path / "again", NUM_IDS, NUM_CAMERAS, NUM_IMAGES, seed=3, num_workers=2)
     assert contents(again) == contents(small_set)
+    fewer = make_synthetic(tmp_path / "fewer", 5, 2, 2, seed=3, num_workers=1)
+    assert contents(fewer / "images").items() <= contents(small_set / "images").items()
 
 
 def test_another_seed_gives_other_images_and_leaves_global_states(tmp_path):
@@ -34,12 +36,6 @@ def test_another_seed_gives_other_images_and_leaves_global_states(tmp_path):
     images = [name for name in sets[0] if name.startswith("images/")]
     assert len(images) == 5 * 2 * 2
     assert all(sets[0][name] != sets[1][name] for name in images)
-
-
-def test_more_images_do_not_change_the_others(small_set, tmp_path):
-    fewer = make_synthetic(tmp_path / "fewer", 5, 2, 2, seed=3, num_workers=1)
-    for path in (fewer / "images").iterdir():
-        assert path.read_bytes() == (small_set / "images" / path.name).read_bytes()
 
 
 def test_images_are_readable_and_of_one_size(small_set):

@@ -295,25 +295,22 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "checkpoints" / "resnet50-0676ba61.pth"
 
 
-def test_imagenet_weights_are_downloaded_once(hub, monkeypatch, resnet_state):
+def test_imagenet_weights_are_downloaded_once_and_a_failure_names_the_missing_file(hub, monkeypatch, resnet_state):
+    def fail(*_, **__):
+        raise urllib.error.URLError("Name or service not known")
+
     def download(url, destination, hash_prefix, progress):
         assert url.endswith(f"{hash_prefix}.pth")
         assert destination == str(hub)
         torch.save(resnet_state, destination)
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    assert "265 of 265" in AlignedReID(None, pretrained="imagenet").trunk_report
-    monkeypatch.setattr(torch.hub, "download_url_to_file", None)  # a second download would fail
-    model = AlignedReID(None, pretrained="imagenet")
-    assert torch.equal(model.base.conv1.weight, resnet_state["conv1.weight"])
-
-
-def test_a_failed_download_names_the_missing_file(hub, monkeypatch):
-    def fail(*_, **__):
-        raise urllib.error.URLError("Name or service not known")
-
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     assert str(hub) in refusal(AlignedReID, None, pretrained="imagenet")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    assert "265 of 265" in AlignedReID(None, pretrained="imagenet").trunk_report
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    model = AlignedReID(None, pretrained="imagenet")
+    assert torch.equal(model.base.conv1.weight, resnet_state["conv1.weight"])
 
 
 def test_safetensors_restore_tensors_and_settings(tmp_path, model):
