@@ -64,7 +64,7 @@ def test_cached_images_are_the_decoded_ones(data):
         original.read(0)[:] = 0
 
 
-def test_it_is_built_once_and_logged(data):
+def test_it_is_built_once_for_each_size_and_list_of_images_and_logged(data):
     lines: list[str] = []
     first = open_train(data, lines)
     built = cache_file(data).stat().st_mtime_ns
@@ -72,10 +72,6 @@ def test_it_is_built_once_and_logged(data):
     assert cache_file(data).stat().st_mtime_ns == built
     assert f"{cache_file(data)}: 24 images" in lines[0] and f"{cache_file(data)} holds 24" in lines[1]
     assert np.array_equal(first.read(3), second.read(3))
-
-
-def test_each_size_and_list_of_images_has_its_own(data):
-    open_train(data)
     open_train(data, crop_prob=0.5)
     for images in (TrainImages(data, "train", SIZE), TrainImages(data, "trainval", (40, 24))):
         images.open_cache([data.root / "cache"], print)

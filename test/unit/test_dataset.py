@@ -96,7 +96,7 @@ def test_raw_data_sets_are_refused_with_the_command_to_prepare_them(tmp_path):
         assert f"python script/{script} --source {tmp_path / source} " in refusal(open_data, tmp_path / given)
 
 
-def test_train_images_have_labels_of_their_part(shared):
+def test_train_images_have_labels_of_their_part_which_must_not_be_empty(shared):
     trainval, train = TrainImages(shared, "trainval", SIZE), TrainImages(shared, "train", SIZE)
     assert (len(trainval), trainval.num_classes) == (24, 6)
     assert trainval.image_names == shared.partitions.trainval_im_names
@@ -105,9 +105,6 @@ def test_train_images_have_labels_of_their_part(shared):
     image, label, index = train[SampleRequest(5, 0)]
     assert image.shape == (*SIZE, 3) and image.dtype == np.uint8
     assert (label, index) == (train.labels[5], 5)
-
-
-def test_part_without_images_is_an_error(shared):
     empty = dict.fromkeys(("train_im_names", "val_im_names", "val_marks"), []) | {"train_ids2labels": {}}
     data = dataclasses.replace(shared, partitions=dataclasses.replace(shared.partitions, **empty))
     assert "no train images" in refusal(TrainImages, data, "train")

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from aligned_reid.config import Config
-from aligned_reid.training.guards import CollapseGuard, end_if_hung
+from aligned_reid.training.guards import CollapseGuard
 
 HEALTHY = {"gp": 0.4, "gd_ap": 9.0, "gd_an": 8.7, "gL": 1.1}
 
@@ -25,7 +25,7 @@ def batches():
 for batch in end_if_hung(batches(), {timeout}):
     {step}
 time.sleep(1.5)
-print("end")
+print("end after", batch)
 """
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=40, check=False)
@@ -45,11 +45,7 @@ def test_a_hang_ends_the_process_and_shows_where(loading, step, limit):
 @pytest.mark.parametrize(("step", "timeout"), [("time.sleep(0.7)", 0.5), ("pass", 0)])
 def test_slow_steps_and_the_time_after_the_last_one_are_no_hang(step, timeout):
     done, _ = run_batches("time.sleep(0.3)", step, timeout)
-    assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
-
-
-def test_all_batches_are_passed_on():
-    assert list(end_if_hung([1, 2], 0)) == list(end_if_hung([1, 2], 60)) == [1, 2]
+    assert (done.returncode, done.stdout) == (0, "end after 2\n"), done.stderr
 
 
 def figures(branch="g", dist_ap=5.0, dist_an=5.0, loss=0.3, model=""):

@@ -62,6 +62,9 @@ def test_resuming_with_other_persons_under_the_labels_is_refused(data):
 
 def test_test_persons_who_were_trained_on_are_counted(data, tiny_data):
     own = {"trained_on": identity_record(TrainImages(open_data(tiny_data)), None)}
+    record = identity_record(TrainImages(open_data(data), "train"), own)  # includes the persons of the start weights
+    assert {*record["identities"], *record["before"]} == set(own["trained_on"]["identities"])
+    assert not set(record["identities"]) & set(record["before"])
     test = TestImages(open_data(data))
     assert describe_overlap(test, None) == describe_overlap(test, {"config": {}}) == ""
     assert "on 0 of the 4 persons" in describe_overlap(test, own)
@@ -71,10 +74,3 @@ def test_test_persons_who_were_trained_on_are_counted(data, tiny_data):
     tested = fields["trainval_im_names"][:6] + fields["test_im_names"]  # one person of the training in the test
     write_partitions(path, Partitions(**{**fields, "test_im_names": tested, "test_marks": [0] * len(tested)}))
     assert "on 1 of the" in describe_overlap(TestImages(open_data(data)), own)
-
-
-def test_the_record_includes_the_persons_of_the_start_weights(data, tiny_data):
-    start = {"trained_on": identity_record(TrainImages(open_data(tiny_data)), None)}
-    record = identity_record(TrainImages(open_data(data), "train"), start)
-    assert {*record["identities"], *record["before"]} == set(start["trained_on"]["identities"])
-    assert not set(record["identities"]) & set(record["before"])

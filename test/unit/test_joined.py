@@ -71,7 +71,7 @@ def test_an_interrupted_join_resumes(tiny_data, other_data, tmp_path):
     assert (tmp_path / "joined" / "images").stat().st_mtime_ns == before
 
 
-def test_mistakes_are_refused(tiny_data, other_data, tmp_path):
+def test_mistakes_are_refused(command, tiny_data, other_data, tmp_path):
     for name in ("empty", "x"):
         (tmp_path / name).mkdir()
     (tmp_path / "x" / "tiny").symlink_to(other_data)
@@ -90,6 +90,9 @@ def test_mistakes_are_refused(tiny_data, other_data, tmp_path):
     write_partitions(tmp_path / "empty" / "partitions.pkl", Partitions([name], {1: 0}, [name], {1: 0}, [], [], [], []))
     assert "10002" in refusal(prepare_joined, [tiny_data, tmp_path / "empty"], tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
+    for flags in ((), ("--sources", tiny_data), ("--sources", tiny_data, "--save_dir", tmp_path / "joined")):
+        done = command("prepare_joined.py", *flags)
+        assert done.status == 2 and done.out == "" and done.err.count("\n") == 1
 
 
 def test_a_folder_with_anything_else_is_refused(tiny_data, other_data, tmp_path):
@@ -121,9 +124,3 @@ def test_the_join_is_trained_on_and_each_set_tested(command, tiny_data, other_da
     assert scores(f"--data_path={tiny_data}") == json.loads((run / "results.json").read_text())["global"]
     in_join = scores(f"--data_path={joined}", f"--partition_file={joined / 'partitions_other.pkl'}")
     assert in_join == scores(f"--data_path={other_data}")
-
-
-def test_mistakes_on_the_command_line_are_one_line(command, tiny_data, tmp_path):
-    for flags in ((), ("--sources", tiny_data), ("--sources", tiny_data, "--save_dir", tmp_path / "x")):
-        done = command("prepare_joined.py", *flags)
-        assert done.status == 2 and done.out == "" and done.err.count("\n") == 1

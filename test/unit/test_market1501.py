@@ -104,11 +104,14 @@ def test_a_folder_is_prepared_and_not_changed(raw, tmp_path):
     assert contents(raw) == before
 
 
-def test_the_root_may_be_two_folders_below_the_source(raw, tmp_path):
+def test_the_root_may_be_two_folders_below_the_source_and_gt_bbox_missing(raw, tmp_path):
     around = tmp_path / "download"
     (around / "datasets").mkdir(parents=True)
     raw.rename(around / "datasets" / raw.name)
     assert_prepared(prepare_market1501(str(around), str(tmp_path / "market1501")))
+    (around / "datasets" / raw.name / "gt_bbox").rename(tmp_path / "away")
+    partitions = read_partitions(prepare_market1501(around, tmp_path / "without") / "partitions.pkl")
+    assert partitions.test_marks == [0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("prefix", "separator"), [("", "/"), ("a/b/", "/"), ("Market/", "\\")])
@@ -155,12 +158,6 @@ def test_names_that_are_not_utf_8_are_prepared(raw, tmp_path):
     assert os.fsencode(save_dir) in done.stdout.splitlines()[-1]
     new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
     assert (save_dir / "images" / new_names[f"bounding_box_test/{name}"]).is_file()
-
-
-def test_gt_bbox_may_be_missing(raw, tmp_path):
-    (raw / "gt_bbox").rename(raw / "other")
-    partitions = read_partitions(prepare_market1501(raw, tmp_path / "market1501") / "partitions.pkl")
-    assert partitions.test_marks == [0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("declared", [3 * 10**9, 1000])

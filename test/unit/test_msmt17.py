@@ -110,14 +110,11 @@ def test_damaged_lists_are_named(raw, tmp_path, name):
     assert name in refusal(raw, tmp_path / "msmt17")
 
 
-def test_the_original_data_set_is_recognized(raw, tmp_path):
+def test_the_data_set_is_recognized_and_the_command_prints_the_next_one(command, raw, tmp_path):
     assert find_raw_msmt17(raw) == find_raw_msmt17(raw.parent) == raw
     for path in (tmp_path / "none", raw / "train", raw / "list_train.txt"):
         assert find_raw_msmt17(path) is None
     assert prepare_command(raw).endswith(f"prepare_msmt17.py --source {raw} --save_dir {raw.parent / 'msmt17'}")
-
-
-def test_the_command_prints_counts_and_the_next_command(command, raw, tmp_path):
     done = command("prepare_msmt17.py", "--source", raw, "--save_dir", tmp_path / "msmt17")
     assert done.status == 0, done.err
     assert done.out.splitlines()[0].split()[:2] == ["trainval", "4"]

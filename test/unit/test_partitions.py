@@ -160,12 +160,10 @@ def hostile_calls(marker: Path) -> list:
     return [
         Call(os.system, touch),
         Call(builtins.eval, code),
-        Call(builtins.exec, code),
         Call(builtins.open, str(marker), "w"),
         Call(builtins.__import__, "os"),
         Call(pickle.loads, pickle.dumps(Call(os.system, touch))),
         Call(np.load, str(marker)),
-        Call(np.fromfile, str(marker)),
         Call(np.ones, (1 << 40,)),
         Call(copyreg._reconstructor, Partitions, object, None),
         {"trainval_im_names": [Call(os.system, touch)]},
