@@ -336,8 +336,7 @@ def test_the_verification_of_weights_is_in_their_file_or_beside_it(tmp_path):
     assert find_verification(beside, path) == find_verification(beside, tmp_path) == {"num_same": 2}
     assert find_verification({"net": {}}, path) == {}  # a file of another project
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(InputError, match=r"results\.json"):
-        find_verification(beside, path)
+    assert "results.json" in refusal(find_verification, beside, path)
 
 
 def test_damaged_safetensors_are_errors(tmp_path):
