@@ -37,9 +37,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from aligned_reid.data.prepare.sources import shown
     from aligned_reid.files import write_file
     from aligned_reid.inference import Gallery
-    from aligned_reid.inference.images import shown
     from aligned_reid.preflight import check_save_file
 
     for flag in ("csv", "html"):

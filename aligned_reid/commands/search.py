@@ -26,8 +26,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from aligned_reid.data.prepare.sources import shown
     from aligned_reid.inference import Gallery
-    from aligned_reid.inference.images import shown
     from aligned_reid.preflight import check_save_file
 
     if arguments.html:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 from aligned_reid.data.cache import ImageCache, open_cache
 from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_name, read_partitions
 from aligned_reid.data.prepare.jpeg import decode_upright, read_content
-from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, ending_of
+from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, find_images
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, erase_rectangle, pad_and_crop, random_crop, resize_into
 from aligned_reid.errors import InputError
@@ -228,10 +228,8 @@ class FolderImages(TestImages):
     """
 
     def __init__(self, folder: Path, size: tuple[int, int], log: Callable[[str], None]) -> None:
-        if not folder.is_dir():
-            raise InputError(f"--images {folder} is not a folder")
         self.images_dir, self.size, self.cache = str(folder), size, None
-        files = sorted(path for path in folder.rglob("*") if ending_of(path.name) in IMAGE_ENDINGS and path.is_file())
+        files, _ = find_images(folder)
         defects = find_defects(files, self.read_upright)
         for defect in defects.values():
             log(f"left out: {defect}")

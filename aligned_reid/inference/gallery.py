@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aligned_reid.data.prepare.sources import describe_skipped, kind_of
+from aligned_reid.data.prepare.sources import describe_skipped, find_images, kind_of, shown
 from aligned_reid.errors import InputError
-from aligned_reid.inference.images import find_images, is_one_image, shown
+from aligned_reid.inference.images import is_one_image
 from aligned_reid.inference.index import open_index
 from aligned_reid.inference.nearest import group_features, nearest
 from aligned_reid.inference.networks import Embeddings

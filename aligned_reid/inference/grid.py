@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aligned_reid.data.prepare.sources import shown
 from aligned_reid.evaluation.protocol import TITLES
 from aligned_reid.inference.findings import BROWSED, Findings, Split
-from aligned_reid.inference.images import shown
 
 
 class Grid(NamedTuple):

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from aligned_reid import __version__
 from aligned_reid.errors import InputError
 from aligned_reid.files import write_file
-from aligned_reid.inference.images import shown
 
 THUMBNAIL_SIDE = 192  # pixels of the longer side, at most
 THUMBNAIL_BYTES = 12_000  # of one file, at most

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from aligned_reid.data.prepare.jpeg import decode_upright, read_content, to_rgb
-from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, ending_of
+from aligned_reid.data.prepare.sources import shown
 from aligned_reid.data.transforms import MAX_PIXELS, too_large
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.kernels import to_numpy
@@ -32,11 +32,6 @@ def is_one_image(images: Any) -> bool:
 def name_of(image: Any, number: int) -> str:
     """How messages call an image: by its path, or by its number in the call, counted from 0."""
     return shown(image) if isinstance(image, (str, os.PathLike)) else f"number {number}"
-
-
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path for a terminal: line breaks, control characters and bytes that are not UTF-8 are escaped."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in os.fspath(path))
 
 
 def read_image(image: Any, name: str, *, bgr: bool = False) -> np.ndarray:
@@ -117,26 +112,6 @@ def cut_boxes(image: np.ndarray, boxes: Any, name: str) -> list[np.ndarray | Inp
         else:
             parts.append(image[top:bottom, left:right])
     return parts
-
-
-def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images below a folder by the endings of their names, sorted, and the other files.
-
-    Hidden files and folders are left out. Raises InputError if there is no such folder or it cannot be read.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{shown(folder)} is not a folder of images")
-    found: list[Path] = []
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"cannot read {shown(error.filename)}: {error.strerror}") from error
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    found.sort()
-    images = [path for path in found if ending_of(path.name) in IMAGE_ENDINGS]
-    return images, [path for path in found if ending_of(path.name) not in IMAGE_ENDINGS]
 
 
 def as_list(images: Any) -> list[Any]:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
+from aligned_reid.data.prepare.sources import shown
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.extract import BATCH_SIZE
 from aligned_reid.evaluation.formats import DONE, MADE_BY
-from aligned_reid.inference.images import shown
 from aligned_reid.inference.reid import ReID
 from aligned_reid.lock import hold
 from aligned_reid.preflight import can_write

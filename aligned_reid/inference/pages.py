@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from aligned_reid.data.prepare.sources import shown
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.kernels import in_threads
 from aligned_reid.inference.gallery import Group, Hit
 from aligned_reid.inference.html import Pixels, data_uri, thumbnail, write_page
-from aligned_reid.inference.images import read_image, shown
+from aligned_reid.inference.images import read_image
 
 
 class Photo(NamedTuple):

@@ -17,6 +17,7 @@ import numpy as np
 
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import open_data
+from aligned_reid.data.prepare.sources import shown
 from aligned_reid.data.transforms import decode_image
 from aligned_reid.device import available_memory
 from aligned_reid.distance import normalize
@@ -33,7 +34,6 @@ from aligned_reid.inference.charts import cmc_chart, histogram_chart, roc_chart,
 from aligned_reid.inference.findings import Findings, Split, find
 from aligned_reid.inference.grid import Grid, make_grid, pairs_of
 from aligned_reid.inference.html import data_uri, thumbnail, write_page
-from aligned_reid.inference.images import shown
 from aligned_reid.run import CONFIG_NAME, run_extraction
 from aligned_reid.training.log import Log
 from aligned_reid.weights import CHECKPOINT_NAME, SAFETENSORS_NAME, digest_of, read_weight_file

@@ -137,7 +137,7 @@ def test_extract_takes_any_folder_of_images(aligned_reid, tiny_data, weights, tm
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--images=/none"], "--images /none"),
+        (["--images=/none"], "/none"),
         (["--images={empty}"], "no images"),
         (["--images={empty}", "--data_path=/data"], "not both"),
     ],

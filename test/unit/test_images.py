@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from aligned_reid import InputError
+from aligned_reid.data.prepare.sources import find_images, shown
 from aligned_reid.data.transforms import decode_image
-from aligned_reid.inference.images import cut_boxes, find_images, read_image, shown
+from aligned_reid.inference.images import cut_boxes, read_image
 
 RED = np.full((40, 20, 3), (200, 10, 30), np.uint8)
 

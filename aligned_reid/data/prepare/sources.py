@@ -44,6 +44,31 @@ def find_image(path: Path) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
+def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images below a folder by the endings of their names, sorted, and the other files.
+
+    Hidden files and folders are left out. Raises InputError if there is no such folder or it cannot be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{shown(folder)} is not a folder of images")
+    found: list[Path] = []
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"cannot read {shown(error.filename)}: {error.strerror}") from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    found.sort()
+    images = [path for path in found if ending_of(path.name) in IMAGE_ENDINGS]
+    return images, [path for path in found if ending_of(path.name) not in IMAGE_ENDINGS]
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path for a terminal: line breaks, control characters and bytes that are not UTF-8 are escaped."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in os.fspath(path))
+
+
 def ending_of(name: str) -> str:
     """The ending of a file's name in lower case, "hidden" or "no ending"."""
     return "hidden" if name.startswith(".") else os.path.splitext(name)[1].lower() or "no ending"
