@@ -113,6 +113,8 @@ def open_test(source: Path, data_path: str | Path | None, device: str, log: Call
     """The features and labels that `write_report` is given, and where their images are."""
     training_log = ""
     features_path = source
+    if not source.exists():
+        raise InputError(f"{shown(source)} does not exist; give a run folder or a feature file")
     if source.is_dir():
         data_path = data_path or run_settings(source)["data_path"]
         features_path = extract_run(source, data_path, device)

@@ -15,7 +15,8 @@ from aligned_reid.config import Config
 from aligned_reid.data import TestImages, open_data
 from aligned_reid.distance import alignment_path
 from aligned_reid.evaluation.features import FeatureWriter
-from aligned_reid.inference.charts import training_charts
+from aligned_reid.evaluation.verification import count_pairs
+from aligned_reid.inference.charts import histogram_chart, training_charts
 from aligned_reid.inference.findings import Split, nearest_images, rank1_by_cameras
 from aligned_reid.inference.grid import align_pairs
 from aligned_reid.inference.html import THUMBNAIL_BYTES, THUMBNAIL_SIDE, thumbnail
@@ -71,6 +72,16 @@ def test_alignments_are_those_of_alignment_path():
         assert np.cumsum([0, *found.moves[pair]]).tolist() == [i for i, _ in expected.cells]
         assert found.distance[pair] == pytest.approx(float(expected.distance), rel=1e-5)
         np.testing.assert_allclose(found.cost[pair], expected.cost, rtol=1e-4, atol=1e-5)
+
+
+def test_histogram_leaves_out_a_distant_few():
+    dist = np.append(np.linspace(1, 2, 9999, dtype=np.float32), np.float32(50))[None]
+    labels = np.arange(10000) % 2
+    counts = count_pairs(dist, np.array([1]), labels, np.array([5]), labels)
+    for line in histogram_chart("title", counts, 1.5)["lines"]:
+        assert 1 < float(line["values"][-1].split(":")[0]) < 2
+    one = count_pairs(dist[:, :2], np.array([1]), labels[:2], np.array([5]), labels[:2])
+    assert len(histogram_chart("title", one, None)["lines"]) == 2  # a pair of each kind is enough
 
 
 def test_thumbnails_have_a_limit():
@@ -154,7 +165,7 @@ def test_mistakes_are_one_line(features, tiny_data, tmp_path):
     for source, options, reason in (
         (features, {}, "--data_path"),
         (tmp_path, {}, "config.json"),
-        (tmp_path / "none.h5", {"data_path": tiny_data}, "no feature file"),
+        (tmp_path / "none.h5", {}, "does not exist"),
         (nameless, {"data_path": tiny_data}, "image_name"),
         (features, {"data_path": tiny_data, "out": tmp_path / "full"}, "other files"),
         (features, {"data_path": tiny_data, "out": nameless}, "is a file"),
