@@ -91,8 +91,9 @@ class OnnxNetwork:
 
 
 def is_onnx(path: Path) -> bool:
-    """Whether a file is an ONNX graph, by its name or its first byte."""
+    """Whether a file is an ONNX graph, by its name or its first bytes; safetensors have a brace after their length."""
     if path.suffix.lower() == ".onnx" or not path.is_file():
         return path.suffix.lower() == ".onnx"
     with open(path, "rb") as file:
-        return file.read(1) == ONNX_START
+        head = file.read(9)
+    return head.startswith(ONNX_START) and not head.endswith(b"{")
