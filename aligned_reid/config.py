@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -306,8 +307,10 @@ class Config:
 
     @property
     def dataset_name(self) -> str:
-        """--dataset if it was given, else the name of the data folder, which is more telling than the default."""
-        return self.dataset if "dataset" in self.given or not self.data_path else Path(self.data_path).resolve().name
+        """--dataset if it was given, else the data folder's name (of a link: the link's), which tells more."""
+        if "dataset" in self.given or not self.data_path:
+            return self.dataset
+        return os.path.basename(os.path.abspath(self.data_path))
 
     @property
     def run_dir(self) -> Path:

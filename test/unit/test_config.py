@@ -197,3 +197,11 @@ def test_the_ascend_recipe_is_what_the_wrappers_set():
     for name, value in RECIPES["ascend"].items():
         (written,) = re.findall(rf"--{name}=(\S+?)[ )\n]", wrappers)
         assert getattr(parse(f"--{name}={written}"), name) == value
+
+
+def test_the_data_set_is_named_by_the_flag_or_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "photos").symlink_to(tmp_path / "raw")
+    monkeypatch.chdir(tmp_path)
+    assert Config.of(data_path="photos/").dataset_name == "photos"
+    assert Config.of(data_path="photos", dataset="office").dataset_name == "office"
