@@ -47,9 +47,10 @@ def main() -> None:
 
     data = open_data(data_path)
     raw, trained = rank_pixels(data), results["global"]
+    used = use_model(folder, config.run_dir, copy_photos(data, folder / "photos"))
     print(f"\nraw pixels     rank@1 {raw.cmc[0]:7.2%}, mAP {raw.mean_ap:7.2%}")
     print(f"trained model  rank@1 {trained['cmc1']:7.2%}, mAP {trained['mAP']:7.2%}, FPS {results['FPS']:.1f}\n")
-    use_model(folder, config.run_dir, copy_photos(data, folder / "photos"))
+    print("\n".join(used))
 
 
 def rank_pixels(data: ReidData) -> Ranking:
@@ -63,7 +64,7 @@ def rank_pixels(data: ReidData) -> Ranking:
 
 
 def copy_photos(data: ReidData, folder: Path) -> list[Path]:
-    """A folder like a user's own: the photos of some people of the test, who is in them not being told. Sorted."""
+    """Copy the photos of some people of the test into one folder, like a user's own; returns them in order."""
     images = TestImages(data)
     people = np.unique(images.person_ids[images.marks == QUERY])[:NUM_PEOPLE]
     names = sorted({images.image_names[index] for index in np.flatnonzero(np.isin(images.person_ids, people))})
@@ -71,28 +72,30 @@ def copy_photos(data: ReidData, folder: Path) -> list[Path]:
     return [Path(shutil.copy(data.images_dir / name, folder)) for name in names]
 
 
-def use_model(folder: Path, run_dir: Path, photos: list[Path]) -> None:
-    """Compare two photos, search for one, group them all, and write the report of the test."""
+def use_model(folder: Path, run_dir: Path, photos: list[Path]) -> list[str]:
+    """Search for a photo, compare it with the nearest, group all photos, report on the test; returns what to print."""
     reid = ReID.from_pretrained(run_dir, log=ignore)
-    one = photos[0]
-    other = next(path for path in photos if path.name[:8] == one.name[:8] and path.name[9:13] != one.name[9:13])
-    pair = reid.compare(one, other)
-    print(f"compare  {one} and {other.name}: {pair}")
+    gallery = Gallery.open(photos[0].parent, reid, log=ignore)
+    hits = gallery.search(photos[0])
+    write_search_page(folder / "search.html", photos[0], hits)
+    pair = reid.compare(photos[0], hits[0].path)
+    lines = [
+        f"search   the {len(hits)} nearest of {len(gallery)} photos to {photos[0]}: {folder}/search.html",
+        f"compare  it with the nearest: {pair}: {folder}/compare.png",
+    ]
     try:
         pair.save(folder / "compare.png")
     except InputError as error:  # matplotlib is an extra
-        print(f"no picture of the comparison: {error}")
-    gallery = Gallery.open(one.parent, reid, log=ignore)
-    hits = gallery.search(one)
-    num_right = sum(hit.path.name[:8] == one.name[:8] for hit in hits)
-    print(f"search   {num_right} of the {len(hits)} nearest of {len(gallery):,} photos show the person in {one.name}")
-    write_search_page(folder / "search.html", one, hits)
+        lines[-1] = f"compare  it with the nearest: {pair}; no picture: {error}"
     groups = gallery.group()
-    print(f"group    {len(gallery):,} photos of {NUM_PEOPLE} people in {len(groups)} groups")
+    num_pure = sum(len({path.name[:8] for path in group.paths}) == 1 for group in groups)
     write_group_page(folder / "groups.html", groups)
     page = write_report(run_dir, folder / "report", log=ignore)
-    print(f"report   {page}, compare.png, search.html and groups.html in {folder}; all figures: {run_dir}/results.json")
-    print(f"open it: {page.absolute().as_uri()}")
+    return [
+        *lines,
+        f"group    {len(groups)} groups, {num_pure} of one person only ({NUM_PEOPLE} are shown): {folder}/groups.html",
+        f"report   open {page.absolute().as_uri()}",
+    ]
 
 
 def ignore(line: str) -> None:
