@@ -21,7 +21,7 @@ def main() -> None:
     if arguments.save_file:
         pair.save(arguments.save_file)
     if arguments.json:
-        names = ("distance", "local_distance", "path", "threshold", "same_person", "measured_on")
+        names = ("distance", "local_distance", "path", "threshold", "same_person", "measured_on", "match_rate")
         print_json(
             {"photos": [str(path) for path in arguments.photos], **{name: getattr(pair, name) for name in names}}
         )

@@ -7,7 +7,7 @@ import argparse
 from aligned_reid.cli import parse_path
 from aligned_reid.commands.common import BadImages, make_parser, note, open_model, print_json, print_table
 
-VERDICTS = {True: "likely", False: "unlikely", None: "-"}
+VERDICTS = {True: "likely", False: "uncertain", None: "-"}
 
 
 def parse_arguments() -> argparse.Namespace:

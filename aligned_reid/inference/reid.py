@@ -57,14 +57,17 @@ class Comparison:
     same_person: bool | None  # whether distance < threshold
     images: tuple[np.ndarray, np.ndarray]  # uint8 [h, w, 3], RGB, as the model sees them
     measured_on: str = ""  # the data set of the threshold
+    match_rate: float = 0.0  # the share of the pairs of one person that are nearer than the threshold
 
     def __str__(self) -> str:
         if self.threshold is None:
             return f"distance {self.distance:.2f}; the weights have no threshold that says whether this is near"
-        likely, sign = ("likely", "<") if self.same_person else ("unlikely", ">=")
+        verdict, sign, missed = "likely", "<", ""
+        if not self.same_person:  # many pairs of one person are farther apart, too
+            verdict, sign, missed = "uncertain", ">=", f", and {self.match_rate:.0%} of the pairs of one person are"
         return (
-            f"same person: {likely} (distance {self.distance:.2f} {sign} {self.threshold:.2f}, where 1 of 1,000 pairs "
-            f"of strangers is as near; measured on {self.measured_on}'s test, other cameras shift it)"
+            f"same person: {verdict} (distance {self.distance:.2f} {sign} {self.threshold:.2f}, where 1 of 1,000 pairs "
+            f"of strangers is as near{missed}; measured on {self.measured_on}'s test, other cameras shift it)"
         )
 
     def save(self, path: str | Path) -> None:
@@ -116,8 +119,12 @@ class ReID:
     @property
     def threshold(self) -> float | None:
         """The global distance that 1 of 1,000 pairs of different persons is below; None if it was not measured."""
+        return self.operating_point().get("threshold")
+
+    def operating_point(self) -> Mapping[str, float]:
+        """The threshold that decides and its true-match rate, as in results.json; empty if it was not measured."""
         rates = (self.verification.get("global") or {}).get("at_fmr") or {}
-        return (rates.get(FALSE_MATCH_RATE) or {}).get("threshold")
+        return rates.get(FALSE_MATCH_RATE) or {}
 
     def __call__(
         self, images: Any, *, boxes: Any = None, bgr: bool = False, on_error: Callable[[str], None] | None = None
@@ -207,6 +214,7 @@ class ReID:
             None if threshold is None else distance < threshold,
             tuple(pair),  # type: ignore[arg-type]  # compute() has raised what is not an image
             self.verification.get("measured_on", "an unnamed data set"),
+            self.operating_point().get("tmr", 0.0),
         )
 
     def distances(self, x: Tensor, y: Tensor) -> np.ndarray:

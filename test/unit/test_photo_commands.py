@@ -58,7 +58,7 @@ def test_search_prints_a_table(aligned_reid, photos):
     done = aligned_reid("search", some(photos)[0], f"--gallery={photos}", "--k=3")
     lines = done.out.splitlines()
     assert done.status == 0 and len(lines) == 5
-    assert lines[2].split()[0] == "1" and lines[2].split()[2] in ("likely", "unlikely")
+    assert lines[2].split()[0] == "1" and lines[2].split()[2] in ("likely", "uncertain")
 
 
 def test_search_serves_the_good_photos_and_exits_with_2(aligned_reid, photos, tmp_path):
