@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from aligned_reid.data.transforms import normalize_images
 from aligned_reid.device import find_wrong_layer, open_accelerator
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.extract import inference_copy, run_network
@@ -54,6 +55,13 @@ class TorchNetwork:
             features = run_network(self.model, pixels.to(self.accelerator.device), self.accelerator, self.flip)
         local_feat = features.local_feat.float().cpu() if self.local else None
         return Embeddings(features.global_feat.float().cpu(), local_feat)
+
+    def feature_map(self, pixels: Tensor) -> Tensor:
+        """The trunk's last feature map, float32 [N, C, h / stride, w / stride], on the CPU."""
+        with torch.no_grad(), self.accelerator.autocast():
+            images = normalize_images(pixels.to(self.accelerator.device), self.accelerator.memory_format)
+            feature_map: Tensor = self.model.base(images)
+        return feature_map.float().cpu()
 
 
 class OnnxNetwork:

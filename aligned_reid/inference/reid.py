@@ -217,6 +217,15 @@ class ReID:
             self.operating_point().get("tmr", 0.0),
         )
 
+    def save_heat_map(self, image: Any, path: str | Path, *, bgr: bool = False) -> None:
+        """Draw where the trunk responds to an image, as .png or .svg; errors as of a call, and for an ONNX graph."""
+        if not isinstance(self.network, TorchNetwork):
+            raise InputError("an ONNX graph does not give its feature map: open the weights that it was exported from")
+        from aligned_reid.inference.drawing import draw_heat_map  # matplotlib takes a second to import
+
+        pixels = resize_image(read_image(image, name_of(image, 0), bgr=bgr), self.size)
+        draw_heat_map(path, pixels, self.network.feature_map(torch.from_numpy(pixels)[None])[0])
+
     def distances(self, x: Tensor, y: Tensor) -> np.ndarray:
         """Distances as in the test, float32 [M, N], of global features [M, D] and [N, D]."""
         return global_distance_matrix(self.scaled(x), self.scaled(y))

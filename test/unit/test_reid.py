@@ -146,6 +146,15 @@ def test_what_cannot_be_opened_is_refused_in_one_line(tiny_run, tmp_path):
         ReID.from_pretrained(tiny_run, "cpu")
 
 
+def test_a_heat_map_is_drawn_by_weights_and_refused_by_a_graph(reid, photos, tmp_path, monkeypatch):
+    reid.save_heat_map(photos[0], tmp_path / "map.png")
+    with Image.open(tmp_path / "map.png") as picture:
+        assert min(picture.size) > 100
+    monkeypatch.setattr(reid, "network", lambda pixels: None)
+    with pytest.raises(InputError, match="ONNX"):
+        reid.save_heat_map(photos[0], tmp_path / "map.png")
+
+
 def test_the_digest_covers_weights_and_settings(tiny_run, reid):
     assert ReID.from_pretrained(tiny_run, "cpu").digest == reid.digest
     assert ReID.from_pretrained(tiny_run, "cpu", flip_test=True).digest != reid.digest
