@@ -33,13 +33,11 @@ def launch(
 ) -> int:
     """Run a Python script with its arguments as `num_processes` ranks on this machine; returns the exit status.
 
-    `script` may also be -m, a module and its arguments. `name` is the launcher's in a failure's line.
-
     Each rank logs to `log_dir`/<device>/train_<device>.log, devices counted from `first_device`; the first rank's
-    standard output is on the console, too. The status is 0, or that of the rank that failed first; 128 + n if signal n
-    killed it or stopped the launcher. After a failure other than a user's mistake the agent restarts all ranks, at most
-    `max_restarts` times. Each of several machines calls this, with `endpoint`: an address and port of the first one.
-    A single process without restarts replaces this one: there is no agent, and no return.
+    standard output is on the console, too. The status is 0, or that of the rank that failed first; 128 + n for signal
+    n. `name` begins the line about a failure; unless it is a user's mistake, the agent restarts all ranks, at most
+    `max_restarts` times. Each of several machines calls this, with the first one's address and port as `endpoint`. A
+    single process without restarts replaces this one: no agent, and no return.
     """
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     program = ["-u", os.path.abspath(rank_program.__file__), str(log_dir), str(first_device)]

@@ -1,7 +1,6 @@
 """Runs a script as one rank: rank.py <log folder> <first device> <launcher's folder, or ""> <script> <arguments>.
 
-In place of a script, -m <module> names a module beside this package. launcher.py starts it. It is a program that
-imports nothing of the package: a rank's PYTHONPATH may hold anything.
+launcher.py starts it. It is a program that imports nothing of the package: a rank's PYTHONPATH may hold anything.
 """
 
 import ctypes
@@ -50,18 +49,10 @@ def main(log_dir: str, first_device: str, folder: str, *command: str) -> None:
     device = int(first_device) + local_rank
     log_to(Path(log_dir, str(device), f"train_{device}.log"), to_console=(local_rank == 0, not folder))
     os.environ["ALIGNED_REID_RANK_LOG"] = "1"  # see training/log.py
-    is_module = command[0] == "-m"
-    sys.argv = list(command[is_module:])
-    if is_module:
-        root = str(Path(__file__).resolve().parents[1])
-        sys.path[:1] = [] if root in sys.path else [root]
-    else:
-        sys.path[0] = os.path.dirname(os.path.abspath(command[0]))
+    sys.argv, place = list(command), Path(command[0]).absolute().parent
+    sys.path[0] = str(place.parent if command[0].endswith("/__main__.py") else place)  # of a package: what holds it
     try:
-        if is_module:
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(command[0], run_name="__main__")
+        runpy.run_path(command[0], run_name="__main__")
     except BaseException as error:
         status = error.code if isinstance(error, SystemExit) else 1
         if folder and status:

@@ -94,7 +94,7 @@ def main() -> None:
     except OSError as error:
         raise InputError(f"--log_dir {options.log_dir}: {error.strerror}; choose another folder") from error
     status = launch(
-        ["-m", "aligned_reid", *options.command] if is_command else options.command,
+        [str(Path(__file__).parents[1] / "__main__.py"), *options.command] if is_command else options.command,
         options.nproc,
         options.log_dir,
         num_nodes=options.nnodes,
