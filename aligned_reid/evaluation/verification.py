@@ -21,6 +21,7 @@ from aligned_reid.evaluation.kernels import BIN_SHIFT, NUM_BINS, compiled
 
 BIN_WIDTH = 2.0 ** (BIN_SHIFT - 23)  # relative to the distance
 ONE_IN = (100, 1_000, 10_000)  # false-match rates 1e-2, 1e-3, 1e-4
+DECIDING_RATE = "0.001"  # the false-match rate whose threshold says whether two photos show one person
 ROC_POINTS = 100
 VERIFIED = ("global", "global_local")  # the distances that get a curve
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from aligned_reid.evaluation.kernels import BIN_SHIFT
 from aligned_reid.evaluation.protocol import TITLES
-from aligned_reid.evaluation.verification import Counts
+from aligned_reid.evaluation.verification import DECIDING_RATE, Counts
 from aligned_reid.inference.findings import BROWSED
 
 WIDTH, HEIGHT = 520, 250
@@ -129,7 +129,7 @@ def roc_chart(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     ]
     ticks = [(float(power), f"{100 * 10.0**power:g}%") for power in range(lowest, 1)]
     x = Axis("pairs of different people below the threshold", lowest, 0, ticks)
-    at = next(iter(records.values()))["at_fmr"]["0.001"]
+    at = next(iter(records.values()))["at_fmr"][DECIDING_RATE]
     mark = at and (-3.0, f"threshold {at['threshold']:.2f}")
     return chart(
         "Verification (ROC), other cameras only", lines, x, linear_axis("same person", 0, 1, share=True), mark=mark

@@ -14,6 +14,7 @@ from aligned_reid.evaluation.extract import FeatureSet
 from aligned_reid.evaluation.protocol import EvaluationSettings, LabelArrays, distances, log_scores, select
 from aligned_reid.evaluation.ranking import rank
 from aligned_reid.evaluation.verification import VERIFIED, Counts, count_pairs
+from aligned_reid.inference.nearest import k_smallest
 
 BROWSED = ("global", "global_local", "global_re_ranked", "global_local_re_ranked")  # distances with a grid of queries
 CMC_RANKS = 50
@@ -87,9 +88,7 @@ def nearest_images(dist: Float32s, split: Split) -> list[Indices]:
     length = min(NUM_NEAREST, dist.shape[1])
     for first in range(0, len(dist), ROWS_PER_BLOCK):
         block = dist[first : first + ROWS_PER_BLOCK]
-        near = np.sort(np.argpartition(block, length - 1, axis=1)[:, :length], axis=1)
-        order = np.argsort(np.take_along_axis(block, near, axis=1), axis=1, kind="stable")
-        for query, images in enumerate(np.take_along_axis(near, order, axis=1), start=first):
+        for query, images in enumerate(k_smallest(block, length), start=first):
             same_person = split.gallery_ids[images] == split.query_ids[query]
             counted = ~(same_person & (split.gallery_cams[images] == split.query_cams[query]))
             found.append(images[counted.cumsum() - counted < NUM_HITS])

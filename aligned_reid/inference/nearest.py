@@ -33,15 +33,18 @@ def nearest(queries: Tensor, feat: Tensor, norms: Tensor, k: int) -> tuple[np.nd
         dots = product(block, feat).numpy() if len(block) > 1 else (feat.numpy() @ block[0].numpy())[None]
         squared = np.multiply(dots, -2, out=dots)  # [B, N], without the query's own norm
         squared += norms.numpy()
-        found = np.argpartition(squared, k - 1, axis=1)[:, :k]
-        found.sort(axis=1)
-        values = np.take_along_axis(squared, found, axis=1)
-        order = np.argsort(values, axis=1, kind="stable")
         rows = slice(first, first + len(block))
-        places[rows] = np.take_along_axis(found, order, axis=1)
-        values = np.take_along_axis(values, order, axis=1) + np.square(block.numpy()).sum(axis=1, keepdims=True)
+        places[rows] = k_smallest(squared, k)
+        values = np.take_along_axis(squared, places[rows], axis=1) + np.square(block.numpy()).sum(axis=1, keepdims=True)
         distances[rows] = np.sqrt(values.clip(min=MIN_SQUARED_DISTANCE))
     return places, distances
+
+
+def k_smallest(values: np.ndarray, k: int) -> np.ndarray:
+    """The places of the k smallest values of each row, [Q, N] -> [Q, k], ascending; equal ones in order of place."""
+    found = np.sort(np.argpartition(values, k - 1, axis=1)[:, :k], axis=1)
+    order = np.argsort(np.take_along_axis(values, found, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(found, order, axis=1)
 
 
 def group_features(feat: Tensor, threshold: float, max_linked: int = MAX_LINKED) -> np.ndarray:

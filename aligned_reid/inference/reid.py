@@ -25,6 +25,7 @@ from aligned_reid.errors import InputError
 from aligned_reid.evaluation.distances import global_distance_matrix
 from aligned_reid.evaluation.evaluate import settle_test
 from aligned_reid.evaluation.extract import BATCH_SIZE
+from aligned_reid.evaluation.verification import DECIDING_RATE
 from aligned_reid.flags import TEST
 from aligned_reid.inference.foreign import find_project, open_foreign
 from aligned_reid.inference.images import as_list, cut_boxes, name_of, read_image
@@ -41,7 +42,6 @@ from aligned_reid.weights import (
 
 BATCHES_AHEAD = 2  # that threads decode while the network computes
 SECONDS_WITHOUT_BAR = 2.0
-FALSE_MATCH_RATE = "0.001"  # whose threshold decides
 TEST_SETTINGS = names_affecting(TEST)
 
 
@@ -124,7 +124,7 @@ class ReID:
     def operating_point(self) -> Mapping[str, float]:
         """The threshold that decides and its true-match rate, as in results.json; empty if it was not measured."""
         rates = (self.verification.get("global") or {}).get("at_fmr") or {}
-        return rates.get(FALSE_MATCH_RATE) or {}
+        return rates.get(DECIDING_RATE) or {}
 
     def __call__(
         self, images: Any, *, boxes: Any = None, bgr: bool = False, on_error: Callable[[str], None] | None = None

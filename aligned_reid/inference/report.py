@@ -28,7 +28,7 @@ from aligned_reid.evaluation.features import read_features
 from aligned_reid.evaluation.kernels import in_threads
 from aligned_reid.evaluation.protocol import TITLES, EvaluationSettings
 from aligned_reid.evaluation.saved import MATRIX_BYTES, join, read_tables
-from aligned_reid.evaluation.verification import verification_curve
+from aligned_reid.evaluation.verification import DECIDING_RATE, verification_curve
 from aligned_reid.files import write_file
 from aligned_reid.inference.charts import cmc_chart, histogram_chart, roc_chart, training_charts
 from aligned_reid.inference.findings import Findings, Split, find
@@ -205,7 +205,7 @@ def data_in_page(test: Test, grid: Grid) -> dict[str, Any]:
 def page_values(test: Test, findings: Findings, queries: list[int]) -> dict[str, Any]:
     """The values of templates/report.html, without the grid's data."""
     curves = {name: verification_curve(findings.pairs[name]) for name in sorted(findings.pairs)}
-    thresholds = {name: (curve["at_fmr"]["0.001"] or {}).get("threshold") for name, curve in curves.items()}
+    thresholds = {name: (curve["at_fmr"][DECIDING_RATE] or {}).get("threshold") for name, curve in curves.items()}
     histograms = [
         histogram_chart(f"{TITLES[name]} of pairs from different cameras", findings.pairs[name], thresholds[name])
         for name in curves
