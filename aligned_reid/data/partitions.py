@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aligned_reid.data.plain_pickle import RefusedPickleError, load_plain
+from aligned_reid.data.plain_pickle import MAX_BYTES, RefusedPickleError, load_plain
 from aligned_reid.errors import InputError
 from aligned_reid.files import write_file
 
@@ -156,7 +156,8 @@ def read_partitions(path: str | Path) -> Partitions:
     that do not fit together.
     """
     try:
-        value = load_plain(Path(path).read_bytes())
+        with open(path, "rb") as file:
+            value = load_plain(file.read(MAX_BYTES + 1))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except RefusedPickleError as error:
