@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aligned_reid.data.plain_pickle import MAX_BYTES, RefusedPickleError, load_plain
+from aligned_reid.data.plain_pickle import load_plain
 from aligned_reid.errors import InputError
 from aligned_reid.files import write_file
 
@@ -155,18 +155,7 @@ def read_partitions(path: str | Path) -> Partitions:
     Raises InputError if it cannot be read, is damaged, contains anything but plain data, lacks a key, or holds values
     that do not fit together.
     """
-    try:
-        with open(path, "rb") as file:
-            value = load_plain(file.read(MAX_BYTES + 1))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except RefusedPickleError as error:
-        raise InputError(
-            f"{path} contains {error}, which is not plain data: it was refused and nothing in it was run; use a file "
-            "that you trust or prepare the data again"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path} is {error}; prepare the data again") from error
+    value = load_plain(path)
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, not a dict with {', '.join(_KEYS)}")
     missing = [key for key in _KEYS if key not in value]

@@ -7,76 +7,62 @@ import io
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from aligned_reid.errors import InputError
+
 MAX_BYTES = 2**28  # enough for the partitions of three million images
 
 
-class RefusedPickleError(ValueError):
-    """The pickle contains something other than plain data; the message says what, in one short printable line."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(ascii(what)[1:-1][:80])  # the text is from the file: no line breaks, no terminal codes
-
-
-def load_plain(content: bytes) -> Any:
+def load_plain(path: str | Path) -> Any:
     """The value in a pickle of any protocol: containers, numbers, strings, and numpy arrays and scalars as these.
 
-    Tuples and numpy arrays (of 0 or 1 dimension) become lists; Python 2's strings and numpy's byte strings become str.
-    Raises RefusedPickleError if the pickle names anything else, ValueError if it is too large, cut off or not a pickle.
+    Tuples and numpy arrays become lists, arrays without their shape; Python 2's strings become str. Raises InputError
+    if the file cannot be read, is too large, cut off or not a pickle, or names anything else.
     """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     if len(content) > MAX_BYTES:
-        raise ValueError(f"larger than {MAX_BYTES // 2**20} MB")
+        raise InputError(f"{path} is larger than {MAX_BYTES // 2**20} MB; prepare the data again")
     try:
         return _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
-    except RefusedPickleError:
-        raise
+    except InputError as error:
+        raise InputError(f"{path} contains {error}") from error
     except Exception as error:  # damaged pickles fail in many ways
-        raise ValueError("cut off, or not a pickle") from error
+        raise InputError(f"{path} is cut off, or not a pickle of plain data; prepare the data again") from error
 
 
 class _Array(list[Any]):
-    """A numpy array as a list; it is empty until the pickle sets its state."""
+    """A numpy array as a flat list, which is empty until the pickle sets its state."""
 
-    def set_state(self, _: Any, shape: Any, element_type: Any, __: Any, data: Any) -> None:
-        self[:] = _elements(element_type, shape, data)
+    def set_state(self, _version: Any, _shape: Any, element_type: Any, _is_fortran: Any, data: Any) -> None:
+        self[:] = _elements(element_type, data)
 
 
 class _ElementType:
     """A numpy dtype: its code ("i8", "S26", "U26", "O8") and, once the pickle sets its state, its byte order."""
 
     def __init__(self, code: str, *_: Any) -> None:
-        self.code, self.byte_order = code, "|"
+        self.code, self.order = code, "<"
 
-    def set_state(self, _: Any, byte_order: Any, *__: Any) -> None:
-        self.byte_order = byte_order
-
-
-def _elements(element_type: _ElementType, shape: list[int], data: Any) -> list[Any]:
-    """The elements of an array; their number must be that in the data, so that no shape allocates memory."""
-    code, byte_order = element_type.code, element_type.byte_order
-    if re.fullmatch("O[48]?", code):
-        elements = list(data) if isinstance(data, list) else []
-    elif not re.fullmatch("b1|[iu][1248]|f[248]|[SU][1-9][0-9]{0,3}", code):
-        raise RefusedPickleError(f"numpy elements of type {code}")
-    elif byte_order not in ("<", ">", "|", "="):
-        raise ValueError("not a byte order")
-    else:
-        content = data.encode("latin1") if isinstance(data, str) else bytes(memoryview(data))
-        elements = np.frombuffer(content, dtype=np.dtype(byte_order.replace("|", "=") + code)).tolist()
-        if code[0] == "S":
-            elements = [element.decode("latin1") for element in elements]
-    if [len(elements)] != (shape or [1]):
-        raise ValueError("not an array of 0 or 1 dimension, or of another length than its data")
-    return elements
+    def set_state(self, _version: Any, order: Any, *_: Any) -> None:
+        self.order = ">" if order == ">" else "<"
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise RefusedPickleError(f"the encoding {encoding}")
-    return text.encode("latin1")
+def _elements(element_type: _ElementType, data: Any) -> list[Any]:
+    """The elements of an array; only its data decide how many, so that no shape allocates memory."""
+    if element_type.code.startswith("O") and isinstance(data, list):
+        return data
+    if not re.fullmatch("b1|[iu][1248]|f[248]|[SU][1-9][0-9]{0,3}", element_type.code):
+        raise ValueError("not a type of plain elements")
+    content = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(content, element_type.order + element_type.code).tolist()
 
 
 # Stand-ins for the names in pickles of plain data, called with the arguments in the file.
@@ -84,9 +70,9 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
     "numpy.ndarray": _Array,  # only as an argument of _reconstruct
     "numpy.dtype": _ElementType,
     "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
-    "numpy.core.multiarray.scalar": lambda element_type, data: _elements(element_type, [1], data)[0],
-    "numpy.core.numeric._frombuffer": lambda data, element_type, shape, *_: _elements(element_type, shape, data),
-    "_codecs.encode": _encode,  # protocol 2 writes Python 3's bytes with it
+    "numpy.core.multiarray.scalar": lambda element_type, data: _elements(element_type, data)[0],
+    "numpy.core.numeric._frombuffer": lambda data, element_type, *_: _elements(element_type, data),
+    "_codecs.encode": lambda text, _: text.encode("latin1"),  # Python 3's bytes in protocol 2
     "builtins.set": set,
     "builtins.frozenset": frozenset,
     "collections.OrderedDict": dict,
@@ -125,5 +111,6 @@ class _PlainUnpickler(_Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins"}.get(module, module.replace("numpy._core.", "numpy.core."))
         if f"{module}.{name}" not in _STAND_INS:
-            raise RefusedPickleError(f"{module}.{name}")
+            name = ascii(f"{module}.{name}")[1:-1][:80]  # from the file: no line breaks, no terminal codes
+            raise InputError(f"{name}, which is not plain data: nothing in it was run; use a file that you trust")
         return _STAND_INS[f"{module}.{name}"]
