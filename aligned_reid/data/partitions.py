@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ def format_image_name(person_id: int, camera: int, index: int) -> str:
     """(2, 1, 0) -> `00000002_0001_00000000.jpg`. Raises InputError if a number has too many digits."""
     name = f"{person_id:08d}_{camera:04d}_{index:08d}.jpg"
     parse_image_name(name)
-    return name
+    return sys.intern(name)  # one object in memory and in pickles, however often it is made
 
 
 @dataclasses.dataclass(frozen=True)

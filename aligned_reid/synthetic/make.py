@@ -1,30 +1,25 @@
 """The embedded data set: drawn pedestrians in front of drawn cameras, in the layout that --data_path takes."""
 
 import contextlib
-import errno
 import functools
+import itertools
 import json
 import math
 import multiprocessing
-import os
-import pickle
 import signal
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from aligned_reid import __version__
-from aligned_reid.data.partitions import Partitions, build_partitions, format_image_name, write_partitions
+from aligned_reid.data.loader import num_processors
+from aligned_reid.data.partitions import format_image_name
+from aligned_reid.data.prepare.layout import NUM_VAL_IDS, Row, check_unused, write_table
 from aligned_reid.errors import InputError
-from aligned_reid.files import write_file
-from aligned_reid.lock import LOCK_NAME, hold
 from aligned_reid.synthetic.camera import Camera, make_camera, take_picture
 from aligned_reid.synthetic.figure import Figure
 from aligned_reid.synthetic.person import sample_person
@@ -51,21 +46,6 @@ class _Settings:
         return self.num_ids * 3 // 4  # training from scratch needs variety
 
 
-class _Job(NamedTuple):
-    """The missing images of one identity: (camera, index) of each."""
-
-    person_id: int
-    images: list[tuple[int, int]]
-
-
-class _Studio(NamedTuple):
-    """Everything a worker needs to draw."""
-
-    cameras: list[Camera]
-    images_dir: Path
-    seed: int
-
-
 def make_synthetic(
     save_dir: str | Path,
     num_ids: int = 300,
@@ -88,23 +68,11 @@ def make_synthetic(
     if num_workers is not None and num_workers < 1:
         raise InputError(f"num_workers is {num_workers}; it must be at least 1")
     save_dir = Path(save_dir).expanduser()
-    try:
-        if save_dir.exists() and not save_dir.is_dir():
-            raise InputError(f"save_dir {save_dir} is not a folder; choose another one")
-        save_dir.mkdir(parents=True, exist_ok=True)
-        with hold(save_dir, "--save_dir"):
-            _claim(save_dir, settings)
-            images_dir = save_dir / "images"
-            images_dir.mkdir(exist_ok=True)
-            _draw_all(_missing_images(images_dir, settings), images_dir, settings, num_workers)
-            names = {name: name for name in _image_names(settings)}
-            write_file(save_dir / "ori_to_new_im_name.pkl", pickle.dumps(names, protocol=2))
-            write_partitions(save_dir / "partitions.pkl", _partitions(settings))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"no space left for {save_dir}; make room and run the same command again") from error
-        raise InputError(f"cannot write {save_dir}: {error.strerror}") from error
-    return save_dir
+    files = {SETTINGS_NAME: json.dumps(asdict(settings), indent=2).encode()}
+    check_unused(save_dir, SETTINGS_NAME, files[SETTINGS_NAME])
+    num_val_ids = math.ceil(settings.num_train_ids * NUM_VAL_IDS / 751)  # Market-1501's share
+    with _draw_images(settings, min(num_workers or num_processors(), num_ids + 1)) as images:
+        return write_table(save_dir, _make_table(settings), lambda _: next(images), num_val_ids, files)
 
 
 def _check(settings: _Settings) -> None:
@@ -117,68 +85,34 @@ def _check(settings: _Settings) -> None:
         raise InputError(f"seed is {settings.seed}; it must not be negative")
 
 
-def _claim(save_dir: Path, settings: _Settings) -> None:
-    """Write the settings into the folder. Raises InputError if it holds anything but a set with these settings."""
-    ours = asdict(settings)
-    path = save_dir / SETTINGS_NAME
-    if not path.exists():
-        if any(path.name != LOCK_NAME for path in save_dir.iterdir()):
-            raise InputError(f"save_dir {save_dir} holds other files, which are not overwritten; choose another one")
-        write_file(path, json.dumps(ours, indent=2).encode())
-        return
-    try:
-        theirs = json.loads(path.read_bytes())
-    except ValueError:
-        theirs = None
-    if theirs != ours:
-        raise InputError(
-            f"save_dir {save_dir} holds a data set made with other settings ({path}); delete it or choose another one"
-        )
-
-
-def _images_of(settings: _Settings) -> list[tuple[int, int]]:
-    """(camera, index) of each image of an identity."""
-    return [(c, i) for c in range(1, settings.num_cameras + 1) for i in range(settings.images_per_camera)]
-
-
-def _image_names(settings: _Settings) -> list[str]:
-    return [
-        format_image_name(person, *image) for person in range(settings.num_ids + 1) for image in _images_of(settings)
-    ]
-
-
-def _missing_images(images_dir: Path, settings: _Settings) -> list[_Job]:
-    """The images still to be drawn; temporary files of an interrupted run are deleted."""
-    present = set(os.listdir(images_dir))
-    for name in present:
-        if name.startswith(".") and name.endswith(".tmp"):
-            (images_dir / name).unlink(missing_ok=True)
-    jobs = []
+def _make_table(settings: _Settings) -> Iterator[Row]:
+    """The parts. Per identity and camera, the last images are query and multi-query, as in Market-1501."""
+    last = ["query", "multi_query"] if settings.images_per_camera >= 4 else ["query"]
+    of_tested = ["gallery"] * (settings.images_per_camera - len(last)) + last
     for person_id in range(settings.num_ids + 1):
-        images = [image for image in _images_of(settings) if format_image_name(person_id, *image) not in present]
-        if images:
-            jobs.append(_Job(person_id, images))
-    return jobs
+        is_trained = DISTRACTOR_ID < person_id <= settings.num_train_ids
+        for camera in range(1, settings.num_cameras + 1):
+            for index, part in enumerate(of_tested):
+                part = "trainval" if is_trained else "gallery" if person_id == DISTRACTOR_ID else part
+                yield Row(format_image_name(person_id, camera, index), person_id, camera, part)
 
 
-def _draw_all(jobs: Sequence[_Job], images_dir: Path, settings: _Settings, num_workers: int | None) -> None:
-    if not jobs:
-        return
-    num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
+@contextlib.contextmanager
+def _draw_images(settings: _Settings, num_workers: int) -> Iterator[Iterator[bytes]]:
+    """The images as JPEG files, in the order of the table."""
+    draw = functools.partial(_draw_person, settings)
+    persons = range(settings.num_ids + 1)
     with _one_opencv_thread():
-        cameras = [
-            make_camera(_generator(settings.seed, _CAMERA, camera), camera - 1)
-            for camera in range(1, settings.num_cameras + 1)
-        ]
-        studio = _Studio(cameras, images_dir, settings.seed)
-        num_images = sum(len(job.images) for job in jobs)
         if num_workers == 1:
-            _report(map(functools.partial(_draw_person, studio), jobs), num_images)
+            yield itertools.chain.from_iterable(map(draw, persons))
             return
-        # A forked worker inherits cameras and imported modules, so it starts in milliseconds.
+        # A forked worker inherits imported modules, so it starts in milliseconds. The parent handles Ctrl-C.
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(num_workers, context, _start_worker, (studio,)) as pool:
-            _report(pool.map(_draw_person_in_worker, jobs, chunksize=4), num_images)
+        with ProcessPoolExecutor(num_workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            try:
+                yield itertools.chain.from_iterable(pool.map(draw, persons, chunksize=4))
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -192,73 +126,28 @@ def _one_opencv_thread() -> Iterator[None]:
         cv2.setNumThreads(num_threads)
 
 
-_worker_studio: _Studio  # of a worker process, set when it starts
-
-
-def _start_worker(studio: _Studio) -> None:
-    global _worker_studio
-    _worker_studio = studio
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-
-
-def _draw_person_in_worker(job: _Job) -> int:
-    return _draw_person(_worker_studio, job)
-
-
-def _draw_person(studio: _Studio, job: _Job) -> int:
-    """Draw and write some images of one identity; returns how many."""
-    figure = Figure(sample_person(_generator(studio.seed, _PERSON, job.person_id)))
-    for camera_number, index in job.images:
-        rng = _generator(studio.seed, _IMAGE, job.person_id, camera_number, index)
+def _draw_person(settings: _Settings, person_id: int) -> list[bytes]:
+    """All images of an identity, under one camera after the other."""
+    figure = Figure(sample_person(_generator(settings.seed, _PERSON, person_id)))
+    images = []
+    for number, index in itertools.product(range(1, settings.num_cameras + 1), range(settings.images_per_camera)):
+        rng = _generator(settings.seed, _IMAGE, person_id, number, index)
         seen: Figure | None = figure
-        if job.person_id == DISTRACTOR_ID:  # a different person each time, or nobody
+        if person_id == DISTRACTOR_ID:  # a different person each time, or nobody
             seen = Figure(sample_person(rng)) if index % 2 else None
-        camera = studio.cameras[camera_number - 1]
+        camera = _camera(settings.seed, number)
         image = take_picture(camera, seen, rng)
         quality = camera.jpeg_quality + int(rng.integers(-5, 6))
         _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-        write_file(studio.images_dir / format_image_name(job.person_id, camera_number, index), jpeg.tobytes())
-    return len(job.images)
+        images.append(jpeg.tobytes())
+    return images
+
+
+@functools.cache
+def _camera(seed: int, number: int) -> Camera:
+    return make_camera(_generator(seed, _CAMERA, number), number - 1)
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:
     """An independent stream for each key."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-
-
-def _report(drawn: Iterable[int], num_images: int) -> None:
-    """Consume the counts of drawn images, with progress on stderr: a bar on a terminal, otherwise ten lines."""
-    if sys.stderr.isatty():
-        with tqdm(total=num_images, desc="Drawing", unit=" images") as bar:
-            for count in drawn:
-                bar.update(count)
-        return
-    num_done = 0
-    for count in drawn:
-        tenths_before, num_done = 10 * num_done // num_images, num_done + count
-        if 10 * num_done // num_images > tenths_before:
-            print(f"drew {num_done:,} of {num_images:,} images", file=sys.stderr, flush=True)
-
-
-def _partitions(settings: _Settings) -> Partitions:
-    """The parts. Per identity and camera, the last images are query and multi-query, as in Market-1501."""
-    multi_query_index = (
-        settings.images_per_camera - 1 if settings.images_per_camera >= 4 else settings.images_per_camera
-    )
-    trainval, query, multi_query, gallery = [], [], [], []
-    for person_id in range(settings.num_ids + 1):
-        for camera, index in _images_of(settings):
-            name = format_image_name(person_id, camera, index)
-            if person_id == DISTRACTOR_ID:
-                gallery.append(name)
-            elif person_id <= settings.num_train_ids:
-                trainval.append(name)
-            elif index == multi_query_index:
-                multi_query.append(name)
-            elif index == multi_query_index - 1:
-                query.append(name)
-            else:
-                gallery.append(name)
-    # 100 of Market-1501's 751 identities are for validation.
-    num_val_ids = math.ceil(settings.num_train_ids * 100 / 751)
-    return build_partitions(trainval, query, gallery, multi_query, num_val_ids)

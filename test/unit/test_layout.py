@@ -49,7 +49,7 @@ def test_images_maps_and_partitions_are_written(tmp_path, capsys):
     assert partitions.trainval_im_names == [NEW_NAMES[original] for original in "abc"]
     assert partitions.test_im_names == [NEW_NAMES[original] for original in "efd"]
     assert partitions.test_marks == [0, 2, 1]
-    assert capsys.readouterr().err.splitlines()[-1] == "copied 6 of 6 images"
+    assert capsys.readouterr().err.splitlines()[-1] == "wrote 6 of 6 images"
     lines = describe(save_dir, dataset="x").splitlines()
     assert lines[0].split() == ["trainval", "3", "images,", "2", "identities"]
     assert lines[-1].endswith(f"train.py --dataset=x --data_path={save_dir}")

@@ -95,6 +95,7 @@ def test_an_interrupted_drawing_resumes(small_set, tmp_path):
     for path in [*images[7:40], save_dir / "partitions.pkl", save_dir / "ori_to_new_im_name.pkl"]:
         path.unlink()
     (save_dir / "images" / ".half.jpg.99.tmp").write_bytes(b"\xff\xd8")
+    images[50].write_bytes(b"")  # as after a power failure
     untouched = images[0].stat().st_mtime_ns
     make_synthetic(save_dir, NUM_IDS, NUM_CAMERAS, NUM_IMAGES, seed=3, num_workers=1)
     assert contents(save_dir) == contents(small_set)
@@ -119,9 +120,9 @@ def test_folders_with_anything_else_are_refused(tmp_path):
     make_synthetic(tmp_path / "set", 4, 2, 2, seed=2, num_workers=1)
     before = contents(tmp_path)
     for save_dir, reason in (
-        (tmp_path / "other", "other files"),
+        (tmp_path / "other", "something else"),
         (tmp_path / "set", "other settings"),
-        (tmp_path / "file", "not a folder"),
+        (tmp_path / "file", "cannot write"),
         (tmp_path / "file" / "below", "cannot write"),
     ):
         assert reason in refusal(make_synthetic, save_dir, 4, 2, 2, seed=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aligned_reid.data.partitions import Partitions, format_image_name, parse_image_name, read_partitions
-from aligned_reid.data.prepare.layout import IMAGES_NAME, NAME_MAP, PARTITIONS_NAME, write_folder
+from aligned_reid.data.prepare.layout import IMAGES_NAME, NAME_MAP, PARTITIONS_NAME, check_unused, write_folder
 from aligned_reid.data.prepare.sources import check_paths
 from aligned_reid.errors import InputError
 
@@ -48,7 +48,7 @@ def prepare_joined(sources: Sequence[str | Path], save_dir: str | Path) -> Path:
             raise InputError(f"image {files[original]} is missing; prepare that data set again")
         return files[original]
 
-    _check_save_dir(save_dir, new_names)
+    check_unused(save_dir, NAME_MAP, pickle.dumps(new_names, protocol=2))
     partitions = {f"partitions_{name}.pkl": _join(parts, name) for name in names}
     partitions[PARTITIONS_NAME] = _join(parts, names[0])
     return write_folder(save_dir, new_names, read, partitions)
@@ -70,15 +70,6 @@ def _check_sources(folders: Sequence[Path], save_dir: Path) -> list[str]:
     if most > 1:
         raise InputError(f"--sources has two folders called {name}; rename one, or give a symbolic link to it")
     return names
-
-
-def _check_save_dir(save_dir: Path, new_names: Mapping[str, str]) -> None:
-    """Raise InputError if the folder holds anything but this join, complete or interrupted."""
-    present = {name for name in os.listdir(save_dir) if not name.startswith(".")} if save_dir.is_dir() else set()
-    name_map = save_dir / NAME_MAP
-    is_ours = name_map.is_file() and name_map.read_bytes() == pickle.dumps(dict(new_names), protocol=2)
-    if not is_ours and present - {IMAGES_NAME}:
-        raise InputError(f"--save_dir {save_dir} holds something else ({min(present)}); choose a new folder")
 
 
 def _renumber(own: Partitions, new_names: Mapping[str, str], first_person: int) -> Partitions:

@@ -28,7 +28,7 @@ from aligned_reid.data.partitions import (
 )
 from aligned_reid.errors import InputError
 from aligned_reid.files import write_file
-from aligned_reid.lock import hold
+from aligned_reid.lock import check_free, hold
 
 NUM_VAL_IDS = 100  # of Market-1501's 751 identities; the reference uses the same number for every data set
 IMAGES_NAME, NAME_MAP, PARTITIONS_NAME = "images", "ori_to_new_im_name.pkl", "partitions.pkl"
@@ -82,9 +82,9 @@ def write_folder(
     """Write the images, the name map, `other_files` and then `partitions` into `save_dir`, and return it.
 
     new_names: original name -> name in images/. read: original name -> a JPEG file's content, or its path if it is to
-    be linked. counts: a line to print on stderr before the progress. An interrupted call can be repeated: only missing
-    and different files are written. Raises InputError if `save_dir` holds another data set, is being written by another
-    process or cannot be written.
+    be linked; called once for each image, in order. counts: a line to print on stderr before the progress. An
+    interrupted call can be repeated: only missing and different files are written. Raises InputError if `save_dir`
+    holds another data set, is being written by another process or cannot be written.
     """
     images_dir = save_dir / IMAGES_NAME
     name_map = pickle.dumps(dict(new_names), protocol=2)
@@ -94,7 +94,7 @@ def write_folder(
             _check_images_dir(images_dir, set(new_names.values()))
             if not _holds(save_dir / NAME_MAP, name_map):  # existing partitions describe other images
                 (save_dir / PARTITIONS_NAME).unlink(missing_ok=True)
-            for name, content in {NAME_MAP: name_map, **(other_files or {})}.items():
+            for name, content in {**(other_files or {}), NAME_MAP: name_map}.items():
                 _write(save_dir / name, content)
             if counts:
                 print(counts, file=sys.stderr, flush=True)
@@ -108,6 +108,20 @@ def write_folder(
             f"cannot write {place}: {error.strerror}; make room or choose another --save_dir, then run it again"
         ) from error
     return save_dir
+
+
+def check_unused(save_dir: Path, name: str, content: bytes) -> None:
+    """Raise InputError if the folder holds anything but the data set that its file `name` identifies by `content`."""
+    check_free(save_dir, "--save_dir")
+    try:
+        present = {entry for entry in os.listdir(save_dir) if not entry.startswith(".")}
+    except OSError:  # there is none, or writing into it reports the reason
+        return
+    if present - {IMAGES_NAME} and not _holds(save_dir / name, content):
+        raise InputError(
+            f"--save_dir {save_dir} holds something else, or a data set made with other settings ({min(present)}); "
+            "choose a new folder"
+        )
 
 
 def _check_images_dir(images_dir: Path, names: set[str]) -> None:
@@ -141,13 +155,13 @@ def _holds(path: Path, content: bytes) -> bool:
 def _show_progress(names: Mapping[str, str]) -> Iterator[str]:
     """Yield the names; on stderr, a progress bar on a terminal, otherwise up to ten lines."""
     if sys.stderr.isatty():
-        yield from tqdm(names, desc="Copying", unit=" images")
+        yield from tqdm(names, desc="Writing", unit=" images")
         return
     step = max(1, -(-len(names) // 10))
     for num_done, name in enumerate(names, start=1):
         yield name
         if num_done % step == 0 or num_done == len(names):
-            print(f"copied {num_done:,} of {len(names):,} images", file=sys.stderr, flush=True)
+            print(f"wrote {num_done:,} of {len(names):,} images", file=sys.stderr, flush=True)
 
 
 def describe(save_dir: Path, dataset: str = "") -> str:
