@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 from aligned_reid.data.cache import ImageCache, open_cache
 from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_name, read_partitions
 from aligned_reid.data.prepare.jpeg import decode_upright, read_content
-from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, find_images
+from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, find_images, prepare_command
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, erase_rectangle, pad_and_crop, random_crop, resize_into
 from aligned_reid.errors import InputError
@@ -70,16 +70,16 @@ def _explain_unprepared(root: Path, partitions_path: Path) -> str:
     """Why `root` cannot be opened; for an original data set or photos, with the command that prepares it."""
     from aligned_reid.data.prepare import cuhk03, market1501, msmt17, photo_source  # only needed for this message
 
-    for what, find, command in (
-        ("is the original Market-1501", market1501.find_raw_market1501, market1501.prepare_command),
-        ("is the original MSMT17", msmt17.find_raw_msmt17, msmt17.prepare_command),
-        ("is the original CUHK03", cuhk03.find_raw_cuhk03, cuhk03.prepare_command),
+    for what, find, kind, flags in (
+        ("is the original Market-1501", market1501.find_raw_market1501, "market1501", ""),
+        ("is the original MSMT17", msmt17.find_raw_msmt17, "msmt17", ""),
+        ("is the original CUHK03", cuhk03.find_raw_cuhk03, "cuhk03", " --kind labeled"),
         # Last, because every data set is a folder of folders with images.
-        ("looks like photos of persons", photo_source.find_photos, photo_source.prepare_command),
+        ("looks like photos of persons", photo_source.find_photos, "photos", ""),
     ):
         raw = find(root)
         if raw is not None:
-            return f"--data_path {root} {what}; prepare it first: {command(raw)}"
+            return f"--data_path {root} {what}; prepare it first: {prepare_command(kind, raw, flags)}"
     if not root.is_dir():
         return f"--data_path {root} is not a folder; give a prepared data set"
     if not (root / "images").is_dir():

@@ -12,8 +12,10 @@ from conftest import contents, preparation_refusal
 from PIL import Image
 from scipy.io import savemat
 
+from aligned_reid import InputError
+from aligned_reid.data import open_data
 from aligned_reid.data.partitions import read_partitions
-from aligned_reid.data.prepare.cuhk03 import find_raw_cuhk03, prepare_command, prepare_cuhk03
+from aligned_reid.data.prepare.cuhk03 import find_raw_cuhk03, prepare_cuhk03
 from aligned_reid.data.prepare.jpeg import encode_jpeg
 
 # The protocol's images: pair of cameras, person of the pair, camera and number; and the new number of the person.
@@ -165,7 +167,8 @@ def test_the_original_data_set_is_recognized(raw, tmp_path):
     release = raw / "cuhk03_release"
     assert (find_raw_cuhk03(raw), find_raw_cuhk03(release)) == (raw, release)
     assert find_raw_cuhk03(tmp_path / "none") is find_raw_cuhk03(release / "cuhk-03.mat") is None
-    assert prepare_command(raw).endswith(f"--save_dir {raw.parent / 'cuhk03_labeled'} --kind labeled")
+    with pytest.raises(InputError, match="--kind labeled"):
+        open_data(raw)
 
 
 def test_the_command_prints_counts_and_the_next_command(command, raw, tmp_path):

@@ -130,9 +130,10 @@ def test_sources_are_looked_for_two_folders_deep_and_images_under_other_endings(
 
 
 def test_the_suggested_command_prepares_into_a_folder_beside_the_source(tmp_path, monkeypatch):
-    command = prepare_command("prepare x", Path("/a b/raw"), "x", " --kind=y")
-    paths = ["--source", "/a b/raw", "--save_dir", "/a b/x"]
+    command = prepare_command("x", Path("/a b/raw"), " --kind=y")
+    paths = ["--source", "/a b/raw", "--save_dir", "/a b/raw_prepared"]
     assert shlex.split(command) == ["python", "script/prepare_x.py", *paths, "--kind=y"]
-    assert prepare_command("prepare x", Path("/a/x"), "x").endswith("--source /a/x --save_dir /a/x_prepared")
+    (tmp_path / "raw.zip").touch()
+    assert prepare_command("x", tmp_path / "raw.zip").endswith(f"--save_dir {tmp_path}/raw_prepared")
     monkeypatch.chdir(tmp_path)
-    assert prepare_command("prepare x", Path("."), "x").endswith(f"--save_dir {tmp_path.parent / 'x'}")
+    assert prepare_command("x", Path(".")).endswith(f"--save_dir {tmp_path}_prepared")

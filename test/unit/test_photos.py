@@ -17,7 +17,7 @@ from PIL import Image
 from aligned_reid.data.checks import check_images, check_protocol
 from aligned_reid.data.dataset import TestImages, TrainImages, open_data
 from aligned_reid.data.partitions import parse_image_name, read_partitions
-from aligned_reid.data.prepare.photo_source import camera_of, find_photos, prepare_command, read_photos
+from aligned_reid.data.prepare.photo_source import camera_of, find_photos, read_photos
 from aligned_reid.data.prepare.photos import choose_queries, numbered, prepare_photos
 
 refused = partial(preparation_refusal, prepare_photos)
@@ -237,7 +237,6 @@ def test_photos_are_not_overwritten(tmp_path):
 
 def test_sources_are_recognized(folder, table, tmp_path):
     assert find_photos(folder) == folder and find_photos(table) == table
-    assert prepare_command(folder).endswith(f"--source '{folder}' --save_dir '{folder}_prepared'")
     prepared = prepare_photos(folder, tmp_path / "two" / "prepared")
     shutil.copytree(prepared, tmp_path / "two" / "again")
     for path in (tmp_path / "two", prepared, prepared / "partitions.pkl", prepared / "names.json", tmp_path / "none"):

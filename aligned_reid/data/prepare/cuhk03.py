@@ -53,11 +53,6 @@ def find_raw_cuhk03(path: str | Path) -> Path | None:
     return Path(path) if any(_find(Path(path), name) for name in names) else None
 
 
-def prepare_command(raw: Path) -> str:
-    """The command that prepares what `find_raw_cuhk03` found, into a folder beside it."""
-    return sources.prepare_command("prepare cuhk03", raw, "cuhk03_labeled", " --kind labeled")
-
-
 def _find(source: Path, name: str) -> Path | None:
     """A file or folder in the source or in a folder of it."""
     paths = (folder / name for folder in sources.folders_to_look_in(source))

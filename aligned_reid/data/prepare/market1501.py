@@ -53,11 +53,6 @@ def find_raw_market1501(path: str | Path) -> Path | None:
     return Path(path) if isinstance(root, zipfile.Path) else root
 
 
-def prepare_command(raw: Path) -> str:
-    """The command that prepares what `find_raw_market1501` found, into a folder beside it."""
-    return sources.prepare_command("prepare market1501", raw, "market1501")
-
-
 def _find_root(path: Path) -> Path | zipfile.Path | None:
     """The folder that holds bounding_box_train, in a folder or in a zip file."""
     if path.is_dir():

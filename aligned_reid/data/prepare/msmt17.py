@@ -52,11 +52,6 @@ def find_raw_msmt17(path: str | Path) -> Path | None:
     return next((root for root in roots if os.path.isfile(root / TRAIN_LIST) and _image_folders(root)[0]), None)
 
 
-def prepare_command(raw: Path) -> str:
-    """The command that prepares what `find_raw_msmt17` found, into a folder beside it."""
-    return sources.prepare_command("prepare msmt17", raw, "msmt17")
-
-
 def _image_folders(root: Path) -> tuple[str, str]:
     """The folders of training and test images, as the source spells them; empty names if there are none."""
     present = {name.lower(): name for name in sources.list_folder(root)[0]}

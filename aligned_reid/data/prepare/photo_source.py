@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from aligned_reid.data.prepare import sources
 from aligned_reid.data.prepare.layout import PARTITIONS_NAME
 from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, describe_skipped, ending_of, kind_of
 from aligned_reid.errors import InputError
@@ -99,11 +98,6 @@ def find_photos(path: str | Path) -> Path | None:
         return path if {"path", "person"} <= set(columns) else None
     except (OSError, UnicodeDecodeError, csv.Error, InputError):
         return None
-
-
-def prepare_command(source: Path) -> str:
-    """The command that prepares what `find_photos` found, into a folder beside it."""
-    return sources.prepare_command("prepare photos", source, f"{source.resolve().stem}_prepared")
 
 
 def read_folder(source: Path, with_cameras: bool = True, log: Callable[[str], None] = print) -> list[Photo]:

@@ -85,9 +85,8 @@ def describe_skipped(kinds: Mapping[str, int]) -> str:
     return f"skipped, not images: {counts}"
 
 
-def prepare_command(command: str, source: Path, name: str, flags: str = "") -> str:
-    """The line that prepares `source` into the folder `name` beside it, or `name`_prepared if that is the source."""
-    source = Path(os.path.abspath(source))
-    save_dir = source.with_name(f"{name}_prepared" if name == source.name else name)
-    paths = f"--source {shlex.quote(str(source))} --save_dir {shlex.quote(str(save_dir))}"
-    return f"{command_line(command)} {paths}{flags}"
+def prepare_command(kind: str, source: Path, flags: str = "") -> str:
+    """The line that prepares `source`, of a kind that `aligned-reid prepare` knows, into a folder beside it."""
+    path = os.path.abspath(source)
+    save_dir = f"{os.path.splitext(path)[0] if source.is_file() else path}_prepared"
+    return f"{command_line(f'prepare {kind}')} --source {shlex.quote(path)} --save_dir {shlex.quote(save_dir)}{flags}"
