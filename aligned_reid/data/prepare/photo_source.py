@@ -9,11 +9,12 @@ file), person, camera and, for a fixed division, part.
 import codecs
 import csv
 import io
+import itertools
 import os
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from aligned_reid.data.prepare.layout import PARTITIONS_NAME
 from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, describe_skipped, ending_of, kind_of
 from aligned_reid.errors import InputError
 
-COLUMNS = ("path", "person", "camera", "part")
+JUNK = "-1"  # Market-1501's name for detections that show no person well; the protocol ignores them
 PARTS = {  # names of folders, or in the column part, and the part they stand for
     **dict.fromkeys(("train", "val", "train_all", "trainval", "bounding_box_train", "image_train"), "trainval"),
     **dict.fromkeys(("query", "probe", "image_query"), "query"),
@@ -40,7 +41,7 @@ _LEADING_ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
 
 
 class Photo(NamedTuple):
-    """A photo: its file and name in the source, its person, its camera ("" without cameras) and part ("" without)."""
+    """A photo: its file and name in the source, its person, its camera ("" if unknown) and part ("" if undivided)."""
 
     file: Path
     original: str
@@ -50,11 +51,31 @@ class Photo(NamedTuple):
 
 
 def read_photos(source: Path, with_cameras: bool = True, log: Callable[[str], None] = print) -> list[Photo]:
-    """The photos of a folder or a CSV file, with one spelling for each person and camera."""
-    photos = read_folder(source, with_cameras, log) if source.is_dir() else read_table(source, with_cameras)
+    """The photos of a folder or a CSV file, without junk, with one spelling for each person and camera.
+
+    Without cameras, the photos of each person have the cameras "1", "2", ... in the order of their names.
+    """
+    photos = read_folder(source, log) if source.is_dir() else read_table(source)
     persons = _spellings(source, "persons", {photo.person for photo in photos})
-    cameras = _spellings(source, "cameras", {photo.camera for photo in photos})
-    return [photo._replace(person=persons[photo.person], camera=cameras[photo.camera]) for photo in photos]
+    photos = [photo._replace(person=persons[photo.person]) for photo in photos]
+    if with_cameras:
+        unknown = next((photo.file for photo in photos if not photo.camera), None)
+        if unknown:
+            raise InputError(
+                f"no camera, or several, for {unknown}: name photos like c1_001.jpg or 001_cam2.jpg, make a sub-folder "
+                "for each camera (<person>/<camera>/001.jpg), give a CSV file with a column camera, or do without "
+                "cameras: --cameras none"
+            )
+        cameras = _spellings(source, "cameras", {photo.camera for photo in photos})
+        photos = [photo._replace(camera=cameras[photo.camera]) for photo in photos]
+    else:
+        photos.sort(key=lambda photo: photo.original)
+        numbers: dict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
+        photos = [photo._replace(camera=str(next(numbers[photo.person]))) for photo in photos]
+    kept = [photo for photo in photos if photo.person != JUNK]
+    if len(kept) < len(photos):
+        log(f"skipped as junk, person {JUNK}: {len(photos) - len(kept):,} photos")
+    return kept
 
 
 def _spellings(source: Path, what: str, names: Collection[str]) -> dict[str, str]:
@@ -84,24 +105,17 @@ def _spellings(source: Path, what: str, names: Collection[str]) -> dict[str, str
 def find_photos(path: str | Path) -> Path | None:
     """The path if it looks like a source of photos: at least two folders with photos, or a CSV file."""
     path = Path(path)
+    if path.is_file():
+        return path if path.suffix.lower() == ".csv" else None
     try:
-        if path.is_dir():
-            tops: set[str] = set()
-            for file, levels in _files_below(path):
-                if levels and ending_of(file.name) in IMAGE_ENDINGS:
-                    tops |= set() if (path / levels[0] / PARTITIONS_NAME).exists() else {levels[0]}
-                if len(tops) == 2:
-                    return path
-            return None
-        with open(path, "rb") as table:
-            columns, _, _ = _read_header(io.StringIO(_decode(table.read(4000), "replace")))
-        return path if {"path", "person"} <= set(columns) else None
-    except (OSError, UnicodeDecodeError, csv.Error, InputError):
+        tops = {levels[0] for file, levels in _files_below(path) if levels and ending_of(file.name) in IMAGE_ENDINGS}
+    except InputError:
         return None
+    return path if len([top for top in tops if not (path / top / PARTITIONS_NAME).exists()]) > 1 else None
 
 
-def read_folder(source: Path, with_cameras: bool = True, log: Callable[[str], None] = print) -> list[Photo]:
-    """The photos in the folders of a source. Raises InputError if a person or a camera cannot be determined."""
+def read_folder(source: Path, log: Callable[[str], None]) -> list[Photo]:
+    """The photos in the folders of a source. Raises InputError if a person cannot be determined."""
     found: list[tuple[Path, tuple[str, ...]]] = []
     skipped: Counter[str] = Counter()
     for file, levels in _files_below(source):
@@ -126,7 +140,7 @@ def read_folder(source: Path, with_cameras: bool = True, log: Callable[[str], No
     photos = []
     for part, file, levels in placed:
         person, *place = levels[::-1] if camera_first else levels or (person_of(file),)
-        camera = "" if not with_cameras else place[0] if place else camera_of(file)
+        camera = place[0] if place else camera_of(file)
         photos.append(Photo(file, file.relative_to(source).as_posix(), person, camera, part))
     return photos
 
@@ -206,35 +220,28 @@ def person_of(file: Path) -> str:
 
 
 def camera_of(file: Path) -> str:
-    """The camera in a file's name, "1" for c1, c01, cam1. Raises InputError if there is none or several."""
-    cameras = sorted({int(number) for number in _CAMERA.findall(file.stem)})
-    if len(cameras) != 1:
-        raise InputError(
-            f"{'several cameras' if cameras else 'no camera'} in the name of {file}: name it like c1_001.jpg or "
-            "001_cam2.jpg, make a sub-folder for each camera (<person>/<camera>/001.jpg), give a CSV file with "
-            "path,person,camera, or do without cameras: --cameras none"
-        )
-    return str(cameras[0])
+    """The camera in a file's name, "1" for c1, c01, cam1; "" if there is none or several."""
+    cameras = {int(number) for number in _CAMERA.findall(file.stem)}
+    return str(cameras.pop()) if len(cameras) == 1 else ""
 
 
-def read_table(source: Path, with_cameras: bool = True) -> list[Photo]:
-    """The photos of a CSV file with the columns path, person, camera and perhaps part.
+def read_table(source: Path) -> list[Photo]:
+    """The photos of a CSV file with the columns path, person and perhaps camera and part.
 
     Raises InputError with the row that is wrong. Rows are counted like lines in an editor.
     """
-    rows, header = _read_rows(source)
-    columns = ["path", "person"] + ["camera"] * with_cameras + ["part"] * ("part" in header)
-    for column in columns:
+    header, rows = _read_rows(source)
+    for column in ("path", "person"):
         if header.count(column) != 1:
-            found = "two columns" if column in header else "no column"
-            without = "; without cameras, add --cameras none" if column == "camera" else ""
-            raise InputError(f"{source} has {found} {column}; its first row must be path,person,camera{without}")
+            raise InputError(
+                f"{source} has {header.count(column)} columns {column}; its first row must be path,person,camera"
+            )
     photos: list[Photo] = []
     seen: dict[Path, int] = {}
     for number, row in rows:
-        cells = {column: row[header.index(column)].strip() for column in columns if header.index(column) < len(row)}
-        for column in columns:
-            if not cells.get(column):
+        cells = dict(zip(header, map(str.strip, row), strict=False))
+        for column in ("path", "person", "part"):
+            if column in header and not cells.get(column):
                 raise InputError(f"{source}, row {number}: no {column}")
         part = cells.get("part", "").lower()
         if part and part not in PARTS:
@@ -251,41 +258,20 @@ def read_table(source: Path, with_cameras: bool = True) -> list[Photo]:
     return photos
 
 
-def _read_rows(source: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
-    """The rows of a CSV file that are not empty, with their lines' numbers, and the names of the columns."""
+def _read_rows(source: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The columns' names in lower case, and the rows of a CSV file that are not empty, with their lines' numbers."""
     try:
         content = source.read_bytes()
-        lines = io.StringIO(_decode(content), newline="")
-        header, separator, first = _read_header(lines)
-        reader = csv.reader(lines, delimiter=separator, strict=True)
-        rows = [(first + reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # "Unicode text" of spreadsheets
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        header = [name.strip().lower() for name in next(reader, [])]
+        return header, [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except OSError as error:
         raise InputError(f"cannot read --source {source}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        reason = str(error)
-        if isinstance(error, UnicodeDecodeError):
-            line = content.count(b"\n", 0, error.start) + 1
-            reason = f"line {line} has the byte {content[error.start]:#x}; save it in UTF-8"
-        raise InputError(f"--source {source} is neither a folder nor a CSV file in UTF-8: {reason}") from error
-    return rows, header
-
-
-def _decode(content: bytes, errors: str = "strict") -> str:
-    """The text of a CSV file in UTF-8, or in UTF-16, which spreadsheets call "Unicode text"."""
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return content.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
-
-
-def _read_header(lines: Iterable[str]) -> tuple[list[str], str, int]:
-    """The columns' names in lower case, the separator, and the number of lines read, with empty ones and `sep=;`."""
-    separators = ",;\t"
-    for number, line in enumerate(lines, start=1):
-        if match := re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE):
-            separators = match[1]
-        elif line.strip(' ,;\t\r\n"'):
-            separator = max(separators, key=line.count)
-            return [cell.strip().lower() for cell in next(csv.reader([line], delimiter=separator))], separator, number
-    return [], ",", 0
+        raise InputError(f"--source {source} is neither a folder nor a CSV file in UTF-8: {error}") from error
 
 
 def _find_file(folder: Path, original: str) -> Path | None:

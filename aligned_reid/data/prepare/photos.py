@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from aligned_reid.data.prepare.sources import check_paths
 from aligned_reid.errors import InputError
 
 MAX_CAMERAS = 9_999  # by the digits in an image's name
-JUNK = "-1"  # Market-1501's name for detections that show no person well; the protocol ignores them
 
 
 def prepare_photos(
@@ -45,8 +44,8 @@ def prepare_photos(
     if cameras not in ("known", "none"):
         raise InputError(f"--cameras {cameras} is neither known nor none")
     check_paths(source, save_dir)
-    photos = _read(source, cameras == "known", log)
-    _check(source, save_dir, photos, cameras == "known")
+    photos = read_photos(source, cameras == "known", log)
+    _check(source, save_dir, photos)
     person_ids = numbered({photo.person for photo in photos})
     camera_ids = numbered({photo.camera for photo in photos})
     photos.sort(key=lambda photo: (person_ids[photo.person], camera_ids[photo.camera], photo.original))
@@ -95,22 +94,7 @@ def describe_division(photos: Sequence[Photo], with_cameras: bool) -> str:
     return f"{len(photos):,} photos of {num_persons:,} persons{cameras}: {', '.join(parts)}"
 
 
-def _read(source: Path, with_cameras: bool, log: Callable[[str], None]) -> list[Photo]:
-    """The photos without junk; without cameras, the photos of each person are given the cameras "1", "2", ..."""
-    photos = read_photos(source, with_cameras, log)
-    kept = [photo for photo in photos if photo.person != JUNK]
-    if len(kept) < len(photos):
-        log(f"skipped as junk, person {JUNK}: {len(photos) - len(kept):,} photos")
-    if not with_cameras:
-        num_photos: Counter[str] = Counter()
-        kept.sort(key=lambda photo: photo.original)
-        for index, photo in enumerate(kept):
-            num_photos[photo.person] += 1
-            kept[index] = photo._replace(camera=str(num_photos[photo.person]))
-    return kept
-
-
-def _check(source: Path, save_dir: Path, photos: Sequence[Photo], with_cameras: bool) -> None:
+def _check(source: Path, save_dir: Path, photos: Sequence[Photo]) -> None:
     """Raise InputError unless one can train and test on the photos, and no photo would be overwritten."""
     images_dir = (save_dir / IMAGES_NAME).resolve()
     for photo in photos:
@@ -120,8 +104,10 @@ def _check(source: Path, save_dir: Path, photos: Sequence[Photo], with_cameras: 
     if len(persons) < 2:
         raise InputError(f"--source {source} shows one person only ({min(persons, default='none')}); two are needed")
     if len(cameras) > MAX_CAMERAS:
-        what = "cameras; if each photo has its own, use --cameras none" if with_cameras else "photos of one person"
-        raise InputError(f"--source {source} has {len(cameras):,} {what}; the limit is {MAX_CAMERAS:,}")
+        raise InputError(
+            f"--source {source} has {len(cameras):,} cameras (with --cameras none: photos of one person); the limit is "
+            f"{MAX_CAMERAS:,}"
+        )
 
 
 def _keep_division(source: Path, photos: Sequence[Photo], log: Callable[[str], None]) -> list[Photo]:
