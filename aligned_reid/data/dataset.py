@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,9 +60,10 @@ def open_data(data_path: str | Path, partition_file: str | Path | None = None) -
     root = Path(data_path).expanduser()
     images_dir = root / "images"
     partitions_path = Path(partition_file).expanduser() if partition_file else root / "partitions.pkl"
-    if not root.exists():
-        raise InputError(f"--data_path {root} does not exist")
-    if not images_dir.is_dir() or not partitions_path.is_file():
+    # os.path, as methods of Path raise some errors, such as that of a name that is too long.
+    if not os.path.exists(root):
+        raise InputError(f"--data_path {root} does not exist or is not accessible")
+    if not images_dir.is_dir() or not os.path.isfile(partitions_path):
         raise InputError(_explain_unprepared(root, partitions_path))
     return ReidData(root, images_dir, read_partitions(partitions_path))
 

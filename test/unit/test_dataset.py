@@ -67,7 +67,9 @@ def test_opening_reads_the_partitions_and_another_file_replaces_them(data, tmp_p
 
 
 def test_unprepared_paths_are_refused(data, tmp_path):
-    assert f"{tmp_path / 'none'} does not exist" in refusal(open_data, tmp_path / "none")
+    for name in ("none", "n" * 300):
+        assert f"{tmp_path / name} does not exist" in refusal(open_data, tmp_path / name)
+    assert "does not exist" in refusal(open_data, data.root, tmp_path / ("n" * 300))
     assert "is not a folder" in refusal(open_data, data.root / "partitions.pkl")
     assert "has no images/" in refusal(open_data, tmp_path)
     (data.root / "partitions.pkl").write_bytes(b"")

@@ -111,7 +111,8 @@ def test_nothing_is_written_into_a_source(tmp_path):
     for save_dir in (source, source / "x", tmp_path / "set", tmp_path / "link" / "x"):
         assert "inside the source" in refusal(check_paths, source, save_dir)
     check_paths(source, tmp_path / "other")
-    assert "does not exist" in refusal(check_paths, tmp_path / "none", tmp_path / "other")
+    for name in ("none", "n" * 300):
+        assert "does not exist" in refusal(check_paths, tmp_path / name, tmp_path / "other")
 
 
 def test_sources_are_looked_for_two_folders_deep_and_images_under_other_endings(tmp_path):
@@ -127,6 +128,7 @@ def test_sources_are_looked_for_two_folders_deep_and_images_under_other_endings(
     assert find_image(tmp_path / "d.jpg") == tmp_path / "d.PNG"
     assert find_image(tmp_path / "e.png") == tmp_path / "e.png"
     assert find_image(tmp_path / "c.png") is None
+    assert find_image(tmp_path / ("n" * 300)) is None
 
 
 def test_the_suggested_command_prepares_into_a_folder_beside_the_source(tmp_path, monkeypatch):

@@ -124,6 +124,7 @@ def test_folders_with_anything_else_are_refused(tmp_path):
         (tmp_path / "set", "other settings"),
         (tmp_path / "file", "cannot write"),
         (tmp_path / "file" / "below", "cannot write"),
+        (tmp_path / ("n" * 300), "cannot write"),
     ):
         assert reason in refusal(make_synthetic, save_dir, 4, 2, 2, seed=1)
     assert contents(tmp_path) == before

@@ -112,8 +112,8 @@ def write_folder(
 
 def check_unused(save_dir: Path, name: str, content: bytes) -> None:
     """Raise InputError if the folder holds anything but the data set that its file `name` identifies by `content`."""
-    check_free(save_dir, "--save_dir")
     try:
+        check_free(save_dir, "--save_dir")
         present = {entry for entry in os.listdir(save_dir) if not entry.startswith(".")}
     except OSError:  # there is none, or writing into it reports the reason
         return

@@ -14,8 +14,8 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".ti
 
 def check_paths(source: Path, save_dir: Path) -> None:
     """Raise InputError unless the source exists and nothing would be written into it."""
-    if not source.exists():
-        raise InputError(f"--source {source} does not exist")
+    if not os.path.exists(source):
+        raise InputError(f"--source {source} does not exist or is not accessible")
     images_dir = (save_dir / "images").resolve()
     if source.is_dir() and source.resolve() in (images_dir, *images_dir.parents):
         raise InputError(f"--save_dir {save_dir} is inside the source {source}; choose a folder outside it")
@@ -41,7 +41,7 @@ def find_image(path: Path) -> Path | None:
     """The file, or the one beside it with another image ending; None if there is neither."""
     endings = (ending for lower in IMAGE_ENDINGS for ending in (lower, lower.upper()))
     candidates = (path, *(path.with_suffix(ending) for ending in endings))
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    return next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
 
 
 def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -49,7 +49,7 @@ def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
 
     Hidden files and folders are left out. Raises InputError if there is no such folder or it cannot be read.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{shown(folder)} is not a folder of images")
     found: list[Path] = []
 
