@@ -1,7 +1,6 @@
 """Checks of a data set before a run: every image can be decoded, and queries have matches in the gallery."""
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import numpy as np
 
@@ -17,7 +16,7 @@ def check_images(data: ReidData, image_names: Iterable[str]) -> None:
     32,000 images of 128 x 64 pixels take one to two seconds on two cores.
     """
     names = list(dict.fromkeys(image_names))
-    defects = find_defects([data.images_dir / name for name in names], partial(decode_image, check_size=True))
+    defects = find_defects([data.images_dir / name for name in names], decode_image)
     if defects:
         first, number = next(iter(defects.values())), len(defects)
         raise InputError(f"{first}; missing or damaged images: {number:,} of {len(names):,}; prepare the data again")

@@ -19,10 +19,17 @@ from torch.utils.data import Dataset, get_worker_info
 
 from aligned_reid.data.cache import ImageCache, open_cache
 from aligned_reid.data.partitions import MULTI_QUERY, Partitions, parse_image_name, read_partitions
-from aligned_reid.data.prepare.jpeg import decode_upright, read_content
+from aligned_reid.data.prepare.jpeg import decode_upright
 from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, find_images, prepare_command
 from aligned_reid.data.sampler import SampleRequest
-from aligned_reid.data.transforms import decode_image, erase_rectangle, pad_and_crop, random_crop, resize_into
+from aligned_reid.data.transforms import (
+    decode_image,
+    erase_rectangle,
+    pad_and_crop,
+    random_crop,
+    read_content,
+    resize_into,
+)
 from aligned_reid.errors import InputError
 
 IMAGES_PER_TASK = 64  # of a thread that checks images

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -20,18 +21,27 @@ IM_MEAN = (0.486, 0.459, 0.408)  # ImageNet's, as rounded by the reference; R, G
 IM_STD = (0.229, 0.224, 0.225)
 MEAN_COLOR = tuple(round(255 * value) for value in IM_MEAN)
 JPEG_START = b"\xff\xd8"
+MAX_BYTES = 100_000_000  # per image file
 MAX_PIXELS = 100_000_000  # per image: 300 MB of memory
 
 
-def decode_image(path: str | Path, check_size: bool = False) -> np.ndarray:
+def decode_image(path: str | Path) -> np.ndarray:
     """Decode a JPEG file to uint8 [h, w, 3], RGB, with the same pixels as PIL. Gray images become RGB.
 
-    Raises InputError with the path if the file is missing, empty, cut off or not a JPEG; with `check_size`, which adds
-    4 % for a small image, also if it has more than MAX_PIXELS.
+    Raises InputError with the path if the file cannot be read, is cut off or not a JPEG, or has more than MAX_PIXELS.
     """
+    content = read_content(path)
+    if content[:2] != JPEG_START:
+        raise InputError(f"image {path} is not a JPEG file")
+    return decode_jpeg(path, content)
+
+
+def read_content(path: str | Path) -> bytes:
+    """The bytes of an image file. Raises InputError if it is missing, unreadable, empty or larger than MAX_BYTES."""
     try:
         # Path.open takes as long as decoding a small image; a buffer has no use for a file that is read at once.
         with open(path, "rb", buffering=0) as file:
+            check_num_bytes(path, os.fstat(file.fileno()).st_size)
             content = file.read()
     except FileNotFoundError:
         raise InputError(f"image {path} is missing") from None
@@ -39,15 +49,17 @@ def decode_image(path: str | Path, check_size: bool = False) -> np.ndarray:
         raise InputError(f"image {path} cannot be read: {error.strerror}") from error
     if not content:
         raise InputError(f"image {path} is empty")
-    if content[:2] != JPEG_START:
-        raise InputError(f"image {path} is not a JPEG file")
-    return decode_jpeg(path, content, check_size)
+    return content
 
 
-def decode_jpeg(path: str | Path, content: bytes, check_size: bool = False) -> np.ndarray:
+def check_num_bytes(name: str | Path, num_bytes: int) -> None:
+    if num_bytes > MAX_BYTES:
+        raise InputError(f"image {name} has {num_bytes / 1e6:,.0f} MB; the limit is {MAX_BYTES // 10**6} MB")
+
+
+def decode_jpeg(path: str | Path, content: bytes) -> np.ndarray:
     """`decode_image` for a file that was already read; `path` is for the message."""
-    if check_size:
-        _check_size(path, content)
+    _check_num_pixels(path, content)
     # simplejpeg decodes 1.5 times as fast as OpenCV. Like PIL and unlike OpenCV, it ignores the EXIF orientation.
     try:
         return simplejpeg.decode_jpeg(content, colorspace="RGB")
@@ -80,7 +92,7 @@ def _is_segment_lost(content: bytes, reason: str) -> bool:
     return any(content[end - num_bytes :][2:4] == length for end in ends if end >= num_bytes)
 
 
-def _check_size(path: str | Path, content: bytes) -> None:
+def _check_num_pixels(path: str | Path, content: bytes) -> None:
     try:
         height, width = simplejpeg.decode_jpeg_header(content)[:2]
     except ValueError:

@@ -11,34 +11,16 @@ import numpy as np
 import simplejpeg  # type: ignore[import-untyped]
 from PIL import Image, ImageOps
 
-from aligned_reid.data.transforms import JPEG_START, MAX_PIXELS, decode_jpeg, too_large
+from aligned_reid.data.transforms import JPEG_START, MAX_PIXELS, decode_jpeg, read_content, too_large
 from aligned_reid.errors import InputError
-
-MAX_BYTES = 100 * 10**6  # per image file
 
 _ORIENTATION = 0x0112  # EXIF tag
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow would run Ghostscript for others, such as EPS
 
 
 def read_as_jpeg(path: Path) -> bytes:
-    """`as_jpeg` of a file. Raises InputError also if it is missing, unreadable or larger than MAX_BYTES."""
+    """`as_jpeg` of a file. Raises InputError as `read_content` does, too."""
     return as_jpeg(path, read_content(path))
-
-
-def read_content(path: Path) -> bytes:
-    """The bytes of an image file. Raises InputError if it is missing, unreadable or larger than MAX_BYTES."""
-    try:
-        check_num_bytes(path, path.stat().st_size)
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"image {path} is missing") from None
-    except OSError as error:
-        raise InputError(f"image {path} cannot be read: {error.strerror}") from error
-
-
-def check_num_bytes(name: str | Path, num_bytes: int) -> None:
-    if num_bytes > MAX_BYTES:
-        raise InputError(f"image {name} has {num_bytes / 1e6:,.0f} MB; the limit is {MAX_BYTES // 10**6} MB")
 
 
 def as_jpeg(name: str | Path, content: bytes) -> bytes:
@@ -56,12 +38,10 @@ def decode_upright(name: str | Path, content: bytes) -> np.ndarray:
     """An image file as uint8 [h, w, 3], RGB, turned upright by its EXIF orientation; of an animation, the first frame.
 
     The content decides the file type, not the name. Upright JPEGs have the pixels of `decode_jpeg`. Raises InputError
-    with the name if it is empty, damaged, too large or not an image.
+    with the name if it is damaged, too large or not an image.
     """
-    if not content:
-        raise InputError(f"image {name} is empty")
     if content[:2] == JPEG_START:
-        pixels = decode_jpeg(name, content, check_size=True)
+        pixels = decode_jpeg(name, content)
         if not _is_turned(content):
             return pixels
     try:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aligned_reid.data.prepare import sources
-from aligned_reid.data.prepare.jpeg import as_jpeg, check_num_bytes, read_as_jpeg
+from aligned_reid.data.prepare.jpeg import as_jpeg, read_as_jpeg
 from aligned_reid.data.prepare.layout import Row, write_table
 from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, check_paths, describe_skipped, kind_of
+from aligned_reid.data.transforms import check_num_bytes
 from aligned_reid.errors import InputError
 
 TRAIN = "bounding_box_train"
