@@ -35,10 +35,9 @@ def prepare_cuhk03(source: str | Path, save_dir: str | Path, kind: str) -> Path:
     images extracted from it; it is only read. If interrupted, repeat the call to resume. Raises InputError if the
     source is missing, incomplete, damaged or not CUHK03, or `save_dir` cannot be written.
     """
-    source, save_dir = Path(source).expanduser(), Path(save_dir).expanduser()
     if kind not in KINDS:
         raise InputError(f"--kind {kind} is not one of {', '.join(KINDS)}")
-    check_paths(source, save_dir)
+    source, save_dir = check_paths(source, save_dir)
     config = _find(source, CONFIG_NAME.format(kind))
     if config is None:
         raise InputError(f"--source {source} has no {CONFIG_NAME.format(kind)}; it comes with the re-ranking code")

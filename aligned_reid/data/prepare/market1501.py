@@ -30,8 +30,7 @@ def prepare_market1501(source: str | Path, save_dir: str | Path, log: Callable[[
     are not images. If interrupted, repeat the call to resume. Raises InputError if the source is missing, damaged or
     not Market-1501, or `save_dir` cannot be written.
     """
-    source, save_dir = Path(source).expanduser(), Path(save_dir).expanduser()
-    check_paths(source, save_dir)
+    source, save_dir = check_paths(source, save_dir)
     try:
         root = _find_root(source)
     except zipfile.BadZipFile as error:

@@ -29,8 +29,7 @@ def prepare_msmt17(source: str | Path, save_dir: str | Path) -> Path:
     persons from 0 again; their ids follow those of training. If interrupted, repeat the call to resume. Raises
     InputError if the source is missing, incomplete or not MSMT17, or `save_dir` cannot be written.
     """
-    source, save_dir = Path(source).expanduser(), Path(save_dir).expanduser()
-    check_paths(source, save_dir)
+    source, save_dir = check_paths(source, save_dir)
     root = find_raw_msmt17(source)
     if root is None:
         raise InputError(

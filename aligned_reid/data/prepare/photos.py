@@ -36,14 +36,13 @@ def prepare_photos(
     with `dry_run` also the counts, and nothing is written. If interrupted, repeat the call to resume. Raises
     InputError if the source cannot be used or a photo in it cannot be read, and if `save_dir` cannot be written.
     """
-    source, save_dir = Path(source).expanduser(), Path(save_dir).expanduser()
     if not 0.0 < test_share <= 1.0:
         raise InputError(f"--test_share {test_share:g} is not above 0 and at most 1: it is a share of the persons")
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed {seed} is not a whole number from 0 to {2**32 - 1}")
     if cameras not in ("known", "none"):
         raise InputError(f"--cameras {cameras} is neither known nor none")
-    check_paths(source, save_dir)
+    source, save_dir = check_paths(source, save_dir)
     photos = read_photos(source, cameras == "known", log)
     _check(source, save_dir, photos)
     person_ids = numbered({photo.person for photo in photos})

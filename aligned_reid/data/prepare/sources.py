@@ -12,13 +12,15 @@ from aligned_reid.errors import InputError
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")  # also in capitals
 
 
-def check_paths(source: Path, save_dir: Path) -> None:
-    """Raise InputError unless the source exists and nothing would be written into it."""
+def check_paths(source: str | Path, save_dir: str | Path) -> tuple[Path, Path]:
+    """Both paths, ~ expanded. Raises InputError unless the source exists and nothing would be written into it."""
+    source, save_dir = Path(source).expanduser(), Path(save_dir).expanduser()
     if not os.path.exists(source):
         raise InputError(f"--source {source} does not exist or is not accessible")
     images_dir = (save_dir / "images").resolve()
     if source.is_dir() and source.resolve() in (images_dir, *images_dir.parents):
         raise InputError(f"--save_dir {save_dir} is inside the source {source}; choose a folder outside it")
+    return source, save_dir
 
 
 def folders_to_look_in(path: Path) -> Iterator[Path]:
