@@ -24,7 +24,7 @@ IMAGES_FILE = "cuhk-03.mat"
 CONFIG_NAME = "cuhk03_new_protocol_config_{}.mat"
 
 # Pair of cameras, person within the pair, camera within the pair, number of the image among the person's ten.
-_NAME = re.compile(r"0*([1-9][0-9]*)_0*([1-9][0-9]*)_[12]_0*([1-9][0-9]*)\.png")
+_NAME = re.compile(r"0*([1-9][0-9]{0,7})_0*([1-9][0-9]{0,7})_[12]_0*([1-9][0-9]{0,7})\.png")
 _DAMAGED = (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError)  # what h5py raises
 
 
@@ -94,7 +94,7 @@ def read_protocol(path: Path) -> list[Row]:
 
 def _whole_numbers(content: dict[str, Any], name: str) -> list[int]:
     values = np.asarray(content[name]).ravel()
-    if values.dtype.kind not in "iuf" or (values != np.floor(values)).any() or (values < 0).any():
+    if values.dtype.kind not in "iuf" or not ((values == np.floor(values)) & (values >= 0) & (values < 2**31)).all():
         raise ValueError(f"{name} is not a list of whole numbers")
     return [int(value) for value in values]
 
