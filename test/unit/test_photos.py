@@ -159,7 +159,8 @@ def test_camera_is_read_from_the_name_and_names_are_numbered_in_sorted_order():
     assert {name: camera_of(Path(name)) for name in cameras} == cameras
     for name in ("001.jpg", "pic1.jpg", "c1a.jpg", "cam.jpg", "c1_cam2.jpg", "abc3_d.jpg"):
         assert camera_of(Path(name)) == ""
-    assert numbered({"b", "10", "9", "a", "09"}) == {"09": 1, "9": 2, "10": 3, "a": 4, "b": 5}
+    numbers = {"0": 1, "09": 2, "9": 3, "10": 4, "9" * 5000: 5, "a": 6, "b": 7}
+    assert numbered(set(numbers)) == numbers
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,7 @@ ROW = "my photos/anna/c1_1.png,anna,door"
         ("camera", "other", "no camera"),
         ("camera", "camera,person", "2 columns person"),
         (ROW, "my photos/none.png,anna,door", "row 3: there is no file"),
+        (ROW, "my photos/\0\x1b[1m.png,anna,door", "row 3: there is no file"),
         (ROW, "my photos/anna/c1_1.png, ,door", "row 3: no person"),
         (ROW, f"{ROW}\n\nmy photos/../my photos/anna/c1_1.png,bert,gate", "row 5: "),
     ],

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from aligned_reid.data.prepare.layout import PARTITIONS_NAME
-from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, describe_skipped, ending_of, kind_of
+from aligned_reid.data.prepare.sources import IMAGE_ENDINGS, describe_skipped, ending_of, kind_of, shown
 from aligned_reid.errors import InputError
 
 JUNK = "-1"  # Market-1501's name for detections that show no person well; the protocol ignores them
@@ -248,7 +248,7 @@ def read_table(source: Path) -> list[Photo]:
             raise InputError(f"{source}, row {number}: part {part!r} is not train, query, gallery or multi-query")
         path = _find_file(source.parent, cells["path"])
         if path is None:
-            raise InputError(f"{source}, row {number}: there is no file {source.parent / cells['path']}")
+            raise InputError(f"{source}, row {number}: there is no file {shown(source.parent / cells['path'])}")
         earlier = seen.setdefault(path.resolve(), number)
         if earlier != number:
             raise InputError(f"{source}, row {number}: {path} is already in row {earlier}; remove one of them")

@@ -75,9 +75,10 @@ def names_file(**numbers: dict[str, int]) -> bytes:
 def numbered(names: Collection[str]) -> dict[str, int]:
     """Each name's number, from 1 in sorted order; names that are numbers come first, by value."""
 
-    def key(name: str) -> tuple[bool, int, str]:
+    def key(name: str) -> tuple[bool, int, str, str]:
         is_number = name.isascii() and name.isdigit()
-        return not is_number, int(name) if is_number else 0, name
+        digits = name.lstrip("0") if is_number else ""
+        return not is_number, len(digits), digits, name
 
     return {name: number for number, name in enumerate(sorted(names, key=key), start=1)}
 
