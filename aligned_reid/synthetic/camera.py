@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 from aligned_reid.synthetic.figure import Figure
 from aligned_reid.synthetic.painting import CREASE_CHOICES, NEUTRAL, Layers, Pose
 from aligned_reid.synthetic.person import pick, sample_person
-from aligned_reid.synthetic.street import SCENE_HEIGHT, SCENE_WIDTH, draw_scene
-
-Image = NDArray[np.uint8]  # [H, W, 3], RGB
+from aligned_reid.synthetic.street import SCENE_HEIGHT, SCENE_WIDTH, Image, draw_scene
 
 HEIGHT, WIDTH = 128, 64  # pixels, of the images
 CANVAS_HEIGHT, CANVAS_WIDTH = 2 * HEIGHT, 2 * WIDTH  # painted at twice the size and shrunk, for smooth edges

@@ -75,9 +75,7 @@ class Cloth(NamedTuple):
     """The cover of a body part."""
 
     colour: Colour
-    texture: NDArray[np.uint8] | None = (
-        None  # RGB; [TEXTURE_SIZE, TEXTURE_SIZE, 3] when cut, the picture's size when worn
-    )
+    texture: NDArray[np.uint8] | None = None  # RGB, [TEXTURE_SIZE, TEXTURE_SIZE, 3]; worn: of the picture's size
 
 
 @dataclass(frozen=True)

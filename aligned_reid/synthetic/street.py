@@ -14,9 +14,8 @@ Image = NDArray[np.uint8]  # [H, W, 3], RGB
 SCENE_HEIGHT, SCENE_WIDTH = 400, 1600
 HORIZON = 170  # row at which the ground begins
 HAZE = np.float32(140)  # gray mixed into the scene
-CLEARNESS = np.float32(
-    0.65
-)  # share of the scene, the rest is haze; 1 makes images twice as hard to tell apart by pixels
+# Share of the scene, the rest is haze; 1 makes images twice as hard to tell apart by pixels.
+CLEARNESS = np.float32(0.65)
 
 
 def draw_scene(rng: np.random.Generator, place: int) -> Image:
