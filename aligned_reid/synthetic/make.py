@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +19,8 @@ import numpy as np
 from aligned_reid import __version__
 from aligned_reid.data.loader import num_processors
 from aligned_reid.data.partitions import format_image_name
-from aligned_reid.data.prepare.layout import NUM_VAL_IDS, Row, check_unused, write_table
+from aligned_reid.data.prepare.layout import IMAGES_NAME, NUM_VAL_IDS, PARTITIONS_NAME, Row, check_unused, write_table
+from aligned_reid.data.prepare.sources import list_folder
 from aligned_reid.errors import InputError
 from aligned_reid.synthetic.camera import Camera, make_camera, take_picture
 from aligned_reid.synthetic.figure import Figure
@@ -70,9 +72,12 @@ def make_synthetic(
     save_dir = Path(save_dir).expanduser()
     files = {SETTINGS_NAME: json.dumps(asdict(settings), indent=2).encode()}
     check_unused(save_dir, SETTINGS_NAME, files[SETTINGS_NAME])
+    table = list(_make_table(settings))
+    if os.path.isfile(save_dir / PARTITIONS_NAME) and len(list_folder(save_dir / IMAGES_NAME)[1]) == len(table):
+        return save_dir  # complete
     num_val_ids = math.ceil(settings.num_train_ids * NUM_VAL_IDS / 751)  # Market-1501's share
     with _draw_images(settings, min(num_workers or num_processors(), num_ids + 1)) as images:
-        return write_table(save_dir, _make_table(settings), lambda _: next(images), num_val_ids, files)
+        return write_table(save_dir, table, lambda _: next(images), num_val_ids, files)
 
 
 def _check(settings: _Settings) -> None:

@@ -352,24 +352,24 @@ def test_similar_names_are_refused(tmp_path, pair):
 
 
 @pytest.mark.parametrize(
-    ("separator", "encoding"),
-    [(";", "utf-8"), (",", "utf-8-sig"), ("\t", "utf-16")],
+    ("start", "separator", "encoding"),
+    [("sep=;\r\n", ";", "utf-8"), ("\n \n", ",", "utf-8-sig"), ("", "\t", "utf-16"), (";;\n", ";", "utf-8")],
 )
-def test_tables_saved_by_spreadsheets_are_read(table, tmp_path, separator, encoding):
+def test_tables_saved_by_spreadsheets_are_read(table, tmp_path, start, separator, encoding):
     text = table.read_text(encoding="utf-8").replace("/", "\\").replace(",", separator)
     other = table.with_name("other.csv")
-    other.write_bytes(unicodedata.normalize("NFD", text).encode(encoding))
+    other.write_bytes((start + unicodedata.normalize("NFD", text)).encode(encoding))
     assert find_photos(other) == other
     for photo, expected in zip(read_photos(other), read_photos(table), strict=True):
         assert photo._replace(original="") == expected._replace(original="")
     with other.open("ab") as file:
         file.write(f"\nnone{separator}a{separator}b".encode(encoding.removesuffix("-sig").replace("16", "16le")))
-    assert "row 26: there is no file" in refused(other, tmp_path / "prepared")
+    assert f"row {26 + start.count(chr(10))}: there is no file" in refused(other, tmp_path / "prepared")
 
 
-def test_a_table_in_gbk_is_refused(table, tmp_path):
+def test_a_table_in_gbk_is_refused_with_its_line(table, tmp_path):
     table.write_bytes(table.read_text(encoding="utf-8").replace("Åsa", "张三").encode("gbk"))
-    assert "0xd5" in refused(table, tmp_path / "prepared")
+    assert "line 22 has the byte 0xd5" in refused(table, tmp_path / "prepared")
 
 
 def test_photos_are_recognized_by_ending_or_content_and_other_files_counted(folder, tmp_path):

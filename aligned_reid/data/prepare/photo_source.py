@@ -37,6 +37,7 @@ _CONTENTS = ("JPEG", "PNG", "BMP", "WEBP")  # of files with other endings; raw p
 _CAMERA = re.compile(r"(?<![a-z0-9])(?:c|cam|camera)([0-9]+)(?=s[0-9]|[^a-z0-9]|$)", re.IGNORECASE)
 _CAMERA_NAME = re.compile(r"(?:(c|cam|camera)[ _-]?)?0*([0-9]+)(?:\.0*)?", re.IGNORECASE)
 _WHOLE_NUMBER = re.compile(r"^([0-9]+)\.0*$")
+_BEFORE_HEADER = re.compile(r'(?:"?sep=(.)"?[ \t]*\r?\n|[ ,;\t"]*\r?\n)*', re.IGNORECASE)  # as Excel writes them
 _LEADING_ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
 
 
@@ -264,14 +265,21 @@ def _read_rows(source: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         content = source.read_bytes()
         is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # "Unicode text" of spreadsheets
         text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
-        separator = max(",;\t", key=text.partition("\n")[0].count)
+        before = _BEFORE_HEADER.match(text)
+        assert before
+        num_skipped, text = text.count("\n", 0, before.end()), text[before.end() :]
+        separator = before[1] or max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         header = [name.strip().lower() for name in next(reader, [])]
-        return header, [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+        return header, [(num_skipped + reader.line_num, row) for row in reader if any(map(str.strip, row))]
     except OSError as error:
         raise InputError(f"cannot read --source {source}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--source {source} is neither a folder nor a CSV file in UTF-8: {error}") from error
+        reason = str(error)
+        if isinstance(error, UnicodeDecodeError):
+            line = error.object.count(b"\n", 0, error.start) + 1
+            reason = f"line {line} has the byte {error.object[error.start]:#x}; save it in UTF-8"
+        raise InputError(f"--source {source} is neither a folder nor a CSV file in UTF-8: {reason}") from error
 
 
 def _find_file(folder: Path, original: str) -> Path | None:
