@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from PIL import Image
 
-from aligned_reid import InputError, ReID
+from aligned_reid import ReID
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TestImages, open_data
 from aligned_reid.data.transforms import decode_image
@@ -28,14 +29,12 @@ def photos(tiny_data):
 def test_features_equal_those_of_extraction(tiny_data, tiny_run, flip):
     images = TestImages(open_data(tiny_data), size=(64, 32))
     model, _ = open_model(read_weight_file(tiny_run / "model.safetensors"), "w", need_local=True)
-    expected = extract_features(
-        model, images, open_accelerator("cpu", None, 0), World(), local=True, workers=0, flip=flip
-    )
+    accelerator = open_accelerator("cpu", None, 0)
+    expected = extract_features(model, images, accelerator, World(), local=True, workers=0, flip=flip)
     reid = ReID.from_pretrained(tiny_run, "cpu", flip_test=flip)
     found = reid([f"{images.images_dir}/{name}" for name in images.image_names])
-    assert found.global_feat.shape == (len(images), 2048) and found.global_feat.dtype == torch.float32
-    assert torch.allclose(found.global_feat, expected.global_feat, rtol=1e-5, atol=1e-6)
-    assert torch.allclose(found.local_feat, expected.local_feat, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-5, atol=1e-6)
+    assert found.global_feat.shape == (len(images), 2048)
 
 
 def test_paths_images_arrays_and_tensors_give_the_same_features(reid, photos):
@@ -64,8 +63,7 @@ def test_no_images_and_no_boxes_give_no_features(reid):
 def test_a_bad_image_is_an_error_or_nan(reid, photos, tmp_path):
     (tmp_path / "bad.jpg").write_text("no image")
     images = [photos[0], tmp_path / "bad.jpg", photos[1]]
-    with pytest.raises(InputError, match=r"bad\.jpg"):
-        reid(images)
+    assert "bad.jpg" in refusal(reid, images)
     lines = []
     feats = reid(images, on_error=lines.append)
     assert len(lines) == 1
@@ -92,24 +90,21 @@ def test_comparison_uses_the_distances_of_the_test(reid, photos):
 
 def test_a_comparison_without_threshold_or_local_branch_says_so(tiny_run, photos):
     (tiny_run / "results.json").unlink()
+    assert ReID.from_pretrained(tiny_run, "cpu").threshold is None
     content = read_weight_file(tiny_run / "model.safetensors")
     write_safetensors(tiny_run / "model.safetensors", content["model"], Config.of(resize_h_w=(64, 32)).to_dict())
     pair = ReID.from_pretrained(tiny_run, "cpu").compare(photos[0], photos[1])
     assert pair.same_person is None and pair.path is None and pair.local_distance is None
     assert "no threshold" in str(pair)
-    with pytest.raises(InputError, match="local branch"):
-        pair.save("pair.png")
+    assert "local branch" in refusal(pair.save, "pair.png")
 
 
 def test_a_verification_record_in_the_weights_comes_first(tiny_run):
     content = read_weight_file(tiny_run / "model.safetensors")
-    record = {"measured_on": "market1501", "global": {"at_fmr": {"0.001": {"threshold": 0.75}}}}
-    torch.save({**content, "verification": record}, tiny_run / "ckpt.pth")
-    assert ReID.from_pretrained(tiny_run, "cpu").threshold == 0.5
-    assert ReID.from_pretrained(tiny_run / "ckpt.pth", "cpu").threshold == 0.75
-    rare = {"global": {"at_fmr": {"0.001": None}}}
-    torch.save({**content, "verification": rare}, tiny_run / "ckpt.pth")
-    assert ReID.from_pretrained(tiny_run / "ckpt.pth", "cpu").threshold is None
+    for rates, threshold in (({"threshold": 0.75}, 0.75), (None, None)):  # None: too few pairs for this rate
+        torch.save({**content, "verification": {"global": {"at_fmr": {"0.001": rates}}}}, tiny_run / "ckpt.pth")
+        assert ReID.from_pretrained(tiny_run / "ckpt.pth", "cpu").threshold == threshold
+        assert ReID.from_pretrained(tiny_run, "cpu").threshold == 0.5
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
@@ -117,13 +112,12 @@ def test_a_verification_record_in_the_weights_comes_first(tiny_run):
 def test_an_exported_graph_gives_the_features_of_the_model(reid, tiny_run, photos, tmp_path, batch_size, uint8_input):
     model, _ = open_model(read_weight_file(tiny_run / "model.safetensors"), "w", need_local=True)
     graph = InferenceGraph(model, local=True, uint8_input=uint8_input, normalize_feature=False)
-    path = tmp_path / "model.onnx"
-    export_onnx(graph, path, (64, 32), opset=17, batch_size=batch_size)
-    onnx = ReID.from_pretrained(path)
+    export_onnx(graph, tmp_path / "model.onnx", (64, 32), opset=17, batch_size=batch_size)
+    onnx = ReID.from_pretrained(tmp_path / "model.onnx")
     assert onnx.size == (64, 32)
-    found, expected = onnx(photos[:3]), reid(photos[:3])
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(onnx(photos[:3]), reid(photos[:3]), strict=True):
         assert (one - other).abs().max() < 0.02 * other.abs().max()  # the model may compute in 16 bit
+    assert "ONNX" in refusal(onnx.save_heat_map, photos[0], tmp_path / "map.png")
 
 
 def test_what_cannot_be_opened_is_refused_in_one_line(tiny_run, tmp_path):
@@ -138,21 +132,14 @@ def test_what_cannot_be_opened_is_refused_in_one_line(tiny_run, tmp_path):
         (tiny_run, "cpu", {"colour": 1}, "colour"),
         (tiny_run, "cpu", {"resize_h_w": (8, 8)}, "32"),
     ):
-        with pytest.raises(InputError, match=word) as error:
-            ReID.from_pretrained(source, device, **settings)
-        assert "\n" not in str(error.value)
+        assert word in refusal(ReID.from_pretrained, source, device, **settings)
     (tiny_run / "results.json").write_text("{")
-    with pytest.raises(InputError, match="damaged"):
-        ReID.from_pretrained(tiny_run, "cpu")
+    assert "damaged" in refusal(ReID.from_pretrained, tiny_run, "cpu")
 
 
-def test_a_heat_map_is_drawn_by_weights_and_refused_by_a_graph(reid, photos, tmp_path, monkeypatch):
+def test_a_heat_map_is_drawn(reid, photos, tmp_path):
     reid.save_heat_map(photos[0], tmp_path / "map.png")
-    with Image.open(tmp_path / "map.png") as picture:
-        assert min(picture.size) > 100
-    monkeypatch.setattr(reid, "network", lambda pixels: None)
-    with pytest.raises(InputError, match="ONNX"):
-        reid.save_heat_map(photos[0], tmp_path / "map.png")
+    assert min(Image.open(tmp_path / "map.png").size) > 100
 
 
 def test_the_digest_covers_weights_and_settings(tiny_run, reid):
