@@ -1,7 +1,6 @@
 """aligned-reid compare, search and group, as a user runs them."""
 
 import csv
-import importlib
 import json
 import shutil
 import sys
@@ -9,7 +8,7 @@ import sys
 import pytest
 from conftest import Finished
 
-from aligned_reid.cli import run_command
+from aligned_reid.commands import main
 
 
 @pytest.fixture
@@ -26,12 +25,11 @@ def aligned_reid(monkeypatch, capfd, tiny_run):
     """Run `aligned-reid <name> ...` with the tiny model, in this process."""
 
     def run(name, *arguments):
-        module = importlib.import_module(f"aligned_reid.commands.{name}")
         flags = [f"--model={tiny_run}", "--device=cpu"]
-        monkeypatch.setattr(sys, "argv", [f"aligned-reid {name}", *flags, *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["aligned-reid", name, *flags, *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            run_command(module.main)
+            main()
         return Finished(exit_.value.code, *capfd.readouterr())
 
     return run
@@ -41,16 +39,12 @@ def some(photos, num=2):
     return sorted(photos.glob("*.jpg"))[:num]
 
 
-def test_compare_prints_a_sentence(aligned_reid, photos):
+def test_compare_prints_a_sentence_or_json(aligned_reid, photos):
     done = aligned_reid("compare", *some(photos))
     assert done.status == 0
     assert done.out.startswith("same person: ") and "aligned distance" in done.out
     assert "tensors loaded" in done.err
-
-
-def test_compare_prints_json(aligned_reid, photos):
-    done = aligned_reid("compare", *some(photos), "--json")
-    content = json.loads(done.out)
+    content = json.loads(aligned_reid("compare", *some(photos), "--json").out)
     assert content["same_person"] == (content["distance"] < content["threshold"]) and content["path"][0] == [0, 0]
 
 
