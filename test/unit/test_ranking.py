@@ -23,36 +23,28 @@ def random_case(seed: int, num_query: int = 23, num_gallery: int = 60, levels: i
     """Few `levels` of distance: many ties."""
     rng = np.random.default_rng(seed)
     sizes = (num_query, num_gallery)
-    dist = rng.integers(0, levels, sizes).astype(np.float32)
-    ids = [rng.integers(0, 8, size) for size in sizes]
-    cams = [rng.integers(0, 3, size) for size in sizes]
-    return [dist, *ids, *cams]
+    labels = [rng.integers(0, number, size) for number in (8, 3) for size in sizes]
+    return [rng.integers(0, levels, sizes).astype(np.float32), *labels]
 
 
 def naive_rank(
     dist, query_ids, gallery_ids, query_cams, gallery_cams, topk=10, separate_camera_set=False, first_match_break=True
 ) -> dict[str, Any]:
     """Sort all, remove the excluded images, walk down the list."""
-    cmc, aps, ap_steps, inps = np.zeros(topk), [], [], []
+    cmc, inps = np.zeros(topk), []
+    aps, ap_steps = np.full((2, len(dist)), np.nan)
     for q in range(len(dist)):
         order = np.argsort(dist[q], kind="stable")
         same_person = gallery_ids[order] == query_ids[q]
         same_camera = gallery_cams[order] == query_cams[q]
         matches = same_person[~(same_person & same_camera)]
         if not matches.any():
-            aps, ap_steps = [*aps, np.nan], [*ap_steps, np.nan]
             continue
-        found, ap, ap_step, precision_before = 0, 0.0, 0.0, 1.0
-        for position, match in enumerate(matches, start=1):
-            found += match
-            precision = found / position
-            if match:
-                ap += (precision_before + precision) / 2 / matches.sum()
-                ap_step += precision / matches.sum()
-            precision_before = precision
-        aps.append(ap)
-        ap_steps.append(ap_step)
-        inps.append(matches.sum() / (np.flatnonzero(matches)[-1] + 1))
+        precision = matches.cumsum() / np.arange(1, len(matches) + 1)
+        precision_before = np.append(1.0, precision[:-1])
+        aps[q] = ((precision_before + precision) / 2)[matches].mean()
+        ap_steps[q] = precision[matches].mean()
+        inps.append(precision[np.flatnonzero(matches)[-1]])
         shown = same_person[~same_camera] if separate_camera_set else matches
         places = np.flatnonzero(shown)
         for already, place in enumerate(places[:1] if first_match_break else places):
@@ -99,21 +91,8 @@ def test_rank_equals_the_naive_protocol(levels: int):
         for topk in (1, 10, 200):
             for options in ({}, {"separate_camera_set": True}, {"first_match_break": False}):
                 check(rank(*case, topk=topk, **options), naive_rank(*case, topk=topk, **options))
-
-
-def test_many_queries_in_many_blocks():
-    case = random_case(9, num_query=300, num_gallery=80, levels=50)
-    check(rank(*case), naive_rank(*case))
-
-
-def test_random_step_precision_is_that_of_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics")
-    case = random_case(5, levels=10**6)
-    dist, query_ids, gallery_ids, query_cams, gallery_cams = case
-    for q, ap_step in enumerate(rank(*case).ap_step):
-        kept = (gallery_ids != query_ids[q]) | (gallery_cams != query_cams[q])
-        expected = metrics.average_precision_score(gallery_ids[kept] == query_ids[q], -dist[q, kept])
-        assert ap_step == pytest.approx(expected, abs=1e-12)
+    blocks = random_case(9, num_query=300, num_gallery=80, levels=levels)
+    check(rank(*blocks), naive_rank(*blocks))
 
 
 def test_hand_made_example():
@@ -124,8 +103,6 @@ def test_hand_made_example():
     assert result.mean_ap_step == pytest.approx((1 / 2 + 2 / 4) / 2)
     assert result.mean_ap == pytest.approx(((0 / 1 + 1 / 2) / 2 + (1 / 3 + 2 / 4) / 2) / 2)
     assert result.mean_inp == 2 / 4
-    allshots = rank(dist, [7], [1, 7, 7, 2, 7], [0], [0, 0, 1, 1, 2], topk=3, first_match_break=False)
-    assert allshots.cmc.tolist() == [0, 0.5, 1]
 
 
 @pytest.mark.parametrize("separate_camera_set", [False, True])
@@ -152,12 +129,10 @@ def test_single_gallery_shot_is_the_mean_of_all_draws(separate_camera_set: bool)
 
 def test_single_gallery_shot_is_seeded_and_leaves_the_rest():
     case = random_case(4)
-    plain, one, again, other = (
-        rank(*case, single_gallery_shot=shot, seed=seed) for shot, seed in ((False, 0), (True, 0), (True, 0), (True, 1))
-    )
+    one, again, other = (rank(*case, single_gallery_shot=True, seed=seed) for seed in (0, 0, 1))
     assert np.array_equal(one.cmc, again.cmc)
     assert not np.array_equal(one.cmc, other.cmc)
-    np.testing.assert_array_equal(one.ap, plain.ap)
+    np.testing.assert_array_equal(one.ap, rank(*case).ap)
     one_image_each = [np.random.default_rng(0).random((4, 8)), [0, 1, 2, 3], range(8), [0] * 4, [1] * 8]
     shot, all_images = rank(*one_image_each, single_gallery_shot=True), rank(*one_image_each)
     np.testing.assert_allclose(shot.cmc, all_images.cmc)
@@ -187,16 +162,21 @@ def test_distance_that_is_not_finite_names_the_query(value):
 
 @pytest.mark.parametrize("options", [{}, {"single_gallery_shot": True}, {"separate_camera_set": True}])
 def test_no_query_with_a_match_is_refused(options):
-    dist, query_ids, gallery_ids, query_cams, gallery_cams = random_case(0)
-    assert "No valid query" in refusal(rank, dist, query_ids, gallery_ids + 100, query_cams, gallery_cams, **options)
-    assert "No valid query" in refusal(rank, dist, query_ids, gallery_ids, 0 * query_cams, 0 * gallery_cams, **options)
+    dist, query_ids, gallery_ids, *cams = random_case(0)
+    assert "No valid query" in refusal(rank, dist, query_ids, gallery_ids + 100, *cams, **options)
+    assert "No valid query" in refusal(rank, dist, query_ids, gallery_ids, [0] * 23, [0] * 60, **options)
 
 
 @pytest.mark.parametrize(
     ("place", "shape", "name"),
     [
-        *((0, shape, "dist") for shape in ((0, 60), (23, 0), (23,))),
-        *((1, (22,), "query_ids"), (2, (61,), "gallery_ids"), (3, (23, 1), "query_cams"), (4, (0,), "gallery_cams")),
+        (0, (0, 60), "dist"),
+        (0, (23, 0), "dist"),
+        (0, (23,), "dist"),
+        (1, (22,), "query_ids"),
+        (2, (61,), "gallery_ids"),
+        (3, (23, 1), "query_cams"),
+        (4, (0,), "gallery_cams"),
     ],
 )
 def test_wrong_input_is_refused(place, shape, name):
