@@ -1,5 +1,7 @@
 """Re-ranking against the golden vectors and against the k-reciprocal encoding written out with sets and a full sort."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ def small_blocks(monkeypatch):
             monkeypatch.setattr(module, name, size)
 
 
-def features_with_structure(seed: int, num_query: int = 30, num_gallery: int = 75, width: int = 8) -> list[np.ndarray]:
+def features_of_people(seed: int, num_query: int = 30, num_gallery: int = 75, width: int = 8) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((12, width))
     people = rng.integers(0, 12, num_query + num_gallery)
@@ -82,9 +84,7 @@ def tied_distances(seed: int) -> list[np.ndarray]:
     """Only four different distances, and several identical images."""
     rng = np.random.default_rng(seed)
     distances = [rng.integers(1, 5, shape).astype(np.float32) for shape in ((8, 20), (8, 8), (20, 20))]
-    for square in distances[1:]:
-        np.fill_diagonal(square, 0)
-    distances[2][3:7, 3:7] = 0
+    distances[1][np.eye(8) == 1] = distances[2][np.eye(20) == 1] = distances[2][3:7, 3:7] = 0
     return distances
 
 
@@ -94,74 +94,65 @@ def asymmetric_distances(seed: int) -> list[np.ndarray]:
     return [rng.random(shape) for shape in ((10, 25), (10, 10), (25, 25))]
 
 
-def distances_with_structure(seed: int) -> list[np.ndarray]:
-    return distances_of(*features_with_structure(seed))
-
-
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("make_distances", [distances_with_structure, tied_distances, asymmetric_distances])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_re_rank_equals_the_naive_encoding(make_distances, settings):
-    distances = make_distances(settings[0])
-    expected = naive_re_rank(*distances, *settings)
-    np.testing.assert_allclose(re_rank(*distances, *settings), expected, atol=2e-6)
+def test_re_rank_equals_the_naive_encoding(settings):
+    seed = settings[0]
+    for distances in (distances_of(*features_of_people(seed)), tied_distances(seed), asymmetric_distances(seed)):
+        expected = naive_re_rank(*distances, *settings)
+        np.testing.assert_allclose(re_rank(*distances, *settings), expected, atol=2e-6)
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("k1", "k2", "lambda_value"), SETTINGS)
-def test_features_give_what_their_distances_give(k1, k2, lambda_value):
-    query, gallery = (feat.astype(np.float64) for feat in features_with_structure(3))
-    distances = distances_of(query, gallery, np.float64)
-    expected = naive_re_rank(*distances, k1, k2, lambda_value)
-    np.testing.assert_allclose(re_rank_features(query, gallery, k1, k2, lambda_value), expected, atol=1e-5)
-    computed = re_rank_features(torch.from_numpy(query).float(), gallery.astype(np.float32), k1, k2, lambda_value)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_features_give_what_their_distances_give(settings):
+    query, gallery = (feat.astype(np.float64) for feat in features_of_people(3))
+    expected = naive_re_rank(*distances_of(query, gallery, np.float64), *settings)
+    np.testing.assert_allclose(re_rank_features(query, gallery, *settings), expected, atol=1e-5)
+    computed = re_rank_features(torch.from_numpy(query).float(), gallery.astype(np.float32), *settings)
     np.testing.assert_allclose(computed, expected, atol=1e-4)
 
 
 def test_features_and_global_distances_agree_in_float32():
-    query, gallery = features_with_structure(1, num_query=300, num_gallery=900, width=32)
+    query, gallery = features_of_people(1, num_query=300, num_gallery=900, width=32)
     distances = [global_distance_matrix(x, y) for x, y in ((query, gallery), (query, query), (gallery, gallery))]
     difference = np.abs(re_rank_features(query, gallery) - re_rank(*distances))
     assert np.quantile(difference, 0.999) < 1e-4
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_same_in_any_number_of_threads(threads):
-    query, gallery = features_with_structure(2, num_query=40, num_gallery=700)
+def test_the_same_in_any_number_of_threads(request):
+    query, gallery = features_of_people(2, num_query=40, num_gallery=700)
     distances = distances_of(query, gallery)
-    expected = re_rank(*distances), re_rank_features(query, gallery)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert np.array_equal(re_rank(*distances), expected[0])
-        np.testing.assert_allclose(re_rank_features(query, gallery), expected[1], atol=1e-4)
-    finally:
-        torch.set_num_threads(before)
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append((re_rank(*distances), re_rank_features(query, gallery)))
+    assert np.array_equal(results[0][0], results[1][0])
+    np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-4)
 
 
 def test_degenerate_sets():
     one = np.array([[0.5]]), np.zeros((1, 1)), np.zeros((1, 1))
-    np.testing.assert_allclose(re_rank(*one), naive_re_rank(*one, 20, 6, 0.3), atol=2e-6)
     same = np.zeros((3, 5)), np.zeros((3, 3)), np.zeros((5, 5))
-    for k1, k2 in ((2, 1), (2, 2), (20, 6)):
-        np.testing.assert_allclose(re_rank(*same, k1, k2), naive_re_rank(*same, k1, k2, 0.3), atol=2e-6)
-    identical = re_rank_features(np.ones((3, 4), np.float32), np.ones((5, 4), np.float32))
-    assert np.isfinite(identical).all()
+    for distances, k1, k2 in ((one, 20, 6), (same, 2, 1), (same, 2, 2), (same, 20, 6)):
+        expected = naive_re_rank(*distances, k1, k2, 0.3)
+        np.testing.assert_allclose(re_rank(*distances, k1, k2), expected, atol=2e-6)
+    assert np.isfinite(re_rank_features(np.ones((3, 4), np.float32), np.ones((5, 4), np.float32))).all()
 
 
 def test_defaults_are_the_papers_and_inputs_of_any_kind_are_not_modified():
     distances = [dist.astype(np.float32) for dist in GOLDEN_DISTANCES]
-    kept = [dist.copy() for dist in distances]
     expected = re_rank(*distances, k1=20, k2=6, lambda_value=0.3)
     assert np.array_equal(re_rank(*distances), expected)
-    assert all(np.array_equal(dist, copy) for dist, copy in zip(distances, kept, strict=True))
+    assert all(map(np.array_equal, distances, (dist.astype(np.float32) for dist in GOLDEN_DISTANCES)))
     assert np.array_equal(re_rank(*map(torch.from_numpy, distances)), expected)
     assert np.array_equal(re_rank(*map(np.asfortranarray, distances)), expected)
     np.testing.assert_allclose(re_rank(*(dist.tolist() for dist in distances)), expected, atol=1e-5)
-    query, gallery = features_with_structure(4)
-    frozen = gallery.copy()
-    frozen.setflags(write=False)
-    assert np.array_equal(re_rank_features(query, frozen), re_rank_features(query, gallery))
+    query, gallery = features_of_people(4)
+    expected = re_rank_features(query, gallery.copy())
+    gallery.setflags(write=False)
+    assert np.array_equal(re_rank_features(query, gallery), expected)
     halves = [torch.from_numpy(feat).bfloat16() for feat in (query, gallery)]
     assert re_rank_features(*halves).dtype == np.float32
 
@@ -171,7 +162,7 @@ def test_defaults_are_the_papers_and_inputs_of_any_kind_are_not_modified():
 )
 def test_settings_out_of_range_are_refused(name, value):
     assert name in refusal(re_rank, *GOLDEN_DISTANCES, **{name: value})
-    assert name in refusal(re_rank_features, *features_with_structure(0), **{name: value})
+    assert name in refusal(re_rank_features, *features_of_people(0), **{name: value})
 
 
 def test_wrong_shapes_are_refused():
@@ -183,7 +174,7 @@ def test_wrong_shapes_are_refused():
         ((q_g_dist[0], q_q_dist, g_g_dist), "q_g_dist"),
     ):
         assert name in refusal(re_rank, *wrong)
-    query, gallery = features_with_structure(0)
+    query, gallery = features_of_people(0)
     for query_feat, gallery_feat in ((query, gallery[:, :5]), (query[:0], gallery), (query, gallery[0])):
         assert "re-ranking" in refusal(re_rank_features, query_feat, gallery_feat)
 
@@ -192,11 +183,11 @@ def test_wrong_shapes_are_refused():
 def test_errors_name_the_image_that_is_not_finite(value):
     for dtype in (np.float32, np.float64):
         q_g_dist, q_q_dist, g_g_dist = (dist.astype(dtype) for dist in GOLDEN_DISTANCES)
-        q_g_dist[7, 30] = value
-        message = refusal(re_rank, q_g_dist, q_q_dist, g_g_dist)
-        assert "query 7 " in message and "NaN or infinity" in message
+        bad = q_g_dist.copy()
+        bad[7, 30] = value
+        assert "query 7 " in refusal(re_rank, bad, q_q_dist, g_g_dist)
         g_g_dist[:, 30] = value
-        assert "gallery image 30 " in refusal(re_rank, GOLDEN_DISTANCES[0].astype(dtype), q_q_dist, g_g_dist)
-    query, gallery = features_with_structure(0)
+        assert "gallery image 30 " in refusal(re_rank, q_g_dist, q_q_dist, g_g_dist)
+    query, gallery = features_of_people(0)
     gallery[5, 2] = value
     assert "features of gallery image 5 " in refusal(re_rank_features, query, gallery)
