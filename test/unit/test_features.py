@@ -18,13 +18,16 @@ NUM = 7
 MADE_BY = {"weights": "abc", "resize_h_w": [64, 32]}
 
 
-def make_fields(seed=0, local=True):
+def make_fields(seed=0):
     rng = np.random.default_rng(seed)
-    fields = {"global": rng.standard_normal((NUM, 5)).astype(np.float32)}
-    if local:
-        fields["local"] = rng.standard_normal((NUM, 2, 3)).astype(np.float32)
-    fields |= {"person_id": np.arange(NUM) % 3, "camera": np.arange(NUM) % 2, "mark": np.arange(NUM) % 2}
-    return fields | {"image_name": np.array([f"image_{row}.jpg" for row in range(NUM)])}
+    return {
+        "global": rng.standard_normal((NUM, 5)).astype(np.float32),
+        "local": rng.standard_normal((NUM, 2, 3)).astype(np.float32),
+        "person_id": np.arange(NUM) % 3,
+        "camera": np.arange(NUM) % 2,
+        "mark": np.arange(NUM) % 2,
+        "image_name": np.array([f"image_{row}.jpg" for row in range(NUM)]),
+    }
 
 
 def changed(**changes):
@@ -35,8 +38,7 @@ def changed(**changes):
 def write(path, fields):
     suffix = path.suffix.lower()
     if suffix == ".npz":
-        with open(path, "wb") as file:
-            np.savez(file, **fields)
+        np.savez(path.open("wb"), **fields)
     elif suffix == ".mat":
         savemat(path, fields)
     else:
@@ -51,71 +53,59 @@ def write(path, fields):
 def test_every_format_holds_the_same(tmp_path, suffix):
     fields = make_fields()
     table = read_features(write(tmp_path / f"features{suffix}", fields))
-    np.testing.assert_array_equal(table.global_feat, fields["global"])
-    np.testing.assert_array_equal(table.local_feat, fields["local"])
-    for name in ("person_id", "camera", "mark"):
-        values = getattr(table, f"{name}s")
-        np.testing.assert_array_equal(values, fields[name])
-        assert values.dtype == np.int64
+    read = (table.global_feat, table.local_feat, table.person_ids, table.cameras, table.marks)
+    for values, expected in zip(read, list(fields.values())[:5], strict=True):
+        np.testing.assert_array_equal(values, expected)
+        assert values.dtype == expected.dtype
     assert [name.strip() for name in table.image_names] == list(fields["image_name"])
     assert isinstance(table.global_feat, np.memmap) == (suffix.lower() == ".h5")
     assert table.made_by == (MADE_BY if suffix.lower() == ".h5" else {})
 
 
-def make_pytorch_result(parts=("query", "gallery", "mquery")):
-    fields = make_fields(local=False)
-    result = {}
-    for mark, part in enumerate(("query", "gallery", "mquery")):
-        if part in parts:
-            rows = slice(2 * mark, 2 * mark + 2 + mark % 2)  # 2, 3, 2
-            for ending, name in (("f", "global"), ("label", "person_id"), ("cam", "camera")):
-                result[f"{part}_{ending}"] = fields[name][rows]
-    return result
+def make_pytorch_result():
+    """The fields of make_fields, divided into 2 queries, 3 of the gallery and 2 of multi-query."""
+    fields = make_fields()
+    parts = {"query": slice(0, 2), "gallery": slice(2, 5), "mquery": slice(5, 7)}
+    names = {"f": "global", "label": "person_id", "cam": "camera"}
+    return {f"{part}_{ending}": fields[name][rows] for part, rows in parts.items() for ending, name in names.items()}
 
 
 @pytest.mark.parametrize("suffix", [".mat", ".npz", ".h5"])
 def test_pytorch_result_has_queries_and_gallery_in_separate_arrays(tmp_path, suffix):
-    fields = make_pytorch_result()
-    table = read_features(write(tmp_path / f"pytorch_result{suffix}", fields))
+    result, fields = make_pytorch_result(), make_fields()
+    table = read_features(write(tmp_path / f"pytorch_result{suffix}", result))
     assert table.marks.tolist() == [0, 0, 1, 1, 1, 2, 2]
-    for ending, values in (("f", table.global_feat), ("label", table.person_ids), ("cam", table.cameras)):
-        expected = np.concatenate([fields[f"{part}_{ending}"] for part in ("query", "gallery", "mquery")])
-        np.testing.assert_array_equal(values, expected)
-    gallery = read_features(write(tmp_path / f"more{suffix}", make_pytorch_result(["gallery"])), default_mark=1)
-    assert gallery.marks.tolist() == [1, 1, 1]
+    np.testing.assert_array_equal(table.global_feat, fields["global"])
+    np.testing.assert_array_equal(table.person_ids, fields["person_id"])
+    np.testing.assert_array_equal(table.cameras, fields["camera"])
+    gallery = {name: values for name, values in result.items() if name.startswith("gallery")}
+    assert read_features(write(tmp_path / f"more{suffix}", gallery), default_mark=1).marks.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"gallery_cam": None}, "gallery_cam.* no field camera"),
-        ({"gallery_label": np.arange(2)}, "camera"),
-        ({"gallery_f": np.zeros((3, 4))}, "query_f.*gallery_f.* widths: 5 and 4"),
-    ],
-)
-def test_parts_of_pytorch_result_that_do_not_fit(tmp_path, changes, reason):
-    fields = {name: value for name, value in {**make_pytorch_result(), **changes}.items() if value is not None}
-    assert re.search(reason, refusal(read_features, write(tmp_path / "pytorch_result.mat", fields)))
+def test_parts_of_pytorch_result_that_do_not_fit(tmp_path):
+    result = make_pytorch_result()
+    without_cameras = {name: values for name, values in result.items() if name != "gallery_cam"}
+    for fields, reason in (
+        (without_cameras, "gallery_cam.* no field camera"),
+        (result | {"gallery_label": np.arange(2)}, "camera"),
+        (result | {"gallery_f": np.zeros((3, 4))}, "query_f.*gallery_f.* widths: 5 and 4"),
+    ):
+        assert re.search(reason, refusal(read_features, write(tmp_path / "pytorch_result.mat", fields)))
 
 
-@pytest.mark.parametrize("suffix", [".h5", ".npz", ".mat"])
-def test_marks_may_be_booleans_and_names_objects(tmp_path, suffix):
-    marks, names = np.arange(NUM) % 2 == 1, make_fields()["image_name"].tolist()
-    table = read_features(write(tmp_path / f"features{suffix}", changed(mark=marks)))
-    assert table.marks.tolist() == [0, 1] * 3 + [0]
-    if suffix != ".npz":
-        path = write(tmp_path / f"features{suffix}", changed(image_name=np.array(names, dtype=object)))
-        assert read_features(path).image_names == names
-
-
-class Anything:
+class RunsIfUnpickled:
     def __reduce__(self):
         return exec, ("raise SystemExit('the pickle was run')",)
 
 
-def test_pickled_names_are_ignored_and_not_run(tmp_path):
-    path = write(tmp_path / "features.npz", changed(image_name=np.array([Anything()] * NUM, dtype=object)))
-    assert read_features(path).image_names is None
+def test_marks_may_be_booleans_and_names_objects_unless_they_are_pickled(tmp_path):
+    marks, names = np.arange(NUM) % 2 == 1, make_fields()["image_name"].tolist()
+    pickled = [RunsIfUnpickled()] * NUM
+    for suffix, objects, expected in ((".h5", names, names), (".mat", names, names), (".npz", pickled, None)):
+        fields = changed(mark=marks, image_name=np.array(objects, dtype=object))
+        table = read_features(write(tmp_path / f"features{suffix}", fields))
+        assert table.marks.tolist() == [0, 1] * 3 + [0]
+        assert table.image_names == expected
 
 
 @pytest.mark.parametrize("dtype", [">f8", "f2", "u1", "i8"])
@@ -128,7 +118,7 @@ def test_features_of_any_type_of_number_are_read(tmp_path, dtype):
 
 
 def test_a_gallery_of_distractors_needs_no_marks_and_local_features_only_if_wanted(tmp_path):
-    path = write(tmp_path / "features.npz", changed(**with_bad("local", [3], np.nan)))
+    path = write(tmp_path / "features.npz", changed(local=with_bad("local", [3], np.nan)))
     assert read_features(path, local=False).local_feat is None
     path = write(tmp_path / "more.npz", changed(local=None, mark=None, image_name=None))
     table = read_features(path, default_mark=1)
@@ -140,7 +130,7 @@ def test_a_gallery_of_distractors_needs_no_marks_and_local_features_only_if_want
 def with_bad(name, rows, value):
     feat = make_fields()[name]
     feat[rows] = value
-    return {name: feat}
+    return feat
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".npz", ".mat"])
@@ -156,8 +146,8 @@ def with_bad(name, rows, value):
         ({"local": np.zeros((4, 2, 3), np.float32)}, r"local.* \[7, H, d\]"),
         ({"global": np.array([["a", "b"]] * NUM, dtype="S")}, "global"),
         ({"global": np.full((NUM, 5), 1j)}, "global|complex"),
-        (with_bad("global", [2], np.nan), "global features of image_2.jpg hold NaN or infinity"),
-        (with_bad("local", [3, 5], np.inf), "local features of image_3.jpg hold NaN or infinity"),
+        ({"global": with_bad("global", [2], np.nan)}, "global features of image_2.jpg hold NaN or infinity"),
+        ({"local": with_bad("local", [3, 5], np.inf)}, "local features of image_3.jpg hold NaN or infinity"),
     ],
 )
 def test_wrong_fields_are_refused(tmp_path, suffix, changes, reason):
@@ -165,21 +155,21 @@ def test_wrong_fields_are_refused(tmp_path, suffix, changes, reason):
     assert re.search(reason, message) and str(tmp_path) in message
 
 
-@pytest.mark.parametrize("value", [scipy.sparse.eye(NUM).tocsc(), np.array(["a"] * NUM, dtype=object), {"a": 1}])
 @pytest.mark.parametrize("name", ["global", "local", "person_id"])
-def test_sparse_arrays_cells_and_structs_are_refused(tmp_path, name, value):
-    assert name in refusal(read_features, write(tmp_path / "features.mat", changed(**{name: value})))
-
-
-@pytest.mark.parametrize("name", ["global", "local", "person_id", "image_name"])
-def test_groups_are_refused_except_for_names(tmp_path, name):
+def test_sparse_arrays_cells_structs_and_groups_are_refused(tmp_path, name):
+    for value in (scipy.sparse.eye(NUM).tocsc(), np.array(["a"] * NUM, dtype=object), {"a": 1}):
+        assert name in refusal(read_features, write(tmp_path / "features.mat", changed(**{name: value})))
     path = write(tmp_path / "features.h5", changed(**{name: None}))
     with h5py.File(path, "r+") as file:
         file.create_group(name)
-    if name == "image_name":
-        assert read_features(path).image_names is None
-    else:
-        assert name in refusal(read_features, path)
+    assert name in refusal(read_features, path)
+
+
+def test_a_group_in_place_of_names_is_ignored(tmp_path):
+    path = write(tmp_path / "features.h5", changed(image_name=None))
+    with h5py.File(path, "r+") as file:
+        file.create_group("image_name")
+    assert read_features(path).image_names is None
 
 
 @pytest.mark.parametrize(
@@ -246,42 +236,38 @@ def test_partners_have_one_width_and_one_model(tmp_path):
     assert "(weights: abc and def)" in refusal(check_partner, first, read_features(tmp_path / "same.h5"))
 
 
-SHAPES = {"global": (5,), "local": (2, 3)}
+FIELDS = make_fields()
+FEATS = {name: FIELDS[name] for name in ("global", "local")}
+LABELS = {name: FIELDS[name] for name in ("person_id", "camera", "mark")}
 
 
-def make_writer(path, made_by=MADE_BY, names=None):
-    fields = make_fields()
-    labels = {name: fields[name] for name in ("person_id", "camera", "mark")}
-    return FeatureWriter(path, list(names or fields["image_name"]), labels, made_by, SHAPES)
-
-
-def blocks(fields, first, last):
-    return {name: fields[name][first:last] for name in SHAPES}
+def make_writer(path, made_by=MADE_BY, names=FIELDS["image_name"]):
+    return FeatureWriter(path, list(names), LABELS, made_by, {name: feat.shape[1:] for name, feat in FEATS.items()})
 
 
 def test_an_interrupted_writer_resumes(tmp_path):
-    fields, path = make_fields(), tmp_path / "features.h5"
+    path = tmp_path / "features.h5"
     path.write_text("the former one")
-    make_writer(path).write(0, blocks(fields, 0, 3))
+    make_writer(path).write(0, {name: feat[:3] for name, feat in FEATS.items()})
     assert path.read_text() == "the former one"
     part = shutil.copy(tmp_path / "features.h5.part", tmp_path / "copy.h5")
     assert "interrupted after 3 images" in refusal(read_features, part)
     again = make_writer(path)
     assert again.num_done == 3
-    again.write(3, blocks(fields, 3, NUM))
+    again.write(3, {name: feat[3:] for name, feat in FEATS.items()})
     again.finish()
     table = read_features(path)
-    np.testing.assert_array_equal(table.global_feat, fields["global"])
-    np.testing.assert_array_equal(table.local_feat, fields["local"])
+    np.testing.assert_array_equal(table.global_feat, FEATS["global"])
+    np.testing.assert_array_equal(table.local_feat, FEATS["local"])
     assert isinstance(table.local_feat, np.memmap)
-    assert table.image_names == list(fields["image_name"])
+    assert table.image_names == list(FIELDS["image_name"])
     assert not (tmp_path / "features.h5.part").exists()
 
 
 def test_a_part_of_another_model_or_data_set_and_a_cut_one_are_replaced(tmp_path):
     part = tmp_path / "features.h5.part"
     for change in ({"made_by": {"weights": "def"}}, {"names": [f"other_{row}.jpg" for row in range(NUM)]}, {}):
-        make_writer(tmp_path / "features.h5").write(0, blocks(make_fields(), 0, 3))
+        make_writer(tmp_path / "features.h5").write(0, FEATS)
         if not change:
             part.write_bytes(part.read_bytes()[:700])
         assert make_writer(tmp_path / "features.h5", **change).num_done == 0
