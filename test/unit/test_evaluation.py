@@ -14,9 +14,8 @@ from aligned_reid.evaluation.extract import FeatureSet, extract_features, run_ne
 from aligned_reid.evaluation.protocol import EvaluationSettings, LabelArrays, evaluate_features, pool_queries
 from aligned_reid.model import AlignedReID
 
-LABELS = LabelArrays(
-    np.array([1, 1, 1, 1, 2, 2, 1, 2]), np.array([0, 0, 0, 1, 0, 1, 1, 0]), np.array([0, 2, 2, 2, 0, 1, 1, 1])
-)
+PERSONS, CAMERAS, MARKS = [1, 1, 1, 1, 2, 2, 1, 2], [0, 0, 0, 1, 0, 1, 1, 0], [0, 2, 2, 2, 0, 1, 1, 1]
+LABELS = LabelArrays(*map(np.array, (PERSONS, CAMERAS, MARKS)))
 
 
 def make_features(local=True):
@@ -43,11 +42,9 @@ def test_order_and_names(local, re_ranked):
     names = ["local", "global_local", "global"] if local else ["global"]
     names = [one for name in names for one in ([f"{name}_re_ranked"] if re_ranked else []) + [name]]
     assert list(scores) == [f"{name}_multi_query" for name in names] + [*names, "verification"]
-    record = scores["verification"]
-    assert (record["global"] is not None, record["global_local"] is not None) == (True, local)
-    verified = [line for line in lines if "EER" in line]
-    assert len(verified) == 1 + local
-    lines = [line for line in lines if line not in verified]
+    assert [scores["verification"][name] is not None for name in ("global", "global_local")] == [True, local]
+    assert sum("EER" in line for line in lines) == 1 + local
+    lines = [line for line in lines if "EER" not in line]
     assert lines[-2].startswith("Global distance (") and "trapezoid" in lines[-2]
     assert not any(word in line for line in lines[::2] for word in ("cmc1", "FPS", "Ep"))  # parsed by tools
     assert lines[-1].split()[3] == f"{scores['global']['cmc1']:.2%}],"
@@ -83,9 +80,6 @@ def test_explicit_flags_win_and_another_image_size_is_logged():
     assert config.resize_h_w == (256, 128)
     assert "128,64" in lines[0] and "256,128" in lines[0]
     assert settled({"resize_h_w": [128, 64]}, resize_h_w=(128, 64))[1] == []
-
-
-def test_feature_after_bn_needs_a_neck():
     config, _ = settled({"bnneck": True, "feature_after_bn": False}, feature_after_bn=True, only_test=True)
     assert (config.bnneck, config.feature_after_bn) == (True, True)
     assert "--feature_after_bn" in refusal(settled, {"bnneck": False}, feature_after_bn=True, only_test=True)
@@ -94,13 +88,10 @@ def test_feature_after_bn_needs_a_neck():
 def test_mirror_averaging_is_the_mean_with_the_mirror_image(tiny_data, small_trunk):
     images = TestImages(open_data(tiny_data), size=(64, 32))
     model, accelerator = AlignedReID(None, pretrained="none").eval(), Accelerator(mixed_precision=False)
-    plain, flipped = (
-        extract_features(model, images, accelerator, World(), local=True, workers=0, flip=flip)
-        for flip in (False, True)
-    )
+    flipped = extract_features(model, images, accelerator, World(), local=True, workers=0, flip=True)
     pixels = torch.stack([torch.from_numpy(images[index][0]) for index in range(len(images))])
     with torch.inference_mode():
-        mirrored = run_network(model, pixels.flip(2), accelerator)
-    for one, other, mean in zip(plain, mirrored[:2], flipped, strict=True):
+        plain, mirrored = (run_network(model, view, accelerator) for view in (pixels, pixels.flip(2)))
+    for one, other, mean in zip(plain[:2], mirrored[:2], flipped, strict=True):
         assert torch.allclose(mean, (one + other) / 2, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(mean, one, rtol=1e-2)
