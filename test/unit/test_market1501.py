@@ -13,28 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, contents, preparation_refusal
+from conftest import ROOT, assert_refused, contents, preparation_refusal
 from PIL import Image
 
-from aligned_reid.data.partitions import read_partitions, split_train_val
+from aligned_reid.data.partitions import build_partitions, read_partitions
 from aligned_reid.data.prepare.jpeg import encode_jpeg
 from aligned_reid.data.prepare.market1501 import find_raw_market1501, prepare_market1501
 from aligned_reid.data.transforms import decode_image
 
 SCRIPT = "prepare_market1501.py"
 refusal = partial(preparation_refusal, prepare_market1501)
-
-FILES = {
-    "bounding_box_train": "0007_c2s1_000001_01 0007_c1s2_000009_01 0007_c1s1_000001_01 0002_c1s1_000451_03",
-    "bounding_box_test": "0001_c2s1_000301_00 0001_c1s1_001051_00 0000_c1s1_000151_01 -1_c1s1_000401_03",
-    "query": "0001_c1s1_001051_00 0003_c6s4_000001_00",
-    # Person 1 has no query under camera 2, and person 7 is for training.
-    "gt_bbox": "0001_c1s1_001051_00 0001_c1s1_001126_00.jpg 0001_c2s1_000301_00 0007_c1s1_000001_01",
-}
-FILES = {folder: [f"{name}.jpg" for name in names.split()] for folder, names in FILES.items()}
-FILES["gt_bbox"].append("0003_c6s4_000002_00.jpg")
-FILES["bounding_box_train"] += ["Thumbs.db", "._0002_c1s1_000451_03.jpg"]
-FILES |= {"bounding_box_test": [*FILES["bounding_box_test"], "Thumbs.db"], "gt_query": ["0001_c1s1_001051_00_good.mat"]}
 
 NEW_NAMES = {
     "bounding_box_train/0002_c1s1_000451_03.jpg": "00000002_0001_00000000.jpg",
@@ -50,6 +38,15 @@ NEW_NAMES = {
     "gt_bbox/0001_c1s1_001126_00.jpg.jpg": "00000001_0001_00000003.jpg",
     "gt_bbox/0003_c6s4_000002_00.jpg": "00000003_0006_00000001.jpg",
 }
+LEFT_OUT = [
+    "bounding_box_test/-1_c1s1_000401_03.jpg",
+    "gt_bbox/0001_c2s1_000301_00.jpg",  # person 1 has no query under camera 2
+    "gt_bbox/0007_c1s1_000001_01.jpg",  # person 7 is for training
+    "bounding_box_train/Thumbs.db",
+    "bounding_box_train/._0002_c1s1_000451_03.jpg",
+    "bounding_box_test/Thumbs.db",
+    "gt_query/0001_c1s1_001051_00_good.mat",
+]
 
 
 def content_of(original: str) -> bytes:
@@ -64,11 +61,9 @@ def content_of(original: str) -> bytes:
 def raw(tmp_path) -> Path:
     """A made-up Market-1501 folder."""
     root = tmp_path / "Market-1501-v15.09.15"
-    for folder, names in FILES.items():
-        (root / folder).mkdir(parents=True)
-        for name in names:
-            (root / folder / name).write_bytes(content_of(f"{folder}/{name}"))
-    (root / "readme.txt").write_text("made up")
+    for name in [*reversed(NEW_NAMES), *LEFT_OUT, "readme.txt"]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content_of(name))
     return root
 
 
@@ -86,15 +81,9 @@ def assert_prepared(save_dir: Path) -> None:
     assert pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes()) == NEW_NAMES
     images = {new: content_of(original) for original, new in NEW_NAMES.items()}
     assert contents(save_dir / "images") == images
-    partitions = read_partitions(save_dir / "partitions.pkl")
-    named = {folder: [new for old, new in NEW_NAMES.items() if old.startswith(f"{folder}/")] for folder in FILES}
-    assert partitions.trainval_im_names == named["bounding_box_train"]
-    assert partitions.trainval_ids2labels == {2: 0, 7: 1}
-    assert partitions.test_im_names == named["query"] + named["gt_bbox"] + named["bounding_box_test"]
-    assert partitions.test_marks == [0] * 2 + [2] * 3 + [1] * 3
-    train, query, gallery = split_train_val(partitions.trainval_im_names, 100)
-    assert partitions.train_im_names == train
-    assert partitions.val_im_names == query + gallery
+    names = list(NEW_NAMES.values())
+    train, gallery, query, multi_query = names[:4], names[4:7], names[7:9], names[9:]
+    assert read_partitions(save_dir / "partitions.pkl") == build_partitions(train, query, gallery, multi_query)
 
 
 def test_a_folder_is_prepared_and_not_changed(raw, tmp_path):
@@ -153,8 +142,7 @@ def test_names_that_are_not_utf_8_are_prepared(raw, tmp_path):
     (raw / "bounding_box_test" / os.fsdecode(b"note.\xe9")).write_text("")
     save_dir = tmp_path / os.fsdecode(b"market_\xe9")
     command = [sys.executable, str(ROOT / "script" / SCRIPT), "--source", str(raw), "--save_dir", str(save_dir)]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
-    assert done.returncode == 0
+    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
     assert os.fsencode(save_dir) in done.stdout.splitlines()[-1]
     new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
     assert (save_dir / "images" / new_names[f"bounding_box_test/{name}"]).is_file()
@@ -174,14 +162,17 @@ def test_a_zip_entry_unpacks_to_no_more_than_it_declares(raw, tmp_path, declared
 
 def test_sources_that_are_not_market1501_are_refused(raw, tmp_path):
     save_dir = tmp_path / "market1501"
-    assert "not a zip file" in refusal(raw / "readme.txt", save_dir)
-    assert "bounding_box_train" in refusal(raw / "query", save_dir)
-    assert "inside the source" in refusal(tmp_path, save_dir)
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme.txt", "something else")
-    assert "bounding_box_train" in refusal(tmp_path / "other.zip", save_dir)
     (raw / "query" / "holiday.jpg").write_bytes(b"")
-    assert "query/holiday.jpg" in refusal(raw, save_dir)
+    for source, reason in (
+        (raw / "readme.txt", "not a zip file"),
+        (raw / "query", "bounding_box_train"),
+        (tmp_path / "other.zip", "bounding_box_train"),
+        (tmp_path, "inside the source"),
+        (raw, "query/holiday.jpg"),
+    ):
+        assert reason in refusal(source, save_dir)
     assert not save_dir.exists()
 
 
@@ -224,5 +215,4 @@ def test_the_script_prints_counts_and_the_next_command(command, raw, tmp_path):
     assert lines[-1] == f"next: python script/train.py --data_path={save_dir}"
     none = tmp_path / "none"
     for flags in (("--source", none, "--save_dir", tmp_path / "x"), ("--source", none), ("--sauce", none)):
-        done = command(SCRIPT, *flags)
-        assert done.status == 2 and done.out == "" and done.err.count("\n") == 1
+        assert_refused(command(SCRIPT, *flags))
