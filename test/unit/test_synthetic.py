@@ -2,15 +2,18 @@
 
 import os
 import pickle
-from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import contents, refusal
+import torch
+from conftest import assert_refused, contents, refusal
 
-from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY, parse_image_name, read_partitions
+from aligned_reid.data import TestImages, open_data
+from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY
+from aligned_reid.evaluation import Ranking, rank
 from aligned_reid.synthetic.make import make_synthetic
 
 NUM_IDS, NUM_CAMERAS, NUM_IMAGES = 24, 3, 4
@@ -22,71 +25,55 @@ def small_set(tmp_path_factory) -> Path:
     return make_synthetic(save_dir, NUM_IDS, NUM_CAMERAS, NUM_IMAGES, seed=3, num_workers=1)
 
 
-def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers_and_images(small_set, tmp_path):
+def test_images_depend_on_the_seed_and_not_on_the_number_of_workers_or_images(small_set, tmp_path):
     again = make_synthetic(tmp_path / "again", NUM_IDS, NUM_CAMERAS, NUM_IMAGES, seed=3, num_workers=2)
     assert contents(again) == contents(small_set)
-    fewer = make_synthetic(tmp_path / "fewer", 5, 2, 2, seed=3, num_workers=1)
-    assert contents(fewer / "images").items() <= contents(small_set / "images").items()
-
-
-def test_another_seed_gives_other_images_and_leaves_global_states(tmp_path):
     before, num_threads = np.random.get_state()[1].copy(), cv2.getNumThreads()
-    sets = [contents(make_synthetic(tmp_path / str(seed), 4, 2, 2, seed=seed, num_workers=1)) for seed in (1, 2)]
+    fewer, other = (
+        contents(make_synthetic(tmp_path / str(seed), 5, 2, 2, seed=seed, num_workers=1) / "images") for seed in (3, 4)
+    )
+    assert fewer.items() <= contents(small_set / "images").items()
+    assert fewer.keys() == other.keys() and not fewer.items() & other.items()
     assert (np.random.get_state()[1] == before).all() and cv2.getNumThreads() == num_threads
-    images = [name for name in sets[0] if name.startswith("images/")]
-    assert len(images) == 5 * 2 * 2
-    assert all(sets[0][name] != sets[1][name] for name in images)
 
 
 def test_images_are_of_one_size_and_parts_complete_with_all_marks_under_each_camera(small_set):
+    data = open_data(small_set)
     images = [cv2.imread(str(path)) for path in (small_set / "images").iterdir()]
     assert len(images) == (NUM_IDS + 1) * NUM_CAMERAS * NUM_IMAGES
     assert all(image.shape == (128, 64, 3) and image.std() > 5 for image in images)
-    partitions = read_partitions(small_set / "partitions.pkl")
-    names = sorted(os.listdir(small_set / "images"))
-    assert names == sorted(partitions.trainval_im_names + partitions.test_im_names)
-    assert sorted(partitions.trainval_im_names) == sorted(partitions.train_im_names + partitions.val_im_names)
+    names = sorted(os.listdir(data.images_dir))
+    assert names == sorted(data.partitions.trainval_im_names + data.partitions.test_im_names)
     assert sorted(pickle.loads((small_set / "ori_to_new_im_name.pkl").read_bytes()).values()) == names
-    marks = defaultdict(list)
-    for name, mark in zip(partitions.test_im_names, partitions.test_marks, strict=True):
-        person_id, camera, _ = parse_image_name(name)
-        marks[person_id, camera].append(mark)
-    for (person_id, _), of_pair in marks.items():
-        wanted = [GALLERY] * NUM_IMAGES if person_id == 0 else [QUERY, MULTI_QUERY, *[GALLERY] * (NUM_IMAGES - 2)]
-        assert sorted(of_pair) == sorted(wanted)
-    test_ids = {person_id for person_id, _ in marks}
-    assert len(partitions.trainval_ids2labels) == NUM_IDS * 3 // 4
-    assert 0 in test_ids and not partitions.trainval_ids2labels.keys() & test_ids
+    test = TestImages(data, include_multi_query=True)
+    assert len(data.partitions.trainval_ids2labels) == NUM_IDS * 3 // 4
+    assert 0 in test.person_ids and not data.partitions.trainval_ids2labels.keys() & set(test.person_ids)
+    for person, camera in product(set(test.person_ids), range(1, NUM_CAMERAS + 1)):
+        marks = test.marks[(test.person_ids == person) & (test.cameras == camera)]
+        expected = [GALLERY] * NUM_IMAGES if person == 0 else [QUERY, *[GALLERY] * (NUM_IMAGES - 2), MULTI_QUERY]
+        assert sorted(marks) == expected
+
+
+def ranked(save_dir: Path, part: str) -> tuple[Ranking, int]:
+    """The ranking of a part by raw pixels, and its number of queries."""
+    images = TestImages(open_data(save_dir), part, size=(128, 64))
+    pixels = images.load(range(len(images))).images.flatten(1).float()
+    split = [np.flatnonzero(images.marks == mark) for mark in (QUERY, GALLERY)]
+    labels = [values[rows] for values in (images.person_ids, images.cameras) for rows in split]
+    return rank(torch.cdist(pixels[split[0]], pixels[split[1]]), *labels), len(split[0])
 
 
 @pytest.mark.parametrize(("num_cameras", "num_images"), [(2, 2), (4, 5)])
-def test_queries_have_matches_under_other_cameras(tmp_path, num_cameras, num_images):
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_queries_have_matches_under_other_cameras(tmp_path, num_cameras, num_images, part):
     save_dir = make_synthetic(tmp_path / "set", 5, num_cameras, num_images, seed=1, num_workers=1)
-    partitions = read_partitions(save_dir / "partitions.pkl")
-    for part in ("val", "test"):
-        names, marks = getattr(partitions, f"{part}_im_names"), getattr(partitions, f"{part}_marks")
-        parsed = [(*parse_image_name(name), mark) for name, mark in zip(names, marks, strict=True)]
-        gallery = {(person, camera) for person, camera, _, mark in parsed if mark == GALLERY}
-        queries = [(person, camera) for person, camera, _, mark in parsed if mark == QUERY]
-        assert queries
-        for person, camera in queries:
-            assert any(other == person and place != camera for other, place in gallery)
+    ranking, num_queries = ranked(save_dir, part)
+    assert ranking.num_valid_queries == num_queries > 0
 
 
 def test_raw_pixels_find_less_than_half(tmp_path):
     large_set = make_synthetic(tmp_path / "set", 120, 3, 2, seed=3)  # among few people raw pixels do well
-    partitions = read_partitions(large_set / "partitions.pkl")
-    images = {mark: [] for mark in (QUERY, GALLERY, MULTI_QUERY)}
-    for name, mark in zip(partitions.test_im_names, partitions.test_marks, strict=True):
-        pixels = cv2.imread(str(large_set / "images" / name)).astype(np.float32).ravel()
-        images[mark].append((parse_image_name(name), pixels))
-    gallery = np.array([pixels for _, pixels in images[GALLERY]])
-    num_correct = 0
-    for query, pixels in images[QUERY]:
-        distances = np.linalg.norm(gallery - pixels, axis=1)
-        distances[[other[:2] == query[:2] for other, _ in images[GALLERY]]] = np.inf
-        num_correct += images[GALLERY][int(distances.argmin())][0].person_id == query.person_id
-    assert num_correct / len(images[QUERY]) < 0.5
+    assert ranked(large_set, "test")[0].cmc[0] < 0.5
 
 
 def test_an_interrupted_drawing_resumes(small_set, tmp_path):
@@ -136,5 +123,4 @@ def test_the_script_prints_counts_and_the_next_command(command, tmp_path):
     done = command("make_synthetic.py", f"--save_dir={save_dir}", "--num_ids=4", *numbers)
     assert done.status == 0, done.err
     assert "query" in done.out and f"python script/train.py --data_path='{save_dir}' --pretrained=none" in done.out
-    refused = command("make_synthetic.py", f"--save_dir={save_dir}", "--num_ids=3", *numbers)
-    assert refused.status == 2 and refused.err.count("\n") == 1 and "num_ids" in refused.err
+    assert_refused(command("make_synthetic.py", f"--save_dir={save_dir}", "--num_ids=3", *numbers), "num_ids")
