@@ -1,6 +1,5 @@
 """The cache of decoded images: the same bytes as from the files, built once, rebuilt if stale or damaged."""
 
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -12,6 +11,7 @@ import pytest
 import torch
 from conftest import full_disk, refusal
 from test_dataset import SIZE, epoch, write_data
+from torch import multiprocessing
 
 from aligned_reid import run
 from aligned_reid.config import Config
@@ -52,24 +52,12 @@ def test_batches_are_those_of_the_files(data, crop_prob, workers):
         image.unlink()  # nothing is read from there any more
     for batch, other in zip(epoch(cached, workers, epochs=3), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
-
-
-def test_cached_images_are_the_decoded_ones(data):
-    resized, original = open_train(data), open_train(data, crop_prob=0.5)
-    for index, name in enumerate(resized.image_names):
-        image = decode_image(data.images_dir / name)
-        assert np.array_equal(original.read(index), image)
-        assert np.array_equal(resized.read(index), resize_image(image, SIZE))
-    with pytest.raises(ValueError, match="read-only"):
-        original.read(0)[:] = 0
+    assert not cached.read(0).flags.writeable
 
 
 def test_it_is_built_once_for_each_size_and_list_of_images_and_logged(data):
     lines: list[str] = []
-    first = open_train(data, lines)
-    built = cache_file(data).stat().st_mtime_ns
-    second = open_train(data, lines)
-    assert cache_file(data).stat().st_mtime_ns == built
+    first, second = open_train(data, lines), open_train(data, lines)
     assert f"{cache_file(data)}: 24 images" in lines[0] and f"{cache_file(data)} holds 24" in lines[1]
     assert np.array_equal(first.read(3), second.read(3))
     open_train(data, crop_prob=0.5)
@@ -83,10 +71,10 @@ def test_it_is_built_once_for_each_size_and_list_of_images_and_logged(data):
 def test_a_stale_one_is_rebuilt(data, monkeypatch, change):
     open_train(data)
     first, second = (data.images_dir / name for name in data.partitions.trainval_im_names[:2])
-    if change == "date":
-        os.utime(first, ns=(1, 1))
-    elif change == "content":
+    if change == "content":
         shutil.copyfile(second, first)
+    elif change == "date":
+        os.utime(first, ns=(1, 1))
     else:
         monkeypatch.setattr("simplejpeg.__version__", "0")
     lines: list[str] = []
@@ -111,10 +99,9 @@ def test_a_damaged_one_is_rebuilt(data, damage, suffix):
     before = open_train(data).read(5).copy()
     DAMAGES[damage](cache_file(data).with_suffix(suffix))
     lines: list[str] = []
-    assert np.array_equal(open_train(data, lines).read(5), before)
-    assert "rebuilding" in lines[0]
-    open_train(data, lines)
-    assert lines[-1].endswith("holds 24 images")
+    for _ in range(2):
+        assert np.array_equal(open_train(data, lines).read(5), before)
+    assert "rebuilding" in lines[0] and lines[-1].endswith("holds 24 images")
 
 
 def test_a_cache_that_is_damaged_after_it_was_opened_is_one_line(data):
@@ -167,7 +154,7 @@ def test_a_bad_image_is_named(data):
     image = data.images_dir / data.partitions.trainval_im_names[5]
     image.write_bytes(b"")
     for crop_prob in (0.0, 0.5):
-        assert f"{image.name} is empty" in refusal(open_train, data, crop_prob=crop_prob)
+        assert image.name in refusal(open_train, data, crop_prob=crop_prob)
     image.unlink()
     assert image.name in refusal(open_train, data)
 
@@ -181,7 +168,6 @@ def test_workers_get_its_name_only_and_none_is_started_if_images_are_only_copied
 
 
 def open_as_rank(rank: int, port: int, data: ReidData, folder: Path) -> None:
-    """One of two ranks that open their images' cache."""
     os.environ["MASTER_PORT"] = str(port)
     world = World(rank, 2, rank)
     open_group(world, "gloo")
@@ -194,14 +180,7 @@ def open_as_rank(rank: int, port: int, data: ReidData, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_of_several_ranks_the_first_builds_it(data, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["aligned_reid.run"])
-    port = free_port()
-    running = [context.Process(target=open_as_rank, args=(rank, port, data, tmp_path)) for rank in range(2)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join(timeout=60)
-    assert [process.exitcode for process in running] == [0, 0]
+    multiprocessing.set_forkserver_preload(["aligned_reid.run"])
+    multiprocessing.start_processes(open_as_rank, (free_port(), data, tmp_path), nprocs=2, start_method="forkserver")
     assert (tmp_path / "log.txt").read_text().startswith(f"image cache {cache_file(data)}: 24 images, ")
     assert np.array_equal(*(np.load(tmp_path / f"rank{rank}.npy") for rank in range(2)))
