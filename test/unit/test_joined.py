@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from conftest import TINY, contents, refusal
+from conftest import TINY, assert_refused, contents, full_disk, refusal
 
 from aligned_reid.data import make_synthetic, parse_image_name, read_partitions
 from aligned_reid.data.partitions import Partitions, write_partitions
@@ -45,11 +45,8 @@ def test_identities_cameras_and_labels_are_kept_apart(tiny_data, other_data, tmp
 
 
 def test_images_are_copied_where_links_are_impossible(tiny_data, other_data, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError("Invalid cross-device link")
-
     linked = prepare_joined([tiny_data, other_data], tmp_path / "linked")
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", full_disk)
     copied = prepare_joined([tiny_data, other_data], tmp_path / "copied")
     for path in (linked / "images").iterdir():
         copy = copied / "images" / path.name
@@ -77,12 +74,8 @@ def test_mistakes_are_refused(command, tiny_data, other_data, tmp_path):
     (tmp_path / "x" / "tiny").symlink_to(other_data)
     (tmp_path / "again").symlink_to(tiny_data)
     assert "two or more" in refusal(prepare_joined, [tiny_data], tmp_path / "joined")
-    for source, reason in (
-        ("none", "does not exist"),
-        ("empty", "has no"),
-        ("again", "twice"),
-        ("x/tiny", "called"),
-    ):
+    reasons = {"none": "does not exist", "empty": "has no", "again": "twice", "x/tiny": "called"}
+    for source, reason in reasons.items():
         assert reason in refusal(prepare_joined, [tiny_data, tmp_path / source], tmp_path / "joined")
     assert "inside the source" in refusal(prepare_joined, [tiny_data, other_data], tiny_data / "joined")
     (tmp_path / "empty" / "images").mkdir()
@@ -91,14 +84,12 @@ def test_mistakes_are_refused(command, tiny_data, other_data, tmp_path):
     assert "10002" in refusal(prepare_joined, [tiny_data, tmp_path / "empty"], tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
     for flags in ((), ("--sources", tiny_data), ("--sources", tiny_data, "--save_dir", tmp_path / "joined")):
-        done = command("prepare_joined.py", *flags)
-        assert done.status == 2 and done.out == "" and done.err.count("\n") == 1
+        assert_refused(command("prepare_joined.py", *flags))
 
 
 def test_a_folder_with_anything_else_is_refused(tiny_data, other_data, tmp_path):
     copy = shutil.copytree(tiny_data, tmp_path / "copy")
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "thesis.txt").touch()
+    (tmp_path / "notes" / "mine").mkdir(parents=True)
     joined = prepare_joined([tiny_data, other_data], tmp_path / "joined")
     for save_dir in (copy, tmp_path / "notes", joined):
         before = contents(save_dir)
@@ -112,15 +103,14 @@ def test_the_join_is_trained_on_and_each_set_tested(command, tiny_data, other_da
     assert done.status == 0, done.err
     assert done.out.splitlines()[0].split() == ["trainval", "108", "images,", "18", "identities"]
     assert f"--data_path={joined}" in done.out and f"--data_path={other_data}" in done.out
-    done = command("train.py", f"--data_path={joined}", *TINY, "--total_epochs=1", f"--exp_dir={run}")
-    assert done.status == 0, done.err
-    test = ("--only_test=true", f"--model_weight_file={run}", f"--exp_dir={tmp_path / 'test'}")
 
-    def scores(*flags):
-        done = command("train.py", *TINY, *test, *flags)
+    def scores(*flags, folder=tmp_path / "test"):
+        done = command("train.py", *TINY, f"--exp_dir={folder}", *flags)
         assert done.status == 0, done.err
-        return json.loads((tmp_path / "test" / "results.json").read_text())["global"]
+        return json.loads((folder / "results.json").read_text())["global"]
 
-    assert scores(f"--data_path={tiny_data}") == json.loads((run / "results.json").read_text())["global"]
-    in_join = scores(f"--data_path={joined}", f"--partition_file={joined / 'partitions_other.pkl'}")
-    assert in_join == scores(f"--data_path={other_data}")
+    of_run = scores(f"--data_path={joined}", "--total_epochs=1", folder=run)
+    test = ("--only_test=true", f"--model_weight_file={run}")
+    assert scores(*test, f"--data_path={tiny_data}") == of_run
+    in_join = scores(*test, f"--data_path={joined}", f"--partition_file={joined / 'partitions_other.pkl'}")
+    assert in_join == scores(*test, f"--data_path={other_data}")

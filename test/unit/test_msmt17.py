@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import contents, preparation_refusal
+from conftest import assert_refused, contents, preparation_refusal
 from PIL import Image
 
-from aligned_reid.data.partitions import read_partitions
+from aligned_reid.data.partitions import build_partitions, read_partitions
 from aligned_reid.data.prepare.jpeg import encode_jpeg
 from aligned_reid.data.prepare.msmt17 import find_raw_msmt17, prepare_msmt17
 from aligned_reid.data.transforms import decode_image
@@ -24,22 +24,21 @@ ROWS = [  # list, image and new name
     ("gallery", "0003/0003_000_14_0303morning_0040_0.jpg", "00000005_0014_00000000.jpg"),
     ("query", "0000/0000_000_14_0303morning_0025_0.jpg", "00000002_0014_00000001.jpg"),
 ]
-NEW_NAMES = {f"{'train' if part in ('train', 'val') else 'test'}/{name}": new for part, name, new in ROWS}
-LISTS = {f"list_{part}.txt": [] for part in ("train", "val", "query", "gallery")}
-for part, name, _ in ROWS:
-    LISTS[f"list_{part}.txt"].append(f"{name} {int(name[:4])}")
+FOLDERS = {"train": "train", "val": "train", "gallery": "test", "query": "test"}
+LISTS = [f"list_{part}.txt" for part in FOLDERS]
+NEW_NAMES = {f"{FOLDERS[part]}/{name}": new for part, name, new in ROWS}
 
 refusal = partial(preparation_refusal, prepare_msmt17)
 
 
-def write_raw(root: Path, train: str = "train", test: str = "test") -> Path:
-    for name, lines in LISTS.items():
-        folder = root / (train if name in ("list_train.txt", "list_val.txt") else test)
-        for line in lines:
-            file = folder / line.split()[0]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(encode_jpeg(np.full((8, 4, 3), len(list(root.rglob("*.jpg"))), np.uint8)))
-        (root / name).write_text("\n".join(lines) + "\n")
+def write_raw(root: Path, **names: str) -> Path:
+    """names: of the folders train and test, if they are others."""
+    for number, (part, name, _) in enumerate(ROWS):
+        file = root / names.get(FOLDERS[part], FOLDERS[part]) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode_jpeg(np.full((8, 4, 3), number, np.uint8)))
+        with open(root / f"list_{part}.txt", "a") as lines:
+            lines.write(f"{name} {int(name[:4])}\n")
     return root
 
 
@@ -54,27 +53,25 @@ def test_persons_of_the_test_are_numbered_after_those_of_training(raw, tmp_path)
     assert contents(raw) == before
     assert pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes()) == NEW_NAMES
     assert contents(save_dir / "images") == {new: before[original] for original, new in NEW_NAMES.items()}
-    partitions = read_partitions(save_dir / "partitions.pkl")
-    assert partitions.trainval_im_names == list(NEW_NAMES.values())[:4]
-    assert partitions.trainval_ids2labels == {0: 0, 1: 1}
-    assert partitions.test_im_names == [list(NEW_NAMES.values())[-1], *list(NEW_NAMES.values())[4:-1]]
-    assert partitions.test_marks == [0, 1, 1, 1]
+    names = list(NEW_NAMES.values())
+    expected = build_partitions(names[:4], query=names[7:], gallery=names[4:7])
+    assert read_partitions(save_dir / "partitions.pkl") == expected
 
 
-@pytest.mark.parametrize("folders", [("mask_train_v2", "mask_test_v2"), ("mask_train_V2", "mask_test_V2")])
-def test_version_2_is_found_in_the_folder_around_it(tmp_path, folders):
-    write_raw(tmp_path / "download" / "MSMT17_V2", *folders)
+@pytest.mark.parametrize("version", ["v2", "V2"])
+def test_version_2_is_found_in_the_folder_around_it(tmp_path, version):
+    folders = {part: f"mask_{part}_{version}" for part in ("train", "test")}
+    write_raw(tmp_path / "download" / "MSMT17_V2", **folders)
     save_dir = prepare_msmt17(tmp_path / "download", tmp_path / "msmt17")
     new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
     assert list(new_names.values()) == list(NEW_NAMES.values())
-    assert {name.split("/")[0] for name in new_names} == set(folders)
+    assert {name.split("/")[0] for name in new_names} == set(folders.values())
 
 
 def test_images_of_other_kinds_become_jpegs(raw, tmp_path):
-    query = raw / "test" / LISTS["list_query.txt"][0].split()[0]
+    gallery, query = raw / list(NEW_NAMES)[4], raw / list(NEW_NAMES)[7]
     Image.open(query).save(query.with_suffix(".PNG"))
     query.unlink()
-    gallery = raw / "test" / LISTS["list_gallery.txt"][0].split()[0]
     Image.open(gallery).save(gallery, "PNG")
     save_dir = prepare_msmt17(raw, tmp_path / "msmt17")
     new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
@@ -118,5 +115,4 @@ def test_the_data_set_is_recognized_and_the_command_prints_the_next_one(command,
     assert done.status == 0, done.err
     assert done.out.splitlines()[0].split()[:2] == ["trainval", "4"]
     assert f"--dataset=msmt17 --data_path={tmp_path / 'msmt17'}" in done.out
-    refused = command("prepare_msmt17.py", "--source", raw / "train", "--save_dir", tmp_path / "x")
-    assert refused.status == 2 and refused.err.count("\n") == 1
+    assert_refused(command("prepare_msmt17.py", "--source", raw / "train", "--save_dir", tmp_path / "x"))
