@@ -1,7 +1,6 @@
 """Any image file as an upright JPEG: modes, orientation, and images that are refused."""
 
 import io
-import re
 
 import cv2
 import numpy as np
@@ -91,12 +90,10 @@ MODES = {
 def test_every_mode_is_converted_to_8_bit_rgb(tmp_path, mode):
     ending, image, options, expected = MODES[mode]
     image.save(tmp_path / f"image.{ending}", **options)
-    expected = np.asarray(expected, dtype=np.float64)
-    expected = expected if expected.ndim == 3 else expected[..., None]
     shown = simplejpeg.decode_jpeg(read_as_jpeg(tmp_path / f"image.{ending}"))
     assert shown.shape == (32, 64, 3)
-    assert np.abs(shown - expected).max() <= 8  # encoding loss
-    assert np.abs((shown - expected).mean()) < 1
+    loss = shown - np.reshape(expected, (32, 64, -1)).astype(np.float64)
+    assert np.abs(loss).max() <= 8 and np.abs(loss.mean()) < 1
 
 
 def test_16_bit_colors_lose_their_low_byte(tmp_path):
@@ -113,9 +110,8 @@ def test_values_of_unknown_range_are_refused(tmp_path, values):
     assert "8 bits per channel" in refusal(read_as_jpeg, tmp_path / "image.tif")
 
 
-@pytest.mark.parametrize(
-    ("kind", "orientation"), [*(("jpeg", number) for number in range(2, 9)), ("png", 6), ("webp", 3)]
-)
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
 def test_turned_images_become_upright(picture, tmp_path, kind, orientation):
     path = tmp_path / f"image.{kind}"
     Image.fromarray(picture).save(path, exif=turned(orientation), quality=95)
@@ -134,7 +130,7 @@ def test_images_that_are_too_large_are_named(tmp_path, monkeypatch):
         file.truncate(101 * 10**6)
     for name, reason in (("image.png", "100 million pixels"), ("image.jpg", "101 MB")):
         message = refusal(read_as_jpeg, tmp_path / name)
-        assert reason in message and str(tmp_path / name) in message
+        assert reason in message and name in message
 
 
 def test_postscript_is_refused_without_running_a_program(tmp_path):
@@ -147,9 +143,10 @@ def test_damaged_images_are_named(picture, tmp_path, kind):
     path = tmp_path / f"image.{kind}"
     Image.fromarray(picture).save(path)
     content = path.read_bytes()
-    for size, reason in ((len(content) // 2, "cut off|damaged"), (0, "empty")):
-        path.write_bytes(content[:size])
-        message = refusal(read_as_jpeg, path)
-        assert re.search(reason, message) and str(path) in message
+    path.write_bytes(content[: len(content) // 2])
+    message = refusal(read_as_jpeg, path)
+    assert str(path) in message and ("cut off" in message or "damaged" in message)
+    path.write_bytes(b"")
+    assert "empty" in refusal(read_as_jpeg, path)
     path.unlink()
     assert "is missing" in refusal(read_as_jpeg, path)

@@ -2,12 +2,14 @@
 
 import pickle
 import shlex
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import contents, refusal
 
-from aligned_reid.data.partitions import format_image_name, read_partitions
+from aligned_reid.data.partitions import build_partitions, read_partitions
 from aligned_reid.data.prepare.layout import Row, describe, write_table
 from aligned_reid.data.prepare.sources import check_paths, find_image, folders_to_look_in, prepare_command
 
@@ -19,24 +21,23 @@ TABLE = [
     Row("e", 5, 1, "query"),
     Row("f", 5, 1, "multi_query"),
 ]
-NUMBERS = {"a": (1, 1, 0), "b": (1, 1, 1), "c": (2, 3, 0), "d": (5, 2, 0), "e": (5, 1, 0), "f": (5, 1, 1)}
-NEW_NAMES = {original: format_image_name(*numbers) for original, numbers in NUMBERS.items()}
+NEW_NAMES = {
+    "a": "00000001_0001_00000000.jpg",
+    "b": "00000001_0001_00000001.jpg",
+    "c": "00000002_0003_00000000.jpg",
+    "d": "00000005_0002_00000000.jpg",
+    "e": "00000005_0001_00000000.jpg",
+    "f": "00000005_0001_00000001.jpg",
+}
 
 
-def read(original: str) -> bytes:
+def read(original: str, interrupt_at: str = "") -> bytes:
+    if original == interrupt_at:
+        raise KeyboardInterrupt
     return original.encode() * 9
 
 
 IMAGES = {new: read(original) for original, new in NEW_NAMES.items()}
-
-
-def interrupt_at(original: str):
-    def read_or_stop(name: str) -> bytes:
-        if name == original:
-            raise KeyboardInterrupt
-        return read(name)
-
-    return read_or_stop
 
 
 def test_images_maps_and_partitions_are_written(tmp_path, capsys):
@@ -45,10 +46,9 @@ def test_images_maps_and_partitions_are_written(tmp_path, capsys):
     assert contents(save_dir / "images") == IMAGES
     assert pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes()) == NEW_NAMES
     assert (save_dir / "names.json").read_bytes() == b"{}"
-    partitions = read_partitions(save_dir / "partitions.pkl")
-    assert partitions.trainval_im_names == [NEW_NAMES[original] for original in "abc"]
-    assert partitions.test_im_names == [NEW_NAMES[original] for original in "efd"]
-    assert partitions.test_marks == [0, 2, 1]
+    train, gallery, query, multi_query = (list(map(NEW_NAMES.get, part)) for part in ("abc", "d", "e", "f"))
+    expected = build_partitions(train, query, gallery, multi_query, num_val_ids=1)
+    assert read_partitions(save_dir / "partitions.pkl") == expected
     assert capsys.readouterr().err.splitlines()[-1] == "wrote 6 of 6 images"
     lines = describe(save_dir, dataset="x").splitlines()
     assert lines[0].split() == ["trainval", "3", "images,", "2", "identities"]
@@ -57,25 +57,21 @@ def test_images_maps_and_partitions_are_written(tmp_path, capsys):
 
 def test_an_interrupted_preparation_resumes(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        write_table(tmp_path, TABLE, interrupt_at("e"))
+        write_table(tmp_path, TABLE, partial(read, interrupt_at="e"))
     assert not (tmp_path / "partitions.pkl").exists()
     images = tmp_path / "images"
-    before = {path: path.stat().st_mtime_ns for path in images.iterdir()}
-    assert len(before) == 4
-    # A power failure can truncate an image; a killed process leaves its temporary file.
-    (images / NEW_NAMES["a"]).write_bytes(b"")
-    (images / ".00000005_0001_00000001.jpg.7.tmp").write_bytes(b"half")
+    truncated, *kept = sorted(images.iterdir())
+    assert len(kept) == 3
+    dates = [path.stat().st_mtime_ns for path in kept]
+    truncated.write_bytes(b"")  # as a power failure can do
+    (images / ".00000005_0001_00000001.jpg.7.tmp").write_bytes(b"half")  # of a killed process
     write_table(tmp_path, TABLE, read)
     assert contents(images) == IMAGES
-    del before[images / NEW_NAMES["a"]]
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert [path.stat().st_mtime_ns for path in kept] == dates
 
 
 def test_a_write_stopped_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "replace", stop)
+    monkeypatch.setattr(Path, "replace", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_table(tmp_path, TABLE, read)
     assert [path.name for path in tmp_path.iterdir()] == ["images"] and not list((tmp_path / "images").iterdir())
@@ -86,22 +82,21 @@ def test_partitions_are_removed_before_images_change_their_meaning(tmp_path):
     swapped = [TABLE[1], TABLE[0], *TABLE[2:]]
     for table in (TABLE, swapped):
         with pytest.raises(KeyboardInterrupt):
-            write_table(tmp_path, table, interrupt_at("a"))
+            write_table(tmp_path, table, partial(read, interrupt_at="a"))
         assert (tmp_path / "partitions.pkl").exists() == (table is TABLE)
     write_table(tmp_path, swapped, read)
     assert (tmp_path / "images" / NEW_NAMES["a"]).read_bytes() == read("b")
 
 
-def test_an_image_that_is_listed_twice_and_unusable_folders_are_refused(tmp_path):
+def test_an_image_that_is_listed_twice_and_a_folder_of_other_images_are_refused(tmp_path):
     assert "e twice" in refusal(write_table, tmp_path / "set", [*TABLE, Row("e", 5, 9, "gallery")], read)
     assert not (tmp_path / "set").exists()
-    (tmp_path / "file").touch()
-    assert "cannot write" in refusal(write_table, tmp_path / "file" / "set", TABLE, read)
     other = tmp_path / "images" / "00000009_0001_00000000.jpg"
     other.parent.mkdir()
     other.write_bytes(b"other")
     assert other.name in refusal(write_table, tmp_path, TABLE, read)
     assert list(other.parent.iterdir()) == [other]
+    assert "cannot write" in refusal(write_table, other / "set", TABLE, read)
 
 
 def test_nothing_is_written_into_a_source(tmp_path):
