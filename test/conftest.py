@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,11 +58,15 @@ def make_small_trunk():
     return nn.Sequential(OrderedDict(layers))
 
 
+def with_small_trunk(patch):
+    """Let models have make_small_trunk's until `patch` is undone."""
+    for module in ("model", "preflight"):
+        patch.setattr(f"aligned_reid.{module}.make_trunk", make_small_trunk)
+
+
 @pytest.fixture
 def small_trunk(monkeypatch):
-    """Models with make_small_trunk's."""
-    for module in ("model", "preflight"):
-        monkeypatch.setattr(f"aligned_reid.{module}.make_trunk", make_small_trunk)
+    with_small_trunk(monkeypatch)
 
 
 def refusal(function, *arguments, **named):
@@ -166,14 +171,16 @@ def run_script(name, *arguments, cwd=None, environment=None, timeout=240):
 RATES = {"at_fmr": {"0.001": {"threshold": 0.5, "tmr": 0.9}}}
 
 
-@pytest.fixture
-def tiny_run(small_trunk, tmp_path):
+@pytest.fixture(scope="session")
+def shared_run(tmp_path_factory):
     """A run folder with a small model for images of 64 x 32, a local branch, unit length and a threshold of 0.5."""
-    torch.manual_seed(0)
-    model = AlignedReID(None, pretrained="none")
-    config = Config.of(resize_h_w=(64, 32), l_loss_weight=1.0, normalize_feature=True)
-    folder = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("shared") / "run"
     folder.mkdir()
+    config = Config.of(resize_h_w=(64, 32), l_loss_weight=1.0, normalize_feature=True)
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        with_small_trunk(patch)
+        model = AlignedReID(None, pretrained="none")
     write_safetensors(folder / "model.safetensors", model.state_dict(), config.to_dict())
     verification = {"measured_on": "drawn", "global": RATES}
     (folder / "results.json").write_text(json.dumps({"verification": verification}))
@@ -181,5 +188,14 @@ def tiny_run(small_trunk, tmp_path):
 
 
 @pytest.fixture
-def reid(tiny_run):
-    return ReID.from_pretrained(tiny_run, "cpu")
+def tiny_run(shared_run, tmp_path, small_trunk):
+    """A copy of shared_run that a test may change."""
+    return shutil.copytree(shared_run, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def reid(shared_run):
+    """The model of shared_run, opened once: that compares the results of its layers, which takes a while."""
+    with pytest.MonkeyPatch.context() as patch:
+        with_small_trunk(patch)
+        return ReID.from_pretrained(shared_run, "cpu")
