@@ -40,6 +40,16 @@ def tiny_flags(tiny_data):
     return (f"--data_path={tiny_data}", *TINY)
 
 
+@pytest.fixture
+def photos(tiny_data, tmp_path):
+    """A folder of twelve photos, with a folder in it."""
+    folder = tmp_path / "photos"
+    (folder / "inner").mkdir(parents=True)
+    for number, path in enumerate(sorted((tiny_data / "images").iterdir())[:12]):
+        shutil.copy(path, folder / ("inner" if number % 2 else "") / path.name)
+    return folder
+
+
 def tiny_config(data, folder, **settings):
     """Settings of a run of two epochs that takes seconds."""
     common = {"data_path": str(data), "exp_dir": str(folder), "pretrained": "none", "resize_h_w": (64, 32), "seed": 1}

@@ -15,16 +15,6 @@ from aligned_reid.inference.nearest import group_features, nearest
 
 
 @pytest.fixture
-def photos(tiny_data, tmp_path):
-    """A folder of twelve photos, with a folder in it."""
-    folder = tmp_path / "photos"
-    (folder / "inner").mkdir(parents=True)
-    for number, path in enumerate(sorted((tiny_data / "images").iterdir())[:12]):
-        shutil.copy(path, folder / ("inner" if number % 2 else "") / path.name)
-    return folder
-
-
-@pytest.fixture
 def seen(reid, monkeypatch):
     """The names of the images that the model computes, in their order."""
     names, embed = [], reid.embed

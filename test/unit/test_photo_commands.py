@@ -12,15 +12,6 @@ from aligned_reid.commands import main
 
 
 @pytest.fixture
-def photos(tiny_data, tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for path in sorted((tiny_data / "images").iterdir())[:8]:
-        shutil.copy(path, folder / path.name)
-    return folder
-
-
-@pytest.fixture
 def aligned_reid(monkeypatch, capfd, tiny_run):
     """Run `aligned-reid <name> ...` with the tiny model, in this process."""
 
@@ -71,15 +62,15 @@ def test_group_writes_a_table_and_copies(aligned_reid, photos, tmp_path):
     shutil.copy(some(photos)[0], photos / "two\nlines.jpg")
     persons, copies = tmp_path / "persons.csv", tmp_path / "copies"
     done = aligned_reid("group", photos, "--threshold=0.01", f"--csv={persons}", f"--copy_to={copies}")
-    assert done.status == 0 and "9 photos of 8 persons" in done.out and r"two\nlines.jpg" not in done.out
+    assert done.status == 0 and "13 photos of 12 persons" in done.out and r"two\nlines.jpg" not in done.out
     with open(persons, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["person"] for row in rows[:3]] == ["1", "1", "2"]
     assert all((tmp_path / row["path"]).is_file() for row in rows)
     assert sorted(path.name for path in (copies / "00001").iterdir()) == [some(photos)[0].name, "two\nlines.jpg"]
-    assert len(list(copies.iterdir())) == 8
+    assert len(list(copies.iterdir())) == 12
     again = aligned_reid("group", photos, "--json")
-    assert sum(len(group["paths"]) for group in json.loads(again.out)) == 9
+    assert sum(len(group["paths"]) for group in json.loads(again.out)) == 13
 
 
 @pytest.mark.parametrize(
