@@ -1,8 +1,8 @@
 """Weights of other projects: their names, the layers after pooling, and networks that are refused."""
 
 import copy
-import functools
 import json
+from functools import cache, partial
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from aligned_reid.model import AlignedReID
 REFERENCE = json.loads((GOLDEN / "reference_state_dict.json").read_text())
 
 
-@functools.cache
+@cache
 def resnet50():
     """With random weights, which take a while to draw."""
     return torchvision.models.resnet50(weights=None)
@@ -26,7 +26,7 @@ def resnet50():
 class Theirs(nn.Module):
     """A ResNet-50 as another project computes it: stem, stride, pooling and layers after it."""
 
-    def __init__(self, last_stride=2, neck=None, relu=True, ceil=False, gem=0.0):
+    def __init__(self, last_stride=2, neck=nn.Identity, relu=True, ceil=False, gem=0.0):
         super().__init__()
         self.net = copy.deepcopy(resnet50())
 
@@ -36,7 +36,7 @@ class Theirs(nn.Module):
             self.net.relu = nn.Identity()
         if ceil:
             self.net.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True)
-        self.neck, self.gem = neck or nn.Identity(), gem
+        self.neck, self.gem = neck(), gem
         for module in self.modules():  # batch norms that change something
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 nn.init.uniform_(module.weight, 0.1, 0.4)
@@ -48,67 +48,64 @@ class Theirs(nn.Module):
         pooled = x.clamp(min=1e-6).pow(self.gem).mean((2, 3)).pow(1 / self.gem) if self.gem else x.mean((2, 3))
         return self.neck(pooled)
 
-    def state(self, trunk, neck=""):
-        inner = {trunk + name: value for name, value in self.net.state_dict().items()}
-        return inner | {neck + name: value for name, value in self.neck.state_dict().items()}
+
+def embedding(*layers):
+    return nn.Sequential(nn.Linear(2048, 512), nn.BatchNorm1d(512), *layers)
 
 
-def fast_reid(gem=0.0):
-    theirs = Theirs(1, nn.Sequential(nn.BatchNorm1d(2048)), ceil=True, gem=gem)
-    state = theirs.state("backbone.", "heads.bottleneck.") | {"heads.weight": torch.zeros(751, 2048)}
-    if gem:
-        state["heads.pool_layer.p"] = torch.full((1,), gem)
-    return theirs, state
-
-
-def early_fast_reid():
-    theirs = Theirs(1, nn.BatchNorm1d(2048), ceil=True)
-    return theirs, theirs.state("backbone.", "heads.bnneck.")
-
-
-def strong_baseline():
-    theirs = Theirs(1, nn.BatchNorm1d(2048), relu=False)
-    return theirs, theirs.state("base.", "bottleneck.") | {"classifier.weight": torch.zeros(751, 2048)}
-
-
-def layumi():
-    theirs = Theirs(2, nn.Sequential(nn.Linear(2048, 512), nn.BatchNorm1d(512)))
-    state = theirs.state("model.", "classifier.add_block.")
-    return theirs, state | {"model.fc.weight": torch.zeros(1), "classifier.classifier.0.weight": torch.zeros(751, 512)}
-
-
-def torchreid():
-    theirs = Theirs(2)
-    return theirs, theirs.state("") | {"classifier.weight": torch.zeros(751, 2048)}
-
-
-def torchreid_fc512():
-    theirs = Theirs(1, nn.Sequential(nn.Linear(2048, 512), nn.BatchNorm1d(512), nn.ReLU()))
-    return theirs, theirs.state("module.", "module.fc.") | {"module.classifier.weight": torch.zeros(751, 512)}
-
-
+CLASSIFIER = torch.zeros(751, 2)
+FAST_REID = {"last_stride": 1, "ceil": True, "neck": partial(nn.BatchNorm1d, 2048)}
+# How each project's network differs, the prefixes of the trunk and of the layers after pooling, and its other weights.
 FILES = {
-    "fast-reid": fast_reid,
-    "fast-reid, GeM": lambda: fast_reid(gem=2.5),
-    "fast-reid, early": early_fast_reid,
-    "reid-strong-baseline": strong_baseline,
-    "Person_reID_baseline_pytorch": layumi,
-    "torchreid (resnet50)": torchreid,
-    "torchreid (resnet50_fc512)": torchreid_fc512,
+    "fast-reid": (FAST_REID, "backbone.", "heads.bottleneck.0.", {"heads.weight": CLASSIFIER}),
+    "fast-reid, GeM": (
+        {**FAST_REID, "gem": 2.5},
+        "backbone.",
+        "heads.bottleneck.0.",
+        {"heads.weight": CLASSIFIER, "heads.pool_layer.p": torch.full((1,), 2.5)},
+    ),
+    "fast-reid, early": (FAST_REID, "backbone.", "heads.bnneck.", {}),
+    "reid-strong-baseline": (
+        {"last_stride": 1, "relu": False, "neck": partial(nn.BatchNorm1d, 2048)},
+        "base.",
+        "bottleneck.",
+        {"classifier.weight": CLASSIFIER},
+    ),
+    "Person_reID_baseline_pytorch": (
+        {"neck": embedding},
+        "model.",
+        "classifier.add_block.",
+        {"model.fc.weight": CLASSIFIER, "classifier.classifier.0.weight": CLASSIFIER},
+    ),
+    "torchreid (resnet50)": ({}, "", "", {"classifier.weight": CLASSIFIER}),
+    "torchreid (resnet50_fc512)": (
+        {"last_stride": 1, "neck": partial(embedding, nn.ReLU())},
+        "module.",
+        "module.fc.",
+        {"module.classifier.weight": CLASSIFIER},
+    ),
 }
+
+
+def make_file(name):
+    """A project's network, and the weights in its file."""
+    options, trunk, neck, others = FILES[name]
+    theirs = Theirs(**options)
+    state = {trunk + key: value for key, value in theirs.net.state_dict().items()}
+    return theirs, state | {neck + key: value for key, value in theirs.neck.state_dict().items()} | others
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_features_are_those_of_the_project(name):
     torch.manual_seed(0)
-    theirs, state = FILES[name]()
+    theirs, state = make_file(name)
     project, wrapper = find_project(state, "w")
     assert project.name == name.split(",")[0]
     model, report = open_foreign(state, project, wrapper, "w", dict(project.settings))
     assert "265 of 265" in report and "local head not loaded" in report
     assert ("layers after pooling loaded" in report) == bool(theirs.neck.state_dict())
-    classifier = ("heads.weight", "classifier.weight", "classifier.0.weight", "model.fc.weight")
-    assert all(name.removeprefix("module.") in report for name in state if name.endswith(classifier))
+    classifiers = [key for key, value in state.items() if value is CLASSIFIER]
+    assert all(key.removeprefix("module.") in report for key in classifiers)
     images = torch.randn(2, 3, 64, 32)
     with torch.inference_mode():
         expected, found = theirs.eval()(images), model.eval()(images).global_feat
@@ -116,7 +113,7 @@ def test_the_features_are_those_of_the_project(name):
 
 
 def test_layers_that_do_not_fit_are_refused():
-    _, state = layumi()
+    _, state = make_file("Person_reID_baseline_pytorch")
     state["classifier.add_block.1.running_mean"] = torch.zeros(7)
     assert "layers after pooling" in refusal(open_foreign, state, *find_project(state, "w"), "w", {})
 
@@ -154,7 +151,7 @@ def test_our_own_weights_and_the_references_are_of_no_other_project():
 
 
 def test_a_file_of_another_project_is_opened_with_its_test_settings(tmp_path):
-    _, state = fast_reid()
+    _, state = make_file("fast-reid")
     torch.save({"model": state, "iteration": 1}, tmp_path / "model_best.pth")
     lines = []
     reid = ReID.from_pretrained(tmp_path / "model_best.pth", "cpu", lines.append, resize_h_w=(64, 32))
