@@ -51,8 +51,7 @@ def test_image_name_parses_and_formats():
 
 
 def test_invalid_image_names_and_numbers_are_refused():
-    numbered = (f"{NAME[:-4]}.png", f"{NAME}\n", f"../{NAME[3:]}", f"-{NAME[1:]}", f"٠{NAME[1:]}")
-    for name in ("0001_c1s1_001051_00.jpg", *numbered, ""):
+    for name in (f"{NAME[:-4]}.png", f"{NAME}\n", f"../{NAME[3:]}", f"-{NAME[1:]}", f"٠{NAME[1:]}", ""):
         assert ascii(name) in refusal(parse_image_name, name)
     for numbers in ((-1, 1, 0), (10**8, 1, 0), (1, 10**4, 0), (1, 1, 10**8)):
         refusal(format_image_name, *numbers)
@@ -75,8 +74,7 @@ def test_split_keeps_identities_without_a_match_in_train():
     # One image per camera: the first query has no match in the gallery and becomes the match of the other one.
     assert (query, gallery) == ([two_cameras[1]], [two_cameras[0]])
     assert split_train_val([], 5) == ([], [], [])
-    train, query, gallery = split_train_val(one_camera, 0)
-    assert sorted(train) == one_camera and query == gallery == []
+    assert sorted(split_train_val(two_cameras, num_val_ids=0)[0]) == two_cameras
 
 
 def test_build_partitions_orders_marks_and_labels():
@@ -252,10 +250,9 @@ def test_a_missing_file_or_key_and_other_pickles_are_refused(tmp_path):
         ("test_im_names", ["query/0001.jpg"], "query/0001.jpg"),
         ("test_im_names", ["00000020_0001_00000000.jpg"], "5 test_marks for 1 test_im_names"),
         ("test_marks", [0, 0, 2, 1, 3], "not a list of 0"),
-        ("test_marks", [0, 0, 2, 1, 1.0], "not a list of 0"),
         ("test_marks", [False, 0, 2, 1, 1], "not a list of 0"),
-        ("trainval_ids2labels", [0, 1], "not a dict of person id to label"),
-        ("trainval_ids2labels", {"2": 0}, "not a dict of person id to label"),
+        ("trainval_ids2labels", [0, 1], "not a dict"),
+        ("trainval_ids2labels", {"2": 0}, "not a dict"),
         ("trainval_ids2labels", {2: 0, 7: 1, 9: 2}, "no label for person 11"),
         ("trainval_ids2labels", {2: 0, 7: 1, 9: 2, 11: 2}, "not 0 to 3"),
     ],
