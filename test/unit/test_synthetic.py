@@ -72,7 +72,7 @@ def test_queries_have_matches_under_other_cameras(tmp_path, num_cameras, num_ima
 
 
 def test_raw_pixels_find_less_than_half(tmp_path):
-    large_set = make_synthetic(tmp_path / "set", 120, 3, 2, seed=3)  # among few people raw pixels do well
+    large_set = make_synthetic(tmp_path / "set", 80, 3, 2, seed=3)  # among few people raw pixels do well
     assert ranked(large_set, "test")[0].cmc[0] < 0.5
 
 
