@@ -23,6 +23,7 @@ DONE = "num_done"  # attribute of a file that is still being written: how many o
 MAT_ARRAY, MAT_COMPRESSED = 14, 15  # data types in MATLAB's format 5
 MAT_TYPES = {*range(1, 8), 9, *range(12, 19)}
 MAT_FLAGS = (6, 8)  # type and size of an array's first element
+MAT_COMPLEX, MAT_COMPLEX_PARTS = 0x0800, 5  # a bit of the flags, and the elements that an array then has
 
 
 class Stored(NamedTuple):
@@ -111,15 +112,21 @@ def open_mat(path: Path) -> Opened:
 
 def check_mat(path: Path) -> None:
     """Raise ValueError for damage that would crash scipy's reader of MATLAB's format 5."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        tag = {b"IM": "<II", b"MI": ">II"}.get(content[126:128])
-        if tag:  # format 4 has none
-            check_elements(memoryview(content), 128, len(content), tag)
+    with open(path, "rb") as file:
+        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    tag = {b"IM": "<II", b"MI": ">II"}.get(bytes(content[126:128]))
+    if tag:  # format 4 has none
+        check_elements(content, 128, len(content), tag)
 
 
-def check_elements(content: memoryview, place: int, end: int, tag: str) -> None:
-    """Elements of known types fill `content` from `place` to `end`; tag: how type and size are stored."""
+def check_elements(content: memoryview, place: int, end: int, tag: str) -> int:
+    """Check that elements of known types fill `content` from `place` to `end`, and return how many.
+
+    tag: how type and size are stored.
+    """
+    number = 0
     while place < end:
+        number += 1
         kind, size = struct.unpack_from(tag, content, place)
         place += 8
         if kind >> 16:  # a small element: its size is in the upper half, its data in place of the size
@@ -131,8 +138,11 @@ def check_elements(content: memoryview, place: int, end: int, tag: str) -> None:
         elif kind == MAT_ARRAY and size:
             if struct.unpack_from(tag, content, place) != MAT_FLAGS:
                 raise ValueError("an array does not begin with its flags")
-            check_elements(content, place, place + size, tag)
+            num_parts = check_elements(content, place, place + size, tag)
+            if struct.unpack_from(tag, content, place + 8)[0] & MAT_COMPLEX and num_parts < MAT_COMPLEX_PARTS:
+                raise ValueError("complex numbers without imaginary parts")
         place += size + (-size % 8 if kind != MAT_COMPRESSED else 0)
+    return number
 
 
 def check_compressed(content: bytes | memoryview) -> None:

@@ -46,7 +46,7 @@ class Neighbours:
         Rows come in ascending order. square: dist holds distances that are not squared yet.
         """
         num_columns = images.stop - images.start
-        if dist.dtype != np.float32 or not dist.flags.c_contiguous:
+        if dist.dtype != np.float32 or not dist.flags.carray:  # kernels take no read-only array
             dist = dist[:, first_column : first_column + num_columns]
             dist = (np.square(dist) if square else dist).astype(np.float32, order="C")
             first_column, square = 0, False

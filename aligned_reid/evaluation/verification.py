@@ -36,8 +36,8 @@ def count_pairs(
     gallery_cams: NDArray[Any],
 ) -> Counts:
     """Count distances [B, G], none negative; persons and cameras [B] and [G], integers. Counts of blocks add up."""
-    bits = np.ascontiguousarray(dist, np.float32).view(np.int32)
-    labels = (np.ascontiguousarray(one, np.int64) for one in (query_ids, gallery_ids, query_cams, gallery_cams))
+    bits = np.require(dist, np.float32, ("C", "W")).view(np.int32)
+    labels = (np.require(one, np.int64, ("C", "W")) for one in (query_ids, gallery_ids, query_cams, gallery_cams))
     counts = np.zeros((2, NUM_BINS), np.int64)
     compiled("count_pairs")(bits, *labels, counts)
     return counts

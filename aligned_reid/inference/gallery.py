@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aligned_reid.data.prepare.sources import describe_skipped, find_images, kind_of, shown
 from aligned_reid.errors import InputError
-from aligned_reid.inference.images import is_one_image
+from aligned_reid.inference.images import as_list, is_one_image
 from aligned_reid.inference.index import open_index
 from aligned_reid.inference.nearest import group_features, nearest
 from aligned_reid.inference.networks import Embeddings
@@ -84,8 +84,10 @@ class Gallery:
             return self.search([query], k, on_error)[0]
         if isinstance(query, Embeddings):
             feat, own = query.global_feat, [-1] * len(query.global_feat)
+            if feat.shape[1] != self.feat.shape[1]:
+                raise InputError(f"the query has {feat.shape[1]} features, the gallery {self.feat.shape[1]}")
         else:
-            queries = list(query)
+            queries = as_list(query)
             feat, own = self.reid(queries, on_error=on_error).global_feat, self.places_of(queries)
         places, distances = nearest(self.reid.scaled(feat), self.feat, self.norms, min(k + 1, len(self)))
         answers: list[list[Hit]] = []

@@ -93,7 +93,10 @@ def cut_boxes(image: np.ndarray, boxes: Any, name: str) -> list[np.ndarray | Inp
 
     A box that is not in the image, or is empty, gives an InputError in its place. Raises InputError for other shapes.
     """
-    values = to_numpy(boxes).astype(np.float64)
+    try:
+        values = to_numpy(boxes).astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"boxes of image {name} are not numbers [N, 4]: {error}") from error
     if values.size == 0:
         return []
     if values.ndim != 2 or values.shape[1] != 4:

@@ -177,9 +177,10 @@ def test_a_group_in_place_of_names_is_ignored(tmp_path):
     [
         ("features.h5", b"TREE", b"TR\0\0", "damaged"),
         ("features.h5", b"person_id\0", b"pe\xf2son_id\0", r"no field person_id.* pe\\xf2son_id"),
-        # These crash scipy's reader: the type of numbers, and the length of flags.
+        # These crash scipy's reader: the type of numbers, the length of flags, and complex without imaginary parts.
         ("features.mat", b"local\0\0\0\7", b"local\0\0\0\x87", "damaged"),
         ("features.mat", b"\6\0\0\0\x08\0\0\0\7\0", b"\6\0\0\0\x08\2\0\0\7\0", "damaged"),
+        ("features.mat", b"\6\0\0\0\x08\0\0\0\7\0", b"\6\0\0\0\x08\0\0\0\7\x08", "damaged"),
     ],
 )
 def test_a_damaged_structure_is_refused(tmp_path, name, sound, damaged, reason):

@@ -12,6 +12,7 @@ from conftest import refusal
 from aligned_reid import Gallery, ReID
 from aligned_reid.distance import euclidean_distance, normalize
 from aligned_reid.inference.nearest import group_features, nearest
+from aligned_reid.inference.networks import Embeddings
 
 
 @pytest.fixture
@@ -47,6 +48,12 @@ def test_search_finds_the_nearest_by_the_distance_of_the_test(reid, photos):
     assert [hit.path for hit in answers[3][:5]] == [hit.path for hit in hits]
     assert [len(hits) for hits in answers] == [11] * len(gallery)  # a file is not its own hit
     assert [len(hits) for hits in gallery.search(feats, k=100)] == [12] * len(gallery)
+
+
+def test_wrong_queries_are_refused(reid, photos):
+    gallery = Gallery.open(photos, reid)
+    for query in (None, 5, Embeddings(torch.zeros(1, 3), None)):
+        refusal(gallery.search, query)
 
 
 def test_only_new_and_changed_files_are_computed(reid, seen, photos):

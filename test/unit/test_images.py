@@ -96,7 +96,8 @@ def test_boxes_are_cut_at_the_borders():
     parts = cut_boxes(frame, torch.tensor([[2.0, 4.0, 10.0, 24.0], [-5.0, -5.0, 100.0, 10.0]]), "frame")
     assert np.array_equal(parts[0], frame[4:24, 2:10]) and np.array_equal(parts[1], frame[:10])
     assert cut_boxes(frame, [], "frame") == []
-    assert "4" in refusal(cut_boxes, frame, [(1, 2, 3)], "frame")
+    for wrong in ([(1, 2, 3)], [(1, 2, 3, 4), (1, 2)], ["left"]):
+        assert "4" in refusal(cut_boxes, frame, wrong, "frame")
 
 
 @pytest.mark.parametrize(

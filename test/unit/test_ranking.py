@@ -144,7 +144,11 @@ def test_tensors_lists_and_arrays_give_the_same():
     tensors = [torch.from_numpy(values) for values in (dist, *labels)]
     lists = [dist.tolist(), *(values.tolist() for values in labels)]
     names = [[f"person {i}" for i in values] for values in labels]
-    for case in (tensors, lists, [np.asfortranarray(dist), *labels], [dist.astype(np.int64), *labels], [dist, *names]):
+    read_only = [values.copy() for values in (dist, *labels)]
+    for values in read_only:
+        values.setflags(write=False)
+    others = [np.asfortranarray(dist), *labels], [dist.astype(np.int64), *labels], [dist, *names]
+    for case in (tensors, lists, read_only, *others):
         for computed, value in zip(rank(*case), expected, strict=True):
             np.testing.assert_array_equal(computed, value)
     np.testing.assert_array_equal(rank(dist * np.float32(3e35), *labels).ap, expected.ap)  # the sum of a row overflows

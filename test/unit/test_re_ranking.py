@@ -149,6 +149,9 @@ def test_defaults_are_the_papers_and_inputs_of_any_kind_are_not_modified():
     assert np.array_equal(re_rank(*map(torch.from_numpy, distances)), expected)
     assert np.array_equal(re_rank(*map(np.asfortranarray, distances)), expected)
     np.testing.assert_allclose(re_rank(*(dist.tolist() for dist in distances)), expected, atol=1e-5)
+    for dist in distances:
+        dist.setflags(write=False)  # as of a mapped file
+    assert np.array_equal(re_rank(*distances), expected)
     query, gallery = features_of_people(4)
     expected = re_rank_features(query, gallery.copy())
     gallery.setflags(write=False)
