@@ -35,10 +35,8 @@ from aligned_reid.data.loader import make_loader
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.device import Accelerator
 from aligned_reid.flags import parse_height_width
-from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import Features
 from aligned_reid.objective import Objective
-from aligned_reid.training.guards import LossGuard
 from aligned_reid.training.log import Meters, Throughput
 
 T = TypeVar("T")
@@ -78,18 +76,16 @@ class Ours:
         self.batches = itertools.chain.from_iterable(itertools.repeat(loader))
         self.accelerator = Accelerator(mixed_precision=False)
         self.objective, self.meters, self.throughput = Objective(Config()), Meters(), Throughput()
-        self.watch = LossGuard(self.accelerator, lambda step, indices: str(step))
 
     def make_batch(self) -> TrainBatch:
         return next(self.batches)
 
     def step(self, feat: torch.Tensor, batch: TrainBatch) -> None:
-        check_batch_labels(batch.labels)
         features = Features(feat, feat[:, :0], None)
         loss, figures = self.objective(features, batch.labels.to(self.accelerator.device, non_blocking=True))
         loss.backward()
-        self.watch.add(self.throughput.steps, loss, batch.indices)
         self.meters.update(figures)
+        self.meters.total("loss")
         self.throughput.add(len(batch.labels), self.accelerator.synchronize)
 
 

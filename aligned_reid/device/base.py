@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,10 +151,6 @@ class Accelerator:
             raise ValueError("the optimizer state belongs to other parameters")
         groups = [{**group, "params": params} for group, params in zip(groups, theirs, strict=True)]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-
-    def read_later(self, value: Tensor) -> Callable[[], Tensor]:
-        """Start copying `value` to the host; the returned function waits for the copy and returns it."""
-        return lambda: value
 
     @contextlib.contextmanager
     def trace(self, folder: Path) -> Iterator[None]:

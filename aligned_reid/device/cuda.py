@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,17 +53,6 @@ class Cuda(Accelerator):
 
     def synchronize(self) -> None:
         self.api.synchronize()
-
-    def read_later(self, value: Tensor) -> Callable[[], Tensor]:
-        copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-        done = self.api.Event()
-        done.record()
-
-        def wait() -> Tensor:
-            done.synchronize()
-            return copy
-
-        return wait
 
     def data_parallel_arguments(self) -> dict[str, Any]:
         return {"device_ids": [self.index]}

@@ -1,48 +1,19 @@
-"""Guards around the training loop: a loss that is not finite, a model that has collapsed, and a step that hangs."""
+"""Guards around the training loop: a step that hangs, and a model that has collapsed."""
 
 from __future__ import annotations
 
 import faulthandler
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
-from torch import Tensor
-
 from aligned_reid.config import Config
-from aligned_reid.device import Accelerator
-from aligned_reid.errors import RunStopped
 
-LOSS_CHECK_LAG = 3  # steps; reading a loss at once would make the device wait for the host
 NO_SPREAD = 1e-2  # mean distance to the nearest negative below which all features are one point
 USUAL_CAUSE = (
     "usual causes: weights that were not loaded (see the trunk line above), or too high a learning rate (--base_lr)"
 )
 Batch = TypeVar("Batch")
-
-
-class LossGuard:
-    """Stops the run at a loss that is not finite, at most LOSS_CHECK_LAG steps late and without waiting for the device.
-
-    describe: a step and the indices of its images in words.
-    """
-
-    def __init__(self, accelerator: Accelerator, describe: Callable[[int, Tensor], str]) -> None:
-        self.accelerator, self.describe = accelerator, describe
-        self.pending: deque[tuple[int, Callable[[], Tensor], Tensor]] = deque()
-
-    def add(self, step: int, loss: Tensor, indices: Tensor) -> None:
-        self.pending.append((step, self.accelerator.read_later(loss.detach()), indices))
-        self.check(LOSS_CHECK_LAG)
-
-    def check(self, num_left: int = 0) -> None:
-        """Check all losses but the newest `num_left`. Raises RunStopped."""
-        while len(self.pending) > num_left:
-            step, read, indices = self.pending.popleft()
-            loss = float(read())
-            if not math.isfinite(loss):
-                raise RunStopped(f"the loss is {loss} at {self.describe(step, indices)}")
 
 
 def end_if_hung(batches: Iterable[Batch], timeout: float) -> Iterator[Batch]:

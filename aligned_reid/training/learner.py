@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -55,18 +54,14 @@ class Learner:
             group["lr"] = learning_rate
         self.optimizer.zero_grad()
 
-    def forward(self, images: Tensor) -> Features:
-        """Features of uint8 images [N, H, W, 3]."""
+    def forward(self, images: Tensor, *, sync: bool = True) -> Features:
+        """Features of uint8 images [N, H, W, 3]; sync: ranks average the gradients in the backward pass."""
+        if isinstance(self.network, DistributedDataParallel):
+            self.network.require_backward_grad_sync = sync
         pixels = images.to(self.accelerator.device, non_blocking=True)
         with self.accelerator.autocast():
             features: Features = self.network(normalize_images(pixels, self.accelerator.memory_format))
         return features
-
-    def without_sync(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of a batch that is not its step's last: ranks average gradients after the last one only."""
-        if isinstance(self.network, DistributedDataParallel):
-            return self.network.no_sync()
-        return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +82,9 @@ class Meters:
         self.names, self.count = list(state["names"]), int(state["count"])
         self.sums = None if state["sums"] is None else state["sums"].to(device)
 
+    def total(self, name: str) -> float:
+        return math.nan if self.sums is None else self.sums[self.names.index(name)].item()
+
     def means(self) -> dict[str, float]:
         if self.sums is None:
             return {}
@@ -126,8 +129,3 @@ def format_epoch(epoch: int, seconds: float, fps: float, ids_per_second: float, 
         is_share = name.partition(".")[0] in ("gp", "gm", "lp", "lm")
         parts.append(f"{name} {value:.2%}" if is_share else f"{name} {value:.4f}")
     return ", ".join(parts)
-
-
-def is_terminal() -> bool:
-    """Whether a progress bar can be drawn."""
-    return sys.stderr.isatty()

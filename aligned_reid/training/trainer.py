@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,11 @@ from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World, sum_over_ranks, take_from_main
 from aligned_reid.errors import InputError, RunStopped
-from aligned_reid.losses import check_batch_labels
 from aligned_reid.model import AlignedReID, Features
 from aligned_reid.objective import Figures, mutual_loss, peer_outputs
 from aligned_reid.stop import StopSignals
 from aligned_reid.training.checkpoint import Checkpoints, describe_resume, first_step
-from aligned_reid.training.guards import CollapseGuard, LossGuard, end_if_hung
+from aligned_reid.training.guards import CollapseGuard, end_if_hung
 from aligned_reid.training.learner import Learner
 from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
 from aligned_reid.training.profile import StepProfile
@@ -61,13 +61,11 @@ class Trainer:
         ]
         self.epoch = 0  # the last completed one
         self.step = 0  # the last completed one of the next epoch
-        self.between_steps = True  # in the middle of a step nothing can be saved
         self.num_skipped = 0  # steps of the epoch that were skipped
         self.meters, self.throughput = Meters(), Throughput()
         self.start = time.monotonic()
         self.timed_seconds, self.timed_images = 0.0, 0  # of all epochs
         self.stop = StopSignals()
-        self.losses = LossGuard(self.accelerator, self.describe_batch)
         self.collapse = CollapseGuard(config)
         self.profile = StepProfile(config.profile if world.is_main else 0, self.accelerator, folder / "profile", log)
         self.checkpoints = Checkpoints(folder, self.learners, self.accelerator, dict(world.job), trained_on or {})
@@ -91,14 +89,14 @@ class Trainer:
             while self.epoch < self.config.total_epochs:
                 try:
                     self.train_epoch(self.epoch + 1)
-                except WorkerDied as error:
-                    self.stop_here(str(error))
-                except RunStopped:
-                    raise
-                except RuntimeError:  # a loading worker or another rank may have ended at the same signal
-                    if not self.stop.number:
+                except WorkerDied as error:  # between two steps
+                    if self.world.is_main:
+                        self.save()
+                    raise self.stopped(str(error)) from error
+                except RuntimeError as error:  # in a step, another rank may have ended at the same signal
+                    if isinstance(error, RunStopped) or not self.stop.number:
                         raise
-                    self.stop_here()
+                    raise self.stopped() from error
                 if self.after_epoch:
                     with self.explaining_full_disk():
                         self.after_epoch(self.learners[0].model, self.epoch)
@@ -113,29 +111,23 @@ class Trainer:
             learner.start_epoch(epoch)
         self.throughput.start_epoch()
         for step, batches in enumerate(self.steps(epoch), start=self.step + 1):
-            self.between_steps = False
             rate = learning_rate(epoch, self.config, (step - 1) / self.steps_per_epoch)
             for learner in self.learners:
                 learner.start_step(rate)
             for batch in batches:
-                check_batch_labels(batch.labels)  # on the host: no wait for the device
-                with contextlib.ExitStack() as stack:
-                    if batch is not batches[-1]:
-                        for learner in self.learners:
-                            stack.enter_context(learner.without_sync())
-                    features = [learner.forward(batch.images) for learner in self.learners]
-                    losses, figures = self.compute_losses(features, batch.labels)
-                    for learner, loss in zip(self.learners, losses, strict=True):
-                        learner.scaler.backward(loss if len(batches) == 1 else loss * (1 / len(batches)))
-                self.losses.add(step, figures["loss"], batch.indices)
+                is_last = batch is batches[-1]
+                features = [learner.forward(batch.images, sync=is_last) for learner in self.learners]
+                losses, figures = self.compute_losses(features, batch.labels)
+                for learner, loss in zip(self.learners, losses, strict=True):
+                    learner.scaler.backward(loss * (1 / len(batches)))
                 self.meters.update(figures)
             skipped = [learner for learner in self.learners if learner.scaler.step(learner.optimizer)]
+            self.check_loss(step, batches)
             if skipped:
-                self.report_skipped(epoch, step, skipped[0])
+                self.report_skipped(step, skipped[0])
             self.throughput.add(sum(len(batch.labels) for batch in batches), self.accelerator.synchronize)
-            self.step, self.between_steps = step, True
+            self.step = step
             self.save_or_stop()
-        self.losses.check()
         self.finish_epoch(epoch)
 
     def steps(self, epoch: int) -> Iterator[list[TrainBatch]]:
@@ -179,33 +171,37 @@ class Trainer:
         mean = torch.stack([loss.detach().to(self.accelerator.device) for loss in losses]).mean()
         return losses, named | {"loss": mean}
 
-    def report_skipped(self, epoch: int, step: int, learner: Learner) -> None:
-        """Stop the run if the loss itself is not finite; a gradient that is not finite only skips its step."""
-        self.losses.check()
+    def check_loss(self, step: int, batches: Sequence[TrainBatch]) -> None:
+        """Raise RunStopped if a loss of the epoch is not finite. The loss scaler has waited for the device already."""
+        loss = self.meters.total("loss")
+        if not math.isfinite(loss):
+            names = [self.images.image_names[index] for batch in batches for index in batch.indices.tolist()]
+            where = f"step {step} of epoch {self.epoch + 1}; {self.last_checkpoint()}"
+            raise RunStopped(f"the loss is {loss} at {where}; images of the step: {' '.join(names)}")
+
+    def report_skipped(self, step: int, learner: Learner) -> None:
+        """A step whose loss is finite and whose gradient is not is left out."""
         self.num_skipped += 1
-        scale = learner.scaler.current
-        self.log(f"epoch {epoch}, step {step}: a gradient is not finite, step skipped (loss scale {scale:g})")
+        where, scale = f"epoch {self.epoch + 1}, step {step}", learner.scaler.current
+        self.log(f"{where}: a gradient is not finite, step skipped (loss scale {scale:g})")
 
     def save_or_stop(self) -> None:
         """After a step: save if a checkpoint is due, and stop if a signal has come."""
+        if not self.world.is_main:
+            return
+        if self.stop.number:
+            self.save()
+            raise self.stopped()
         every = self.config.checkpoint_every_steps
-        is_due = every > 0 and self.step % every == 0
-        if self.world.is_main and (self.stop.number or is_due):
-            self.losses.check()  # no checkpoint of a loss that is not finite
-            if self.stop.number:
-                self.stop_here()
+        if every and self.step % every == 0:
             self.save()
 
-    def stop_here(self, reason: str = "") -> NoReturn:
-        """End the run, for a signal or another reason. Rank 0 saves unless it is in the middle of a step."""
-        if self.world.is_main and self.between_steps:
-            self.save()
-        signalled = self.stop.number
-        where = f"step {self.step} of epoch {self.epoch + 1}"
-        line = (
-            f"{self.stop.name if signalled else reason} at {where}; {self.last_checkpoint()}: resume with --resume true"
-        )
-        raise RunStopped(line, 128 + signalled if signalled else 1)
+    def stopped(self, reason: str = "") -> RunStopped:
+        """The error that ends the run, for the signal that has come or else for `reason`."""
+        number = self.stop.number
+        where = f"step {self.step} of epoch {self.epoch + 1}; {self.last_checkpoint()}"
+        line = f"{self.stop.name if number else reason} at {where}: resume with --resume true"
+        return RunStopped(line, 128 + number if number else 1)
 
     def finish_epoch(self, epoch: int) -> None:
         """Log the epoch: rank 0's means, all ranks' images."""
@@ -269,11 +265,6 @@ class Trainer:
         if self.checkpoints.path.is_file():
             return f"the last good checkpoint is {self.checkpoints.path}"
         return "no checkpoint was written yet"
-
-    def describe_batch(self, step: int, indices: Tensor) -> str:
-        """A step and its images in words."""
-        names = " ".join(self.images.image_names[index] for index in indices.tolist())
-        return f"step {step} of epoch {self.epoch + 1}; {self.last_checkpoint()}; images of the step: {names}"
 
     @property
     def seconds(self) -> float:

@@ -170,24 +170,28 @@ def test_the_first_signal_stops_the_run_after_its_step(tiny_data, tmp_path, sign
     assert same(saved["model"], weights_of(trainer))
 
 
-def signal_and_fail():
-    send(signal.SIGINT)
-    raise RuntimeError("Connection closed by peer")  # by a rank that got the same signal
+@pytest.mark.parametrize(("signals", "name", "status"), [([signal.SIGTERM], "SIGTERM", 143), ([], "SIGKILL", 1)])
+def test_the_death_of_a_worker_saves_first(tiny_data, tmp_path, signals, name, status):
+    def lose_a_worker():
+        send(*signals)  # to all of the run's processes
+        raise WorkerDied("a loading worker was killed (SIGKILL)")
 
-
-def lose_a_worker():
-    raise WorkerDied("a loading worker was killed (SIGKILL)")
-
-
-@pytest.mark.parametrize(
-    ("action", "name", "status"), [(signal_and_fail, "SIGINT", 130), (lose_a_worker, "SIGKILL", 1)]
-)
-def test_a_failure_between_steps_saves_first(tiny_data, tmp_path, action, name, status):
-    trainer = make_trainer(tiny_data, tmp_path, before=at(1, 3, action))
+    trainer = make_trainer(tiny_data, tmp_path, before=at(1, 3, lose_a_worker))
     with pytest.raises(RunStopped, match=f"{name}.*step 2 of epoch 1") as error:
         trainer.train()
     assert error.value.status == status
     assert read_weight_file(tmp_path)["step"] == 2
+
+
+def test_the_end_of_another_rank_at_the_same_signal_is_not_an_error(tiny_data, tmp_path):
+    def fail():
+        send(signal.SIGINT)
+        raise RuntimeError("Connection closed by peer")
+
+    trainer = make_trainer(tiny_data, tmp_path, before=at(1, 3, fail))
+    with pytest.raises(RunStopped, match="SIGINT") as error:
+        trainer.train()
+    assert error.value.status == 130
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tiny_data, tmp_path, monkeypatch):
