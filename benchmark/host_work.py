@@ -75,7 +75,8 @@ class Ours:
         loader = make_loader(images, sampler, workers=0, pin_memory=False)
         self.batches = itertools.chain.from_iterable(itertools.repeat(loader))
         self.accelerator = Accelerator(mixed_precision=False)
-        self.objective, self.meters, self.throughput = Objective(Config()), Meters(), Throughput()
+        self.objective, self.meters, self.throughput = Objective(Config()), Meters(), Throughput(self.accelerator)
+        self.throughput.start_epoch()
 
     def make_batch(self) -> TrainBatch:
         return next(self.batches)
@@ -86,7 +87,7 @@ class Ours:
         loss.backward()
         self.meters.update(figures)
         self.meters.total("loss")
-        self.throughput.add(len(batch.labels), self.accelerator.synchronize)
+        self.throughput.add(len(batch.labels))
 
 
 def main() -> None:

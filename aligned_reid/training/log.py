@@ -13,6 +13,9 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from aligned_reid.device import Accelerator
+from aligned_reid.distributed import sum_over_ranks
+
 # Of all ranks together: only rank 0 prints it, so that log files can be added up.
 FPS_OF_ALL = re.compile(r", FPS [^,]+, ids/s [^,]+")
 RANK_LOG = "ALIGNED_REID_RANK_LOG"  # set by rank.py
@@ -92,34 +95,42 @@ class Meters:
 
 
 class Throughput:
-    """Images per second of wall time, without the process's first steps, which warm up caches and kernels."""
+    """Images of all ranks per second of wall time, without the process's first steps, which warm up caches and kernels.
+
+    An epoch of such steps only is timed as a whole.
+    """
 
     WARM_UP_STEPS = 2
 
-    def __init__(self) -> None:
-        self.steps = 0
-        self.epoch_start = self.timed_start = time.monotonic()
-        self.epoch_images = self.timed_images = 0
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.num_steps = self.images = 0  # of all epochs
+        self.seconds = 0.0
 
     def start_epoch(self) -> None:
         self.epoch_start = self.timed_start = time.monotonic()
         self.epoch_images = self.timed_images = 0
 
-    def add(self, num_images: int, synchronize: Any) -> None:
+    def add(self, num_images: int) -> None:
         """Count one step's images."""
-        self.steps += 1
+        self.num_steps += 1
         self.epoch_images += num_images
         self.timed_images += num_images
-        if self.steps == self.WARM_UP_STEPS:
-            synchronize()
+        if self.num_steps == self.WARM_UP_STEPS:
+            self.accelerator.synchronize()
             self.timed_start, self.timed_images = time.monotonic(), 0
 
-    def end_epoch(self) -> tuple[float, float, int]:
-        """Seconds of the epoch, timed seconds and timed images; if all steps were warm-up, the whole epoch is timed."""
+    def end_epoch(self) -> tuple[float, float]:
+        """Seconds of the epoch, and images per second."""
+        self.accelerator.synchronize()
         now = time.monotonic()
-        if self.timed_images == 0:
-            return now - self.epoch_start, now - self.epoch_start, self.epoch_images
-        return now - self.epoch_start, now - self.timed_start, self.timed_images
+        start, images = self.timed_start, self.timed_images
+        if images == 0:
+            start, images = self.epoch_start, self.epoch_images
+        images = int(sum_over_ranks(torch.tensor(float(images), device=self.accelerator.device)).item())
+        self.seconds += now - start
+        self.images += images
+        return now - self.epoch_start, images / (now - start)
 
 
 def format_epoch(epoch: int, seconds: float, fps: float, ids_per_second: float, means: Mapping[str, float]) -> str:

@@ -62,9 +62,8 @@ class Trainer:
         self.epoch = 0  # the last completed one
         self.step = 0  # the last completed one of the next epoch
         self.num_skipped = 0  # steps of the epoch that were skipped
-        self.meters, self.throughput = Meters(), Throughput()
+        self.meters, self.throughput = Meters(), Throughput(self.accelerator)
         self.start = time.monotonic()
-        self.timed_seconds, self.timed_images = 0.0, 0  # of all epochs
         self.stop = StopSignals()
         self.collapse = CollapseGuard(config)
         self.profile = StepProfile(config.profile if world.is_main else 0, self.accelerator, folder / "profile", log)
@@ -125,7 +124,7 @@ class Trainer:
             self.check_loss(step, batches)
             if skipped:
                 self.report_skipped(step, skipped[0])
-            self.throughput.add(sum(len(batch.labels) for batch in batches), self.accelerator.synchronize)
+            self.throughput.add(sum(len(batch.labels) for batch in batches))
             self.step = step
             self.save_or_stop()
         self.finish_epoch(epoch)
@@ -205,12 +204,7 @@ class Trainer:
 
     def finish_epoch(self, epoch: int) -> None:
         """Log the epoch: rank 0's means, all ranks' images."""
-        self.accelerator.synchronize()
-        seconds, timed_seconds, timed_images = self.throughput.end_epoch()
-        count = sum_over_ranks(torch.tensor(float(timed_images), device=self.accelerator.device))
-        self.timed_seconds += timed_seconds
-        self.timed_images += int(count.item())
-        fps = count.item() / timed_seconds
+        seconds, fps = self.throughput.end_epoch()
         means = self.meters.means()
         self.check_ranks(epoch)
         self.log(format_epoch(epoch, seconds, fps, fps / self.config.ims_per_id, means))
@@ -279,7 +273,8 @@ class Trainer:
 
     def results(self) -> dict[str, Any]:
         """What results.json holds of the training."""
-        fps = self.timed_images / self.timed_seconds if self.timed_seconds else None
+        timed = self.throughput
+        fps = timed.images / timed.seconds if timed.seconds else None
         return {
             "FPS": fps,
             "ids_per_second": fps / self.config.ims_per_id if fps else None,

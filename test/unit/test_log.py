@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 
+from aligned_reid.device import Accelerator
 from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
 
 
@@ -39,17 +40,18 @@ def run_epoch(throughput, clock, durations, images=10):
     throughput.start_epoch()
     for duration in durations:
         clock[0] += duration
-        throughput.add(images, lambda: None)
+        throughput.add(images)
     return throughput.end_epoch()
 
 
 def test_throughput_leaves_out_the_first_two_steps_of_the_process(clock):
-    throughput = Throughput()
-    assert run_epoch(throughput, clock, [50, 30, 1, 1, 1]) == (83, 3, 30)
-    assert run_epoch(throughput, clock, [2, 2, 2]) == (6, 6, 30)
-    throughput = Throughput()  # an epoch of such steps only counts them
-    assert run_epoch(throughput, clock, [4, 4]) == (8, 8, 20)
-    assert run_epoch(throughput, clock, [1, 1]) == (2, 2, 20)
+    throughput = Throughput(Accelerator())
+    assert run_epoch(throughput, clock, [50, 30, 1, 1, 1]) == (83, 30 / 3)
+    assert run_epoch(throughput, clock, [2, 2, 2]) == (6, 30 / 6)
+    assert (throughput.images, throughput.seconds) == (60, 9)
+    throughput = Throughput(Accelerator())  # an epoch of such steps only counts them
+    assert run_epoch(throughput, clock, [4, 4]) == (8, 20 / 8)
+    assert run_epoch(throughput, clock, [1, 1]) == (2, 20 / 2)
 
 
 def test_log_writes_console_file_and_tensorboard_also_of_paths_that_are_not_utf_8(tmp_path, capsys):
