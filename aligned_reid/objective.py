@@ -37,7 +37,6 @@ class Objective(nn.Module):
         self.global_triplet = TripletLoss(config.global_margin)
         self.local_triplet = TripletLoss(config.local_margin)
         self.num_mined = world.size if world and config.cross_rank_mining else 1
-        self.sum_centers = [sum_over_ranks] if world and world.size > 1 else []
         self.center_loss = CenterLoss(num_classes, TRUNK_CHANNELS) if config.center_loss_weight > 0 else None
 
     def forward(self, features: Features, labels: Tensor) -> tuple[Tensor, Figures]:
@@ -47,14 +46,11 @@ class Objective(nn.Module):
         is so many times larger that the mean over ranks, which data parallel training takes, is the whole.
         """
         config = self.config
-        total = features.global_feat.new_zeros(()).float()
-        mined, mined_labels = features, labels
         if self.num_mined > 1:
-            mined, mined_labels = gather_batches(features, labels)
-        triplets, figures = self.triplet_losses(mined, mined_labels)
-        if self.num_mined > 1:
-            triplets = triplets.detach() + self.num_mined * (triplets - triplets.detach())
-        total = total + triplets
+            total, figures = self.triplet_losses(*gather_batches(features, labels))
+            total = total.detach() + self.num_mined * (total - total.detach())
+        else:
+            total, figures = self.triplet_losses(features, labels)
         if config.id_loss_weight > 0:
             assert features.logits is not None, "a model that trains on identities has a classifier"
             loss = F.cross_entropy(features.logits.float(), labels, label_smoothing=config.label_smoothing)
@@ -62,7 +58,7 @@ class Objective(nn.Module):
             figures["idL"] = loss
         if self.center_loss is not None:
             loss = self.center_loss(features.global_feat, labels)
-            self.center_loss.move(features.global_feat, labels, *self.sum_centers)
+            self.center_loss.move(features.global_feat, labels, sum_over_ranks)
             total = total + config.center_loss_weight * loss
             figures["cL"] = loss
         return total, figures | {"loss": total}

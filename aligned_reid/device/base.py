@@ -168,9 +168,9 @@ class Accelerator:
     def data_parallel_arguments(self) -> dict[str, Any]:
         return {}
 
-    def random_state(self) -> Tensor | None:
-        """The state of the device's random generator; None if the device uses the CPU's."""
-        return None
+    def random_state(self) -> Tensor:
+        """The state of the device's random generator; empty if the device uses the CPU's."""
+        return torch.empty(0, dtype=torch.uint8)
 
     def set_random_state(self, state: Tensor) -> None:
         """Restore what `random_state` returned."""

@@ -57,7 +57,7 @@ class Cuda(Accelerator):
     def data_parallel_arguments(self) -> dict[str, Any]:
         return {"device_ids": [self.index]}
 
-    def random_state(self) -> Tensor | None:
+    def random_state(self) -> Tensor:
         return self.api.get_rng_state(self.index)
 
     def set_random_state(self, state: Tensor) -> None:

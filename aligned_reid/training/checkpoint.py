@@ -170,18 +170,13 @@ def set_aside(path: Path) -> Path | None:
 
 def random_states(accelerator: Accelerator) -> dict[str, Any]:
     """The states of torch's random generators; sampling and augmentation draw from (seed, rank, epoch) instead."""
-    device_state = accelerator.random_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "device": device_state if device_state is not None else torch.empty(0, dtype=torch.uint8),
-    }
+    return {"torch": torch.get_rng_state(), "device": accelerator.random_state()}
 
 
 def set_random_states(states: dict[str, Any], accelerator: Accelerator) -> None:
     """Undo `random_states`; another kind of device's state is skipped."""
     torch.set_rng_state(states["torch"])
-    device_state = accelerator.random_state()
-    if device_state is not None and device_state.shape == states["device"].shape:
+    if states["device"].shape == accelerator.random_state().shape:
         accelerator.set_random_state(states["device"])
 
 
