@@ -119,7 +119,8 @@ def mutual_loss(
     total: Tensor | float = 0.0
     for name, mine in own.items():
         compare = mutual_probability_loss if name == "pmL" else mutual_distance_loss
-        figures[name] = torch.stack([compare(mine, other[name]) for other in others]).mean()
+        theirs = [other[name].detach().to(mine.device) for other in others]
+        figures[name] = torch.stack([compare(mine, other) for other in theirs]).mean()
         total = total + weights[name] * figures[name]
     return total, figures
 

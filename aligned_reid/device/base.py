@@ -165,9 +165,6 @@ class Accelerator:
     def prepare_group(self, timeout: int) -> None:
         """Configure the communication library before the process group is opened; timeout in seconds."""
 
-    def data_parallel_arguments(self) -> dict[str, Any]:
-        return {}
-
     def random_state(self) -> Tensor:
         """The state of the device's random generator; empty if the device uses the CPU's."""
         return torch.empty(0, dtype=torch.uint8)

@@ -54,9 +54,6 @@ class Cuda(Accelerator):
     def synchronize(self) -> None:
         self.api.synchronize()
 
-    def data_parallel_arguments(self) -> dict[str, Any]:
-        return {"device_ids": [self.index]}
-
     def random_state(self) -> Tensor:
         return self.api.get_rng_state(self.index)
 

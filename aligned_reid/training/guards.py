@@ -19,24 +19,17 @@ Batch = TypeVar("Batch")
 def end_if_hung(batches: Iterable[Batch], timeout: float) -> Iterator[Batch]:
     """The batches; if a step hangs, the process ends with status 1 and every thread's stack on stderr.
 
-    timeout: seconds for loading a batch; 0: no limit. The step itself has twice that: it may wait for another rank, and
-    the rank that hangs should end first. faulthandler's thread works even if the interpreter's lock is held.
+    timeout: seconds for loading a batch. The step itself has twice that: it may wait for another rank, and the rank
+    that hangs should end first. faulthandler's thread works even if the interpreter's lock is held.
     """
-    source = iter(batches)
     try:
-        while True:
-            if timeout:
-                faulthandler.dump_traceback_later(timeout, exit=True)
-            try:
-                batch = next(source)
-            except StopIteration:
-                return
-            if timeout:
-                faulthandler.dump_traceback_later(2 * timeout, exit=True)
+        faulthandler.dump_traceback_later(timeout, exit=True)
+        for batch in batches:
+            faulthandler.dump_traceback_later(2 * timeout, exit=True)
             yield batch
+            faulthandler.dump_traceback_later(timeout, exit=True)
     finally:
-        if timeout:
-            faulthandler.cancel_dump_traceback_later()
+        faulthandler.cancel_dump_traceback_later()
 
 
 class CollapseGuard:

@@ -13,11 +13,11 @@ from aligned_reid.data.transforms import normalize_images
 from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World
 from aligned_reid.model import AlignedReID, Features
-from aligned_reid.objective import Objective
+from aligned_reid.objective import Figures, Objective
 
 
 class Learner:
-    """A model and what trains it. The trainer calls forward, objective and backward for each batch, then step."""
+    """A model and what trains it. For each batch the trainer calls forward, compute_loss and the scaler's backward."""
 
     def __init__(self, config: Config, model: AlignedReID, accelerator: Accelerator, world: World) -> None:
         self.config, self.accelerator, self.world = config, accelerator, world
@@ -37,7 +37,7 @@ class Learner:
         """The model as it runs: compiled if asked for, and data parallel in several processes."""
         network = self.accelerator.compile(self.model)
         if self.world.size > 1:
-            network = DistributedDataParallel(network, **self.accelerator.data_parallel_arguments())
+            network = DistributedDataParallel(network)
         return network
 
     def start_epoch(self, epoch: int) -> None:
@@ -62,6 +62,12 @@ class Learner:
         with self.accelerator.autocast():
             features: Features = self.network(normalize_images(pixels, self.accelerator.memory_format))
         return features
+
+    def compute_loss(self, features: Features, labels: Tensor) -> tuple[Tensor, Figures]:
+        """The model's own loss of a batch and its figures; labels [N], on the host."""
+        with self.accelerator.full_precision():
+            loss, figures = self.objective(features, labels.to(self.accelerator.device, non_blocking=True))
+        return loss, figures
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

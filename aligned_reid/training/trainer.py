@@ -121,9 +121,7 @@ class Trainer:
                     learner.scaler.backward(loss * (1 / len(batches)))
                 self.meters.update(figures)
             skipped = [learner for learner in self.learners if learner.scaler.step(learner.optimizer)]
-            self.check_loss(step, batches)
-            if skipped:
-                self.report_skipped(step, skipped[0])
+            self.check_step(step, batches, skipped)
             self.throughput.add(sum(len(batch.labels) for batch in batches))
             self.step = step
             self.save_or_stop()
@@ -142,47 +140,38 @@ class Trainer:
             leave=False,
             disable=None if self.world.is_main else True,  # None: shown on a terminal
         )
-        return iter(self.profile.steps(end_if_hung(bar, self.config.timeout if self.world.size > 1 else 0)))
+        return self.profile.steps(end_if_hung(bar, self.config.timeout) if self.world.size > 1 else bar)
 
     def compute_losses(self, features: Sequence[Features], labels: Tensor) -> tuple[list[Tensor], Figures]:
         """Each model's loss of a batch, and the figures for the log; those of several models end in .1, .2, ..."""
-        losses, all_figures = [], []
-        for learner, own in zip(self.learners, features, strict=True):
-            with learner.accelerator.full_precision():
-                loss, figures = learner.objective(own, labels.to(learner.accelerator.device, non_blocking=True))
-            losses.append(loss)
-            all_figures.append(figures)
-        if len(self.learners) == 1:
-            return losses, all_figures[0]
+        alone = [learner.compute_loss(own, labels) for learner, own in zip(self.learners, features, strict=True)]
+        if len(alone) == 1:
+            return [alone[0][0]], alone[0][1]
         peers = [peer_outputs(own, self.config) for own in features]
+        losses: list[Tensor] = []
         named: Figures = {}
-        for number, learner in enumerate(self.learners):
-            device = learner.accelerator.device
-            others = [
-                {name: value.detach().to(device) for name, value in peer.items()}
-                for peer in peers
-                if peer is not peers[number]
-            ]
-            loss, figures = mutual_loss(self.config, peers[number], others)
-            losses[number] = losses[number] + loss
-            for name, value in {**all_figures[number], **figures, "loss": losses[number]}.items():
+        for number, (loss, figures) in enumerate(alone):
+            mutual, mutual_figures = mutual_loss(self.config, peers[number], peers[:number] + peers[number + 1 :])
+            losses.append(loss + mutual)
+            for name, value in {**figures, **mutual_figures, "loss": losses[-1]}.items():
                 named[f"{name}.{number + 1}"] = value.detach().to(self.accelerator.device)
-        mean = torch.stack([loss.detach().to(self.accelerator.device) for loss in losses]).mean()
+        mean = torch.stack([named[f"loss.{number + 1}"] for number in range(len(losses))]).mean()
         return losses, named | {"loss": mean}
 
-    def check_loss(self, step: int, batches: Sequence[TrainBatch]) -> None:
-        """Raise RunStopped if a loss of the epoch is not finite. The loss scaler has waited for the device already."""
+    def check_step(self, step: int, batches: Sequence[TrainBatch], skipped: Sequence[Learner]) -> None:
+        """Raise RunStopped if the loss is not finite; if only gradients are not, log that their learners skipped them.
+
+        Reading the loss costs nothing here: the loss scaler has just waited for the device.
+        """
         loss = self.meters.total("loss")
         if not math.isfinite(loss):
             names = [self.images.image_names[index] for batch in batches for index in batch.indices.tolist()]
             where = f"step {step} of epoch {self.epoch + 1}; {self.last_checkpoint()}"
             raise RunStopped(f"the loss is {loss} at {where}; images of the step: {' '.join(names)}")
-
-    def report_skipped(self, step: int, learner: Learner) -> None:
-        """A step whose loss is finite and whose gradient is not is left out."""
-        self.num_skipped += 1
-        where, scale = f"epoch {self.epoch + 1}, step {step}", learner.scaler.current
-        self.log(f"{where}: a gradient is not finite, step skipped (loss scale {scale:g})")
+        if skipped:
+            self.num_skipped += 1
+            where, scale = f"epoch {self.epoch + 1}, step {step}", skipped[0].scaler.current
+            self.log(f"{where}: a gradient is not finite, step skipped (loss scale {scale:g})")
 
     def save_or_stop(self) -> None:
         """After a step: save if a checkpoint is due, and stop if a signal has come."""
