@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import time
@@ -84,9 +83,6 @@ class Meters:
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         self.names, self.count = list(state["names"]), int(state["count"])
         self.sums = None if state["sums"] is None else state["sums"].to(device)
-
-    def total(self, name: str) -> float:
-        return math.nan if self.sums is None else self.sums[self.names.index(name)].item()
 
     def means(self) -> dict[str, float]:
         if self.sums is None:

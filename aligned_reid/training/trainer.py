@@ -161,9 +161,9 @@ class Trainer:
     def check_step(self, step: int, batches: Sequence[TrainBatch], skipped: Sequence[Learner]) -> None:
         """Raise RunStopped if the loss is not finite; if only gradients are not, log that their learners skipped them.
 
-        Reading the loss costs nothing here: the loss scaler has just waited for the device.
+        Reading the epoch's means costs next to nothing here: the loss scaler has just waited for the device.
         """
-        loss = self.meters.total("loss")
+        loss = self.meters.means()["loss"]
         if not math.isfinite(loss):
             names = [self.images.image_names[index] for batch in batches for index in batch.indices.tolist()]
             where = f"step {step} of epoch {self.epoch + 1}; {self.last_checkpoint()}"

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     not torch.__version__.startswith(TORCH), reason=f"the simulated NPU needs torch {TORCH}"
 )
 SMALL = (*TINY, "--seed=1", "-llw=1", "-idlw=1")
-# What a step copies to the host: whether a gradient overflowed, the loss scale, and the sum of the epoch's losses.
+# What a step copies to the host: whether a gradient overflowed, the loss scale, and the epoch's means so far.
 TO_HOST = re.compile(r"_local_scalar_dense|_copy_from\[npu to cpu\]")
 SCALE_IN_FLOAT64 = {"aten::_copy_from[float64]", "aten::reciprocal[float64]"}  # one number, in torch's scaler
 WAITS = re.compile(r"nonzero|masked_select|unique|aten::index$|index_put")  # shapes that depend on values
