@@ -146,7 +146,8 @@ class Trainer:
         """Each model's loss of a batch, and the figures for the log; those of several models end in .1, .2, ..."""
         alone = [learner.compute_loss(own, labels) for learner, own in zip(self.learners, features, strict=True)]
         if len(alone) == 1:
-            return [alone[0][0]], alone[0][1]
+            loss, figures = alone[0]
+            return [loss], figures
         peers = [peer_outputs(own, self.config) for own in features]
         losses: list[Tensor] = []
         named: Figures = {}
@@ -159,7 +160,7 @@ class Trainer:
         return losses, named | {"loss": mean}
 
     def check_step(self, step: int, batches: Sequence[TrainBatch], skipped: Sequence[Learner]) -> None:
-        """Raise RunStopped if the loss is not finite; if only gradients are not, log that their learners skipped them.
+        """Raise RunStopped if the loss is not finite; if only a gradient is not, log the skipped step.
 
         Reading the epoch's means costs next to nothing here: the loss scaler has just waited for the device.
         """
