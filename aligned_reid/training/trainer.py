@@ -162,8 +162,10 @@ class Trainer:
     def check_step(self, step: int, batches: Sequence[TrainBatch], skipped: Sequence[Learner]) -> None:
         """Raise RunStopped if the loss is not finite; if only a gradient is not, log the skipped step.
 
-        Reading the epoch's means costs next to nothing here: the loss scaler has just waited for the device.
+        A loss that is not finite has such gradients, so its step is skipped. After other steps the device is not asked.
         """
+        if not skipped and step < self.steps_per_epoch:
+            return
         loss = self.meters.means()["loss"]
         if not math.isfinite(loss):
             names = [self.images.image_names[index] for batch in batches for index in batch.indices.tolist()]
