@@ -4,10 +4,8 @@ import argparse
 import io
 import json
 import os
-import pickle
 import re
 import tarfile
-import urllib.error
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import GOLDEN, full_disk, refusal
+from conftest import GOLDEN, full_disk, refusal, same
 
 from aligned_reid.model import AlignedReID, load_weights, make_trunk, open_model
 from aligned_reid.weights import (
@@ -30,7 +28,8 @@ from aligned_reid.weights import (
 )
 
 REFERENCE = json.loads((GOLDEN / "reference_state_dict.json").read_text())
-SKIPS_CLASSES = hasattr(torch.serialization, "safe_globals")  # torch >= 2.5
+CONV = "layer1.0.conv1.weight"
+LAST_CONV = "layer4.2.conv3.weight"
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +39,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def reference_state(model):
-    """A state dict like those of the reference, written by torch 0.3: without num_batches_tracked."""
-    return OrderedDict((name, model.state_dict()[name].clone()) for name in REFERENCE)
-
-
-@pytest.fixture(scope="module")
 def resnet_state():
     return torchvision.models.resnet50(weights=None).state_dict()
-
-
-@pytest.fixture(scope="module")
-def trunk():
-    return make_trunk()
 
 
 def unreadable(path):
@@ -62,40 +50,33 @@ def unreadable(path):
     return message
 
 
-def assert_equal_tensors(one, other):
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+def load(weights):
+    """What load_trunk reports of a new trunk, and the trunk."""
+    trunk = make_trunk()
+    return load_trunk(trunk, find_state_dict(weights, "w"), "w"), trunk
 
 
-def test_names_and_shapes_are_those_of_the_reference(model):
-    own = {n: list(v.shape) for n, v in model.state_dict().items() if not n.endswith("num_batches_tracked")}
-    assert own == REFERENCE
-
-
-def test_a_checkpoint_of_the_reference_loads(tmp_path, reference_state):
+def test_a_checkpoint_of_the_reference_loads(tmp_path, model):
+    state = OrderedDict((n, v) for n, v in model.state_dict().items() if not n.endswith("num_batches_tracked"))
+    assert {name: list(value.shape) for name, value in state.items()} == REFERENCE
     path = tmp_path / "ckpt.pth"
-    scores = [np.float64(0.71), np.float32(0.87), np.int64(3), 0.5]
-    content = {"state_dicts": [reference_state, {"state": {}, "param_groups": []}], "ep": 300, "scores": scores}
+    content = {"state_dicts": [state, {"state": {}, "param_groups": []}], "ep": 300, "scores": [0.5]}
     torch.save(content, path, _use_new_zipfile_serialization=False)
-    if not SKIPS_CLASSES:
-        assert "torch 2.5" in unreadable(path)
-        torch.save({**content, "scores": None}, path, _use_new_zipfile_serialization=False)
     fresh = AlignedReID(751, pretrained="none")
     report = load_weights(fresh, read_state_dict(path), "ckpt.pth", need_local=True)
     assert "265 of 265" in report and "classifier loaded" in report
-    assert_equal_tensors(reference_state, {name: fresh.state_dict()[name] for name in REFERENCE})
-    assert_equal_tensors(read_state_dict(tmp_path), reference_state)  # in its folder
+    assert same(state, {name: fresh.state_dict()[name] for name in REFERENCE})
+    assert same(read_state_dict(tmp_path), state)  # in its folder
     path.unlink()
     assert "no weight file" in unreadable(path) and "ckpt.pth" in unreadable(tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "base.", "module.base.", "module.pre.", "backbone.net."])
-def test_a_trunk_loads_behind_any_prefix(trunk, resnet_state, prefix):
+def test_a_trunk_loads_behind_any_prefix(resnet_state, prefix):
     state = {prefix + name: value for name, value in resnet_state.items() if not name.endswith("num_batches_tracked")}
-    state["projection.weight"] = torch.zeros(3)
-    torch.nn.init.zeros_(trunk.layer4[2].conv3.weight)
-    assert "265 of 265" in load_trunk(trunk, find_state_dict(state, "w"), "w")
-    assert torch.equal(trunk.layer4[2].conv3.weight, resnet_state["layer4.2.conv3.weight"])
+    report, trunk = load({**state, "projection.weight": torch.zeros(3)})
+    assert "265 of 265" in report
+    assert torch.equal(trunk.state_dict()[LAST_CONV], resnet_state[LAST_CONV])
 
 
 def other_network(network):
@@ -104,7 +85,6 @@ def other_network(network):
     return {f"module.base.{name}": value for name, value in state.items()}
 
 
-CONV = "layer1.0.conv1.weight"
 NETWORKS = {"ResNet-18": "resnet18", "ResNet-34": "resnet34", "ResNet-101": "resnet101", "ResNet-152": "resnet152"}
 NETWORKS |= {"ResNeXt-50": "resnext50_32x4d", "Wide ResNet-50": "wide_resnet50_2"}
 MISFITS = {
@@ -120,19 +100,18 @@ MISFITS = {
 
 
 @pytest.mark.parametrize(("message", "change"), MISFITS.items(), ids=MISFITS)
-def test_a_misfit_of_the_trunk_is_named(trunk, resnet_state, message, change):
-    assert re.search(message, refusal(load_trunk, trunk, find_state_dict(change(resnet_state), "w"), "w"))
+def test_a_misfit_of_the_trunk_is_named(resnet_state, message, change):
+    assert re.search(message, refusal(load, change(resnet_state)))
 
 
-def test_parts_that_are_not_loaded_are_listed(trunk, resnet_state):
-    assert load_trunk(trunk, resnet_state, "w").endswith("not loaded: fc")
+def test_parts_that_are_not_loaded_are_listed(resnet_state):
+    assert load(resnet_state)[0].endswith("not loaded: fc")
     weights = {f"model.backbone.{name}": value for name, value in resnet_state.items() if not name.startswith("fc.")}
-    assert "not loaded" not in load_trunk(trunk, weights, "w")
-    weights |= {f"model.heads.{name}": torch.zeros(1) for name in ("weight", "bias")}
-    weights["pixel_mean"] = torch.zeros(3)
-    assert load_trunk(trunk, weights, "w").endswith("not loaded: model.heads, pixel_mean")
+    assert "not loaded" not in load(weights)[0]
+    weights |= dict.fromkeys(("model.heads.weight", "model.heads.bias", "pixel_mean"), torch.zeros(1))
+    assert load(weights)[0].endswith("not loaded: model.heads, pixel_mean")
     weights |= {f"head{number}.weight": torch.zeros(1) for number in range(20)}
-    assert load_trunk(trunk, weights, "w").endswith("and 14 more")
+    assert load(weights)[0].endswith("and 14 more")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +120,7 @@ def test_parts_that_are_not_loaded_are_listed(trunk, resnet_state):
 def test_prefixes_of_wrappers_are_stripped(model, prefix):
     state = model.state_dict()
     wrapped = {prefix + name: value for name, value in state.items()}
-    assert_equal_tensors(find_state_dict({"state_dict": wrapped}, "w"), state)
+    assert same(find_state_dict({"state_dict": wrapped}, "w"), state)
 
 
 def test_the_average_in_earlier_checkpoints_is_preferred():
@@ -156,7 +135,7 @@ def test_a_head_is_loaded_completely_or_not_at_all(model):
     report = load_weights(fresh, state, "w", need_local=False)
     assert "local head not loaded (local_conv.bias is not in the file)" in report
     assert "neck not loaded" in report and "classifier not loaded (other identities)" in report
-    assert_equal_tensors(before, {name: fresh.state_dict()[name] for name in before})
+    assert same(before, {name: fresh.state_dict()[name] for name in before})
     assert torch.equal(fresh.base.conv1.weight, model.base.conv1.weight)
     state = torchvision.models.resnet50(weights=None, num_classes=10).state_dict()
     fresh = AlignedReID(10, pretrained="none")
@@ -174,55 +153,37 @@ def test_a_head_is_loaded_completely_or_not_at_all(model):
 )
 def test_a_missing_head_is_an_error_only_if_the_features_need_it(resnet_state, settings, need_local, message):
     assert message in refusal(open_model, resnet_state, "w", need_local=need_local, settings=settings)
-    assert "local head not loaded" in open_model(resnet_state, "w", need_local=False)[1]
 
 
-class Python2Pickler(pickle._Pickler):
-    """Writes strings as bytes, like Python 2."""
-
-    def save_bytes(self, text):
-        content = text.encode("latin1") if isinstance(text, str) else text
-        self.write(pickle.SHORT_BINSTRING + bytes([len(content)]) + content)
-        self.memoize(text)
-
-    dispatch = {**pickle._Pickler.dispatch, str: save_bytes, bytes: save_bytes}
+def as_python_2_writes(content):
+    """Strings in a pickle as bytes, and numpy's modules under their former name."""
+    short_strings = re.sub(rb"X(.)\0\0\0", rb"U\1", content, flags=re.DOTALL)
+    return short_strings.replace(b"numpy._core", b"numpy.core")
 
 
-class Python2Pickle:
-    __name__ = "cPickle"
-    Pickler = Python2Pickler
+@pytest.mark.parametrize("written", ["as zip archive", "by torch before 1.6", "by Python 2"])
+def test_settings_and_scores_next_to_the_weights_are_skipped(tmp_path, written):
+    others = {"args": argparse.Namespace(lr=0.1), "cmc": np.ones((2, 3)), "best": np.True_, "rank1": np.float32(0.91)}
+    content = {**others, "net": {"weight": torch.ones(3)}}
+    content = saved(content, _use_new_zipfile_serialization=written == "as zip archive")
+    if written == "by Python 2":
+        content = as_python_2_writes(content)
+        assert b"U\x05rank1" in content
+    (tmp_path / "w.pth").write_bytes(content)
+    if hasattr(torch.serialization, "safe_globals"):
+        assert torch.equal(read_state_dict(tmp_path / "w.pth")["weight"], torch.ones(3))
+    else:
+        assert "torch 2.5" in unreadable(tmp_path / "w.pth")
 
-    def dump(self, value, file, protocol):
-        Python2Pickler(file, protocol).dump(value)
 
-
-@pytest.mark.skipif(not SKIPS_CLASSES, reason="torch < 2.5 cannot read numpy values safely")
-def test_a_file_of_python_2_with_scores_and_a_sequential_trunk_is_read(tmp_path):
+def test_a_trunk_in_a_sequential_module_is_found():
     resnet = torchvision.models.resnet50(weights=None)
     base = torch.nn.Sequential(*list(resnet.children())[:-2])
-    state = {f"base.{name}": value for name, value in base.state_dict().items() if "num_batches" not in name}
+    state = {f"base.{name}": value for name, value in base.state_dict().items()}
     state |= {"bn.weight": torch.ones(2048), "conv1.weight": torch.ones(128, 2048, 1, 1), "conv1.bias": torch.ones(128)}
-    scores = {"rank1": np.float32(0.91), "cmc": np.linspace(0.9, 1, 20), "epoch": 299}
-    path = tmp_path / "best.pth.tar"
-    content = {"state_dict": OrderedDict(state), **scores}
-    path.write_bytes(
-        saved(content, pickle_module=Python2Pickle(), pickle_protocol=2, _use_new_zipfile_serialization=False).replace(
-            b"numpy._core", b"numpy.core"
-        )
-    )
-    assert b"U\x05epoch" in path.read_bytes()  # as Python 2 writes it
-    model, report = open_model(read_weight_file(path), "w", need_local=False)
-    assert "265 of 265" in report and "not loaded: bn.weight, conv1" in report
-    assert torch.equal(model.base.layer4[2].conv3.weight, resnet.layer4[2].conv3.weight)
-
-
-@pytest.mark.skipif(not SKIPS_CLASSES, reason="torch < 2.5 cannot read numpy values safely")
-@pytest.mark.parametrize("zip_format", [True, False])
-def test_settings_and_scores_next_to_the_weights_are_skipped(tmp_path, zip_format):
-    others = {"args": argparse.Namespace(lr=0.1), "cmc": np.ones((2, 3)), "best": np.True_}
-    content = {"net": {"weight": torch.ones(3)}, **others}
-    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zip_format)
-    assert torch.equal(read_state_dict(tmp_path / "w.pth")["weight"], torch.ones(3))
+    model, report = open_model({"state_dict": state}, "w", need_local=False)
+    assert "265 of 265" in report and "not loaded: bn.weight, conv1" in report and "local head not loaded" in report
+    assert torch.equal(model.base.state_dict()[LAST_CONV], resnet.state_dict()[LAST_CONV])
 
 
 def zip_of(name):
@@ -288,27 +249,19 @@ def test_the_content_decides_the_format_and_a_flipped_bit_is_an_error(tmp_path):
         assert "checksum" in unreadable(path)
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """torch.hub's folder; returns the file of ImageNet weights in it."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    return tmp_path / "checkpoints" / "resnet50-0676ba61.pth"
-
-
-def test_imagenet_weights_are_downloaded_once_and_a_failure_names_the_missing_file(hub, monkeypatch, resnet_state):
-    def fail(*_, **__):
-        raise urllib.error.URLError("Name or service not known")
+def test_imagenet_weights_are_downloaded_once_and_a_failure_names_the_missing_file(tmp_path, monkeypatch, resnet_state):
+    file = tmp_path / "checkpoints" / "resnet50-0676ba61.pth"
 
     def download(url, destination, hash_prefix, progress):
-        assert url.endswith(f"{hash_prefix}.pth")
-        assert destination == str(hub)
+        assert url.endswith(f"{hash_prefix}.pth") and destination == str(file)
         torch.save(resnet_state, destination)
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    assert str(hub) in refusal(AlignedReID, None, pretrained="imagenet")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    assert "265 of 265" in AlignedReID(None, pretrained="imagenet").trunk_report
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: full_disk())
+    assert str(file) in refusal(AlignedReID, None, pretrained="imagenet")
+    with monkeypatch.context() as online:
+        online.setattr(torch.hub, "download_url_to_file", download)
+        assert "265 of 265" in AlignedReID(None, pretrained="imagenet").trunk_report
     model = AlignedReID(None, pretrained="imagenet")
     assert torch.equal(model.base.conv1.weight, resnet_state["conv1.weight"])
 
@@ -323,7 +276,7 @@ def test_safetensors_restore_tensors_and_settings(tmp_path, model):
     assert settings_of(content) == settings
     assert content["trained_on"] == {"set": ["1"]}
     assert content["verification"] == {"num_same": 1}
-    assert_equal_tensors(read_state_dict(path), model.state_dict())
+    assert same(read_state_dict(path), model.state_dict())
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -351,7 +304,6 @@ def test_damaged_safetensors_are_errors(tmp_path):
 def test_a_full_disk_keeps_the_previous_safetensors(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     write_safetensors(path, {"weight": torch.ones(3)}, {})
-
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_safetensors(path, {"weight": torch.zeros(3)}, {})
