@@ -3,15 +3,17 @@
 import os
 import time
 import zipfile
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import full_disk, refusal, tiny_config
+from conftest import full_disk, refusal, same, tiny_config
 
 from aligned_reid.config import Config
 from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World
+from aligned_reid.model import AlignedReID
 from aligned_reid.preflight import check_input
 from aligned_reid.run import resume_after_restart, run
 from aligned_reid.training.checkpoint import (
@@ -24,37 +26,36 @@ from aligned_reid.training.checkpoint import (
     set_aside,
     set_random_states,
 )
+from aligned_reid.training.learner import Learner
 from aligned_reid.weights import read_weight_file
+
+pytestmark = pytest.mark.usefixtures("small_trunk")
 
 CONFIG = Config(seed=3)
 HERE = {"num_processes": 2, "device": "cpu"}
 
 
-class Parts:
-    """A small learner and its checkpoints."""
+def make_checkpoints(folder, **settings):
+    """The checkpoints of a small model."""
+    torch.manual_seed(0)
+    config, accelerator = Config(**settings), Accelerator(mixed_precision=False)
+    model = AlignedReID(None, pretrained="none", bnneck=config.bnneck)
+    return Checkpoints(folder, [Learner(config, model, accelerator, World())], accelerator, {}, {})
 
-    def __init__(self, folder, width=3):
-        torch.manual_seed(0)
-        accelerator = Accelerator()
-        self.model = torch.nn.Linear(width, 2)
-        self.optimizer = accelerator.adam(self.model.parameters(), 0.1, 5e-4)
-        self.checkpoints = Checkpoints(folder, [self], accelerator, {}, {})
 
-    def state_dict(self):
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+def train_step(checkpoints):
+    """A step of the model; returns its state."""
+    (learner,) = checkpoints.learners
+    learner.start_step(0.1)
+    images = torch.arange(4 * 64 * 32 * 3).reshape(4, 64, 32, 3) % 251
+    learner.scaler.backward(learner.forward(images.to(torch.uint8)).global_feat.square().sum())
+    learner.scaler.step(learner.optimizer)
+    return state_of(checkpoints)
 
-    def load_state_dict(self, state):
-        self.model.load_state_dict(state["model"])
-        Accelerator().load_optimizer(self.optimizer, state["optimizer"])
 
-    def step(self):
-        self.optimizer.zero_grad()
-        self.model(torch.ones(1, self.model.in_features)).sum().backward()
-        self.optimizer.step()
-        return self.weights()
-
-    def weights(self):
-        return [parameter.detach().clone() for parameter in self.model.parameters()]
+def state_of(checkpoints):
+    state = checkpoints.learners[0].state_dict()
+    return deepcopy({"model": state["model"], "optimizer": state["optimizer"]["state"]})
 
 
 def epochs_in(folder):
@@ -62,47 +63,24 @@ def epochs_in(folder):
 
 
 def test_load_restores_weights_optimizer_and_random_states(tmp_path):
-    first = Parts(tmp_path)
-    first.step()
-    first.checkpoints.save(1, CONFIG)
-    drawn = torch.rand(3)
-    expected = first.step()
-
-    second = Parts(tmp_path)
-    content = second.checkpoints.load(CONFIG).content
+    first, second = make_checkpoints(tmp_path), make_checkpoints(tmp_path)
+    train_step(first)
+    first.save(1, CONFIG)
+    drawn, expected = torch.rand(3), train_step(first)
+    content = second.load(CONFIG).content
     assert (content["epoch"], content["sampler"]) == (1, {"seed": 3, "epoch": 1})
     assert content["config"] == CONFIG.to_dict()
     assert torch.equal(torch.rand(3), drawn)
-    assert all(map(torch.equal, second.step(), expected))
-
-
-def wrapped_full_disk(content, file):
-    """As torch reports it, after it wrote a part."""
-    file.write(b"a part")
-    try:
-        full_disk()
-    finally:
-        raise RuntimeError("unexpected pos 64 vs 0")
-
-
-@pytest.mark.parametrize("failing", [full_disk, wrapped_full_disk])
-def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch, failing):
-    parts = Parts(tmp_path)
-    parts.checkpoints.save(1, CONFIG)
-    monkeypatch.setattr(torch, "save", failing)
-    with pytest.raises(OSError, match="No space left"):
-        parts.checkpoints.save(2, CONFIG)
-    assert read_weight_file(tmp_path)["epoch"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pth"]
+    assert same(train_step(second), expected)
 
 
 @pytest.mark.parametrize("has_links", [True, False])
 def test_the_previous_checkpoint_is_kept(tmp_path, monkeypatch, has_links):
     if not has_links:
         monkeypatch.setattr(os, "link", full_disk)  # any OSError
-    parts = Parts(tmp_path)
+    checkpoints = make_checkpoints(tmp_path)
     for epoch in (1, 2, 3):
-        parts.checkpoints.save(epoch, CONFIG)
+        checkpoints.save(epoch, CONFIG)
     assert epochs_in(tmp_path) == {"ckpt.pth": 3, "ckpt.previous.pth": 2}
 
 
@@ -121,33 +99,32 @@ def cut_off(path):
 
 @pytest.mark.parametrize("damage", [flip_a_byte, cut_off, Path.unlink])
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, damage):
-    parts = Parts(tmp_path, width=40)
-    parts.checkpoints.save(1, CONFIG)
-    first = parts.weights()
-    parts.step()
-    parts.checkpoints.save(2, CONFIG)
+    checkpoints = make_checkpoints(tmp_path)
+    checkpoints.save(1, CONFIG)
+    first = state_of(checkpoints)
+    assert not same(train_step(checkpoints), first)
+    checkpoints.save(2, CONFIG)
     damage(tmp_path / "ckpt.pth")
     message = refusal(read_weight_file, tmp_path / "ckpt.pth")  # weights to test are not replaced silently
     assert ("ckpt.previous.pth" in message) == (tmp_path / "ckpt.pth").exists()
-    last = parts.checkpoints.load(CONFIG)
+    last = checkpoints.load(CONFIG)
     assert (last.path.name, last.content["epoch"]) == ("ckpt.previous.pth", 1)
     assert str(tmp_path / "ckpt.pth") in last.damage and last.damage.isprintable()
-    assert all(map(torch.equal, parts.weights(), first))
-    parts.checkpoints.save(3, CONFIG)  # must not replace the good file with the damaged one
+    assert same(state_of(checkpoints), first)
+    checkpoints.save(3, CONFIG)  # must not replace the good file with the damaged one
     assert epochs_in(tmp_path) == {"ckpt.pth": 3, "ckpt.previous.pth": 1}
-
     for path in tmp_path.iterdir():
         flip_a_byte(path)
-    message = refusal(parts.checkpoints.load, CONFIG)
+    message = refusal(checkpoints.load, CONFIG)
     assert "no checkpoint" in message and message.count("checksum") == 2
 
 
 def test_bare_weights_and_another_model_are_refused(tmp_path):
-    parts = Parts(tmp_path)
-    torch.save(parts.model.state_dict(), tmp_path / "ckpt.pth")
-    assert "--model_weight_file" in refusal(parts.checkpoints.load, CONFIG)
-    Parts(tmp_path, width=5).checkpoints.save(1, Config(seed=3, bnneck=True))
-    assert "bnneck: True -> False" in refusal(parts.checkpoints.load, CONFIG)
+    checkpoints = make_checkpoints(tmp_path)
+    torch.save(state_of(checkpoints)["model"], tmp_path / "ckpt.pth")
+    assert "--model_weight_file" in refusal(checkpoints.load, CONFIG)
+    make_checkpoints(tmp_path, bnneck=True).save(1, Config(seed=3, bnneck=True))
+    assert "bnneck: True -> False" in refusal(checkpoints.load, CONFIG)
 
 
 def test_writing_takes_a_bounded_share_of_the_time(tmp_path, monkeypatch):
@@ -159,7 +136,7 @@ def test_writing_takes_a_bounded_share_of_the_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(torch, "save", save_in_two_seconds)
-    checkpoints = Parts(tmp_path).checkpoints
+    checkpoints = make_checkpoints(tmp_path)
     assert checkpoints.is_due()
     checkpoints.save(1, CONFIG)
     clock[0] += 2 / WRITING_SHARE - 1
@@ -244,7 +221,7 @@ def test_only_rank_0_needs_the_run_folder(tiny_data, tmp_path):
     assert check_input(config, has_run_dir=False).weights is None
 
 
-def test_a_run_resumes_from_the_previous_checkpoint_and_adds_to_its_seconds(tiny_data, tmp_path, small_trunk):
+def test_a_run_resumes_from_the_previous_checkpoint_and_adds_to_its_seconds(tiny_data, tmp_path):
     results = run(tiny_config(tiny_data, tmp_path))
     cut_off(tmp_path / "ckpt.pth")
     content = read_weight_file(tmp_path / "ckpt.previous.pth")
@@ -262,9 +239,9 @@ def test_a_restart_resumes_its_own_launch_only(tiny_data, tmp_path, job):
     config, accelerator = tiny_config(tiny_data, tmp_path), Accelerator(mixed_precision=False)
     world = World(job={"token": "a"})
     assert not resume_after_restart(config, world, accelerator).resume  # no checkpoint yet
-    parts = Parts(tmp_path)
-    parts.checkpoints.job = job
-    parts.checkpoints.save(1, config)
+    checkpoints = make_checkpoints(tmp_path)
+    checkpoints.job = job
+    checkpoints.save(1, config)
     if job is None:
         (tmp_path / "ckpt.pth").write_bytes(b"damaged")
     assert resume_after_restart(config, world, accelerator).resume == (job == world.job)

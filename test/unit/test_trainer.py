@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import full_disk, refusal, tiny_config
+from conftest import full_disk, refusal, same, tiny_config
 
 from aligned_reid.data import TrainImages, open_data
 from aligned_reid.data.loader import WorkerDied
@@ -80,10 +80,6 @@ def weights_of(trainer, number=0):
     return {name: value.clone() for name, value in trainer.learners[number].model.state_dict().items()}
 
 
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_training_lowers_the_loss_and_logs_each_epoch(tiny_data, tmp_path):
     trainer = trained(tiny_data, tmp_path, total_epochs=6, base_lr=1e-3, g_loss_weight=0.0)
     losses = [float(loss) for loss in trainer.log.losses()]
@@ -102,53 +98,39 @@ def test_heads_without_a_loss_are_not_decayed(tiny_data, tmp_path):
     assert not changed & {"fc.weight", "local_conv.weight", "local_bn.weight"}
 
 
+def crash(*_):
+    raise RunStopped("crash", 1)
+
+
 @pytest.mark.parametrize(
-    ("settings", "batch", "step"),
+    ("settings", "batch", "epoch", "step"),
     [
-        ({"id_loss_weight": 1.0, "l_loss_weight": 1.0}, 1, 1),
-        ({"accumulate": 2, "warmup_epochs": 2}, 2, 1),
-        ({"num_models": 2, "gdm_loss_weight": 0.5}, 2, 2),
-        ({"center_loss_weight": 0.01, "freeze_stages": 1, "freeze_stages_from": 2}, 2, 2),
+        ({"id_loss_weight": 1.0, "l_loss_weight": 1.0}, 1, 1, 1),
+        ({"accumulate": 2, "warmup_epochs": 2}, 2, 1, 1),
+        ({"num_models": 2, "gdm_loss_weight": 0.5}, 2, 1, 2),
+        ({"center_loss_weight": 0.01, "freeze_stages": 1, "freeze_stages_from": 2}, 2, 1, 2),
+        ({"checkpoint_every_steps": 2, "l_loss_weight": 1.0}, None, 0, 2),
     ],
-    ids=["losses", "accumulate", "models", "centers"],
+    ids=["losses", "accumulate", "models", "centers", "crash"],
 )
-def test_resume_after_a_signal_is_bit_exact(tiny_data, tmp_path, settings, batch, step):
+def test_resume_is_bit_exact(tiny_data, tmp_path, settings, batch, epoch, step):
+    """After a signal at a batch of epoch 2, or a crash after the last step of epoch 1, before its checkpoint."""
     settings |= {"total_epochs": 3, "exp_decay_at_epoch": 2}
     whole = make_trainer(tiny_data, tmp_path / "whole", **settings)
     whole.train()
-    interrupt = at(2, batch, lambda: send(signal.SIGTERM))
-    first = make_trainer(tiny_data, tmp_path / "parts", before=interrupt, **settings)
+    interruption = {"before": at(2, batch, lambda: send(signal.SIGTERM))} if batch else {"after_epoch": crash}
     with pytest.raises(RunStopped):
-        first.train()
-    second = make_trainer(tiny_data, tmp_path / "parts", **settings)
-    second.resume()
-    assert (second.epoch, second.step) == (1, step)
-    second.train()
-    for one, other in zip(whole.learners, second.learners, strict=True):
+        make_trainer(tiny_data, tmp_path / "parts", **interruption, **settings).train()
+    resumed = make_trainer(tiny_data, tmp_path / "parts", **settings)
+    resumed.resume()
+    assert (resumed.epoch, resumed.step) == (epoch, step)
+    resumed.train()
+    for one, other in zip(whole.learners, resumed.learners, strict=True):
         assert same(one.model.state_dict(), other.model.state_dict())
         if settings.get("center_loss_weight"):
             assert one.objective.center_loss.centers.abs().sum() > 0
             assert torch.equal(one.objective.center_loss.centers, other.objective.center_loss.centers)
-    assert whole.log.losses() == first.log.losses() + second.log.losses()
-
-
-def test_resume_repeats_the_steps_after_the_last_checkpoint(tiny_data, tmp_path):
-    settings = {"checkpoint_every_steps": 2, "l_loss_weight": 1.0}
-    whole = make_trainer(tiny_data, tmp_path / "whole", **settings)
-    whole.train()
-
-    def crash(*_):  # after the third step, before its checkpoint
-        raise KeyboardInterrupt
-
-    first = make_trainer(tiny_data, tmp_path / "parts", after_epoch=crash, **settings)
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
-    saved = read_weight_file(tmp_path / "parts")
-    assert (saved["epoch"], saved["step"]) == (0, 2)
-    second = make_trainer(tiny_data, tmp_path / "parts", **settings)
-    second.resume()
-    second.train()
-    assert same(weights_of(whole), weights_of(second))
+    assert whole.log.losses()[epoch:] == resumed.log.losses()
 
 
 @pytest.mark.parametrize(
@@ -194,12 +176,22 @@ def test_the_end_of_another_rank_at_the_same_signal_is_not_an_error(tiny_data, t
     assert error.value.status == 130
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tiny_data, tmp_path, monkeypatch):
+def full_disk_in_torchs_words(content, file):
+    file.write(b"a part")
+    try:
+        full_disk()
+    finally:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize("failing", [full_disk, full_disk_in_torchs_words])
+def test_a_full_disk_keeps_the_last_checkpoint(tiny_data, tmp_path, monkeypatch, failing):
     trainer = trained(tiny_data, tmp_path)
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(torch, "save", failing)
     message = refusal(trainer.save)
     assert "No space left" in message and f"{tmp_path}/ckpt.pth" in message
     assert read_weight_file(tmp_path)["epoch"] == 1
+    assert os.listdir(tmp_path) == ["ckpt.pth"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path):
