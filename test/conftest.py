@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from aligned_reid import InputError, ReID
+from aligned_reid import InputError, ReID, commands
 from aligned_reid.config import Config
 from aligned_reid.data import make_synthetic
 from aligned_reid.model import AlignedReID
@@ -139,17 +139,34 @@ def assert_refused(finished, *words):
 
 
 @pytest.fixture
-def command(monkeypatch, capfd):
-    """Run a script as its command line would, in this process: what is patched stays so, and torch is imported once."""
+def finish(monkeypatch, capfd):
+    """Call a command's function in this process: what is patched stays so, and torch is imported once."""
 
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "script" / name), *map(str, arguments)])
+    def run(function, *argv):
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            runpy.run_path(str(ROOT / "script" / name), run_name="__main__")
+            function()
         return Finished(exit_.value.code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def command(finish):
+    """Run a script as its command line would."""
+
+    def run(name, *arguments):
+        path = str(ROOT / "script" / name)
+        return finish(lambda: runpy.run_path(path, run_name="__main__"), path, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def aligned_reid(finish):
+    """Run `aligned-reid ...`."""
+    return lambda *arguments: finish(commands.main, "/somewhere/bin/aligned-reid", *arguments)
 
 
 @pytest.fixture
@@ -181,20 +198,24 @@ def run_script(name, *arguments, cwd=None, environment=None, timeout=240):
 RATES = {"at_fmr": {"0.001": {"threshold": 0.5, "tmr": 0.9}}}
 
 
+def write_run(folder, measured_on="drawn", rates=RATES, **settings):
+    """A run folder with a model that has a local branch, features of unit length, and a threshold."""
+    torch.manual_seed(0)
+    config = Config.of(l_loss_weight=1.0, normalize_feature=True, **settings)
+    folder.mkdir(parents=True)
+    model = AlignedReID(None, pretrained="none")
+    write_safetensors(folder / "model.safetensors", model.state_dict(), config.to_dict())
+    results = {"verification": {"measured_on": measured_on, "global": rates}}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared_run(tmp_path_factory):
-    """A run folder with a small model for images of 64 x 32, a local branch, unit length and a threshold of 0.5."""
-    folder = tmp_path_factory.mktemp("shared") / "run"
-    folder.mkdir()
-    config = Config.of(resize_h_w=(64, 32), l_loss_weight=1.0, normalize_feature=True)
-    torch.manual_seed(0)
+    """A run folder with a small model for images of 64 x 32 and a threshold of 0.5."""
     with pytest.MonkeyPatch.context() as patch:
         with_small_trunk(patch)
-        model = AlignedReID(None, pretrained="none")
-    write_safetensors(folder / "model.safetensors", model.state_dict(), config.to_dict())
-    verification = {"measured_on": "drawn", "global": RATES}
-    (folder / "results.json").write_text(json.dumps({"verification": verification}))
-    return folder
+        return write_run(tmp_path_factory.mktemp("shared") / "run", resize_h_w=(64, 32))
 
 
 @pytest.fixture

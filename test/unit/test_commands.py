@@ -3,33 +3,20 @@
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, Finished
+from conftest import ROOT, assert_done, assert_refused
 from PIL import Image
 
 from aligned_reid import commands
 from aligned_reid.cli import command_line
 from aligned_reid.commands import prepare
 from aligned_reid.evaluation.features import read_features
-
-
-@pytest.fixture
-def aligned_reid(monkeypatch, capfd):
-    """Run `aligned-reid ...` in this process."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/aligned-reid", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            commands.main()
-        return Finished(exit_.value.code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"], [], ["prepare"], ["prepare", "--help"]])
@@ -65,8 +52,8 @@ def test_every_command_shows_its_help_in_both_ways(aligned_reid, name):
 )
 def test_a_mistake_is_one_line_in_the_commands_name(aligned_reid, arguments, name, word):
     done = aligned_reid(*arguments)
-    assert (done.status, done.out) == (2, "")
-    assert done.err.startswith(f"{name}: error: ") and word in done.err and done.err.count("\n") == 1
+    assert_refused(done, word)
+    assert done.out == "" and done.err.startswith(f"{name}: error: ")
 
 
 def test_messages_name_the_command_as_the_user_runs_it(monkeypatch):
@@ -91,29 +78,18 @@ def test_python_m_is_the_command_and_does_not_wait_for_torch():
     assert "aligned_reid.config" in done.stderr and " torch\n" not in done.stderr
 
 
-def write_features(path):
+def test_evaluate_prints_json_and_nothing_else(aligned_reid, tmp_path):
     rng = np.random.default_rng(0)
     labels = {"person_id": np.arange(40) % 5, "camera": np.arange(40) % 2, "mark": np.arange(40) // 10 > 0}
-    np.savez(path, **{"global": rng.standard_normal((40, 8)).astype(np.float32)}, **labels)
-    return path
-
-
-def test_evaluate_prints_json_and_nothing_else(aligned_reid, tmp_path):
-    done = aligned_reid("evaluate", f"--features={write_features(tmp_path / 'f.npz')}", "--json")
+    np.savez(tmp_path / "f.npz", **{"global": rng.standard_normal((40, 8)).astype(np.float32)}, **labels)
+    done = aligned_reid("evaluate", f"--features={tmp_path / 'f.npz'}", "--json")
     assert done.status == 0, done.err
     assert json.loads(done.out) == json.loads((tmp_path / "f.results.json").read_text())
     assert "mAP" in done.err
     assert aligned_reid("evaluate", f"--features={tmp_path / 'f.npz'}").out == done.err
 
 
-@pytest.fixture
-def weights(aligned_reid, tiny_data, tmp_path, small_trunk):
-    """A run folder of a tiny model."""
-    assert aligned_reid("train", f"--data_path={tiny_data}", *TINY, "--total_epochs=1", f"--exp_dir={tmp_path}/run")
-    return tmp_path / "run"
-
-
-def test_extract_takes_any_folder_of_images(aligned_reid, tiny_data, weights, tmp_path):
+def test_extract_takes_any_folder_of_images(aligned_reid, tiny_data, trained, tmp_path):
     photos = tmp_path / "my photos" / "door"
     photos.mkdir(parents=True)
     name = sorted(path.name for path in (tiny_data / "images").iterdir())[-1]
@@ -121,9 +97,9 @@ def test_extract_takes_any_folder_of_images(aligned_reid, tiny_data, weights, tm
     Image.new("RGBA", (30, 60), "red").save(photos.parent / "人 1.PNG")
     (photos / "cut off.jpg").write_bytes((photos / "a.jpg").read_bytes()[:900])
     (photos / "notes.txt").touch()
-    flags = (f"--model_weight_file={weights}", "--workers=0", "--device=cpu")
+    flags = (f"--model_weight_file={trained}", "--workers=0", "--device=cpu")
     done = aligned_reid("extract", f"--images={photos.parent}", *flags, f"--save_file={tmp_path}/photos.h5")
-    assert done.status == 2 and done.err.count("\n") == 1 and "1 images" in done.err
+    assert_refused(done, "1 images")
     assert "cut off.jpg is cut off" in done.out
     table = read_features(tmp_path / "photos.h5", default_mark=1)
     assert table.image_names == ["door/a.jpg", "人 1.PNG"]
@@ -145,20 +121,19 @@ def test_extract_takes_any_folder_of_images(aligned_reid, tiny_data, weights, tm
 )
 def test_mistakes_in_extracting_a_folder_are_one_line(aligned_reid, tmp_path, flags, word):
     flags = [flag.format(empty=tmp_path) for flag in flags]
-    done = aligned_reid("extract", *flags, "--device=cpu", f"--save_file={tmp_path}/f.h5")
-    assert done.status == 2 and word in done.err and done.err.count("\n") == 1
+    assert_refused(aligned_reid("extract", *flags, "--device=cpu", f"--save_file={tmp_path}/f.h5"), word)
 
 
 def test_photos_are_counted_without_being_written(aligned_reid, tiny_data, tmp_path):
+    image = next((tiny_data / "images").iterdir())
     for person in range(4):
-        (tmp_path / "photos" / f"person {person}").mkdir(parents=True)
+        folder = tmp_path / "photos" / f"person {person}"
+        folder.mkdir(parents=True)
         for camera in (1, 2):
-            content = next((tiny_data / "images").iterdir()).read_bytes()
-            (tmp_path / "photos" / f"person {person}" / f"c{camera}_1.jpg").write_bytes(content)
+            shutil.copy(image, folder / f"c{camera}_1.jpg")
     (tmp_path / "photos" / "Thumbs.db").touch()
     flags = ("prepare", "photos", f"--source={tmp_path}/photos", f"--save_dir={tmp_path}/mine")
-    done = aligned_reid(*flags, "--dry_run")
-    assert done.status == 0, done.err
+    done = assert_done(aligned_reid(*flags, "--dry_run"))
     for part in ("1 .db", "8 photos of 4 persons by 2 cameras", "trainval 4 of 2", "query 2 of 2", "gallery 2 of 2"):
         assert part in done.out
     assert not (tmp_path / "mine").exists()

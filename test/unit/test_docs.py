@@ -1,7 +1,6 @@
 """README.md, its translation and docs/: commands parse, links lead somewhere, examples run."""
 
 import doctest
-import json
 import re
 import shlex
 import shutil
@@ -12,8 +11,7 @@ from functools import cache
 import cv2
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT
+from conftest import ROOT, write_run
 
 from aligned_reid.commands import COMMANDS, prepare
 from aligned_reid.config import Config
@@ -21,11 +19,9 @@ from aligned_reid.data import TestImages, make_synthetic, open_data
 from aligned_reid.data.checks import check_protocol
 from aligned_reid.export import InferenceGraph, export_onnx
 from aligned_reid.model import AlignedReID
-from aligned_reid.weights import write_safetensors
 
-FILES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
-FOLDERS = {path.name: path.parent for path in FILES}
+FILES = {path.name: path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+PAGES = {name: path.read_text(encoding="utf-8") for name, path in FILES.items()}
 each_page = pytest.mark.parametrize("name", sorted(PAGES))
 
 
@@ -66,23 +62,26 @@ def test_train_commands_parse():
         Config.from_arguments(flags)  # exits at a mistake
 
 
-@cache
-def known_flags(name: str) -> set[str]:
-    """The flags that --help lists."""
-    help_flags = ["--help", "all"] if name in ("train", "extract") else ["--help"]
-    command = [sys.executable, "-m", "aligned_reid", *("train" if name == "extract" else name).split(), *help_flags]
-    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
-    return {*re.findall(r"--?[a-z]\w*", text)} | ({"--save_file", "--images"} if name == "extract" else set())
+@pytest.fixture
+def known_flags(aligned_reid):
+    """The flags that a command's --help lists."""
+
+    @cache
+    def of(name):
+        asked = "train --help all" if name in ("train", "extract") else f"{name} --help"
+        found = {*re.findall(r"--?[a-z]\w*", aligned_reid(*asked.split()).out)}
+        return found | ({"--save_file", "--images"} if name == "extract" else set())
+
+    return of
 
 
 @each_page
-def test_commands_and_their_flags_exist(name):
+def test_commands_and_their_flags_exist(name, known_flags):
     for words in commands_of(PAGES[name], r"(?:^|`|    )aligned-reid"):
         command, arguments = words[0].rstrip(":"), words[1:]
         if command == "prepare" and arguments:
             command, arguments = " ".join(words[:2]), words[2:]
-        kinds = {f"prepare {kind}" for kind in prepare.KINDS}
-        assert command in COMMANDS.keys() | kinds, command
+        assert command in COMMANDS.keys() | {f"prepare {kind}" for kind in prepare.KINDS}
         if command not in ("prepare", "launch"):
             given = {word.split("=")[0] for word in arguments if re.match(r"--?[a-z]", word)}
             assert given <= known_flags(command), words
@@ -103,10 +102,9 @@ def test_named_files_exist(name):
 
 @each_page
 def test_links_between_pages_lead_somewhere(name):
-    folder = FOLDERS[name]
     for link in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[name]):
         path, _, anchor = link.partition("#")
-        target = folder / path if path else folder / name
+        target = FILES[name].parent / (path or name)
         assert target.is_file(), link
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
@@ -160,29 +158,14 @@ def test_example_of_inference_reads_a_graph(small_trunk, tiny_data, tmp_path, mo
 
 
 def test_examples_of_the_python_page_run(small_trunk, tiny_data, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    model = AlignedReID(None, pretrained="none")
-    rates = {"at_fmr": {"0.001": {"threshold": 0.86}}}
-    write_safetensors(
-        make_folder(tmp_path / "exp" / "first") / "model.safetensors",
-        model.state_dict(),
-        Config.of(l_loss_weight=1.0, normalize_feature=True).to_dict(),
-    )
-    results = {"verification": {"measured_on": "market1501", "global": rates}}
-    (tmp_path / "exp" / "first" / "results.json").write_text(json.dumps(results))
+    write_run(tmp_path / "exp" / "first", "market1501", {"at_fmr": {"0.001": {"threshold": 0.86}}})
     drawn = sorted((tiny_data / "images").iterdir())
-    for name, path in zip(("a.jpg", "b.jpg"), drawn, strict=False):
+    (tmp_path / "photos").mkdir()
+    for name, path in zip(("a.jpg", "b.jpg", *(f"photos/{number}.jpg" for number in range(12))), drawn, strict=False):
         shutil.copy(path, tmp_path / name)
-    for path in drawn[2:14]:
-        shutil.copy(path, make_folder(tmp_path / "photos") / path.name)
     cv2.imwrite(str(tmp_path / "street.jpg"), np.zeros((160, 160, 3), np.uint8))
     (tmp_path / "notes.txt").write_text("no image")
     monkeypatch.chdir(tmp_path)
     example = doctest.DocTestParser().get_doctest(PAGES["python.md"].replace("```", ""), {}, "python.md", None, 0)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     assert doctest.DocTestRunner(optionflags=flags).run(example).failed == 0
-
-
-def make_folder(path):
-    path.mkdir(parents=True, exist_ok=True)
-    return path
