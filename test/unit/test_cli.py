@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from aligned_reid.cli import OneLineParser, expand_home
+from aligned_reid.cli import expand_home
 
 
 def run_main(body, **options):
@@ -86,13 +86,3 @@ def test_a_leading_tilde_is_the_home_folder_if_there_is_one(monkeypatch, tmp_pat
         monkeypatch.setenv("HOME", str(home))
         with pytest.raises(argparse.ArgumentTypeError, match="home folder"):
             expand_home(path)
-
-
-def test_an_unknown_flag_is_one_line_with_the_nearest_flag(capsys):
-    parser = OneLineParser(prog="it", allow_abbrev=False)
-    parser.add_argument("--workers")
-    with pytest.raises(SystemExit) as exit_:
-        parser.parse_args(["--worker=3"])
-    assert exit_.value.code == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "--workers" in line

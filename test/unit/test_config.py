@@ -43,32 +43,23 @@ def test_defaults_are_the_reference_recipe():
     assert (config.global_margin, config.local_margin, config.seed, config.resize_h_w) == (0.3, 0.3, None, (256, 128))
 
 
-@pytest.mark.parametrize(
-    ("text", "name", "value"),
-    [
-        ("--data_pth=/d", "data_path", "/d"),
-        ("--pkl p.pkl", "partition_file", "p.pkl"),
-        ("--resize_h_w 256,128", "resize_h_w", (256, 128)),
-        ("--resize_h_w=(128,64)", "resize_h_w", (128, 64)),
-        ("--resize_h_w '(256, 128)'", "resize_h_w", (256, 128)),
-        ("--staircase_decay_at_epochs 11,21,31", "staircase_decay_at_epochs", (11, 21, 31)),
-        ("-gm none", "global_margin", None),
-        ("--local_margin 0.5", "local_margin", 0.5),
-        ("-glw 0.5", "g_loss_weight", 0.5),
-        ("--train_final_batch TRUE", "train_final_batch", True),
-        ("--set_seed true", "seed", 1),
-        ("--set_seed true --seed 5", "seed", 5),
-        ("--loss_scale dynamic", "loss_scale", None),
-        ("--loss_scale 1024", "loss_scale", 1024.0),
-        ("--npu 3", "npu", (3,)),
-        ("--npu 0,1 --num_models 2", "npu", (0, 1)),
-        ("-r 2", "run", 2),
-        ("--use_local_distance true", "use_local_distance", True),
-        ("--use_local_distance auto", "use_local_distance", None),
-    ],
-)
-def test_flags_give_values(text, name, value):
-    assert getattr(parse(text), name) == value
+VALUES = {
+    "--data_pth=/d --pkl p.pkl -r 2": {"data_path": "/d", "partition_file": "p.pkl", "run": 2},
+    "--resize_h_w 256,128 --npu 3": {"resize_h_w": (256, 128), "npu": (3,)},
+    "--resize_h_w=(128,64) --npu 0,1 --num_models 2": {"resize_h_w": (128, 64), "npu": (0, 1)},
+    "--resize_h_w '(256, 128)' --staircase_decay_at_epochs 11,21": {"staircase_decay_at_epochs": (11, 21)},
+    "-gm none --local_margin 0.5 -glw 0.5": {"global_margin": None, "local_margin": 0.5, "g_loss_weight": 0.5},
+    "--train_final_batch TRUE --set_seed true --seed 5": {"train_final_batch": True, "seed": 5},
+    "--loss_scale dynamic --use_local_distance true": {"loss_scale": None, "use_local_distance": True},
+    "--loss_scale 1024 --use_local_distance auto": {"loss_scale": 1024.0, "use_local_distance": None},
+    "--set_seed true": {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("text", VALUES)
+def test_flags_give_values(text):
+    config = parse(text)
+    assert {name: getattr(config, name) for name in VALUES[text]} == VALUES[text]
 
 
 @pytest.mark.parametrize(

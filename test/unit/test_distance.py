@@ -53,6 +53,7 @@ def test_distances_match_the_reference(dtype, rtol):
 @pytest.mark.parametrize(("num_x", "num_y"), [(1, 1), (1, 5), (5, 1), (2, 2), (3, 6), (6, 3), (5, 5)])
 def test_aligned_distance_is_the_cost_of_the_cheapest_path(num_x, num_y):
     x, y = random_stripes(0, 3, num_x, 3), random_stripes(1, 4, num_y, 3)
+    unchanged = x.clone()
     computed = aligned_distance(x, y)
     for m, n in itertools.product(range(3), range(4)):
         cost = torch.tanh((x[m].unsqueeze(1) - y[n].unsqueeze(0)).norm(dim=-1) / 2)
@@ -62,6 +63,8 @@ def test_aligned_distance_is_the_cost_of_the_cheapest_path(num_x, num_y):
         assert path.distance.item() == pytest.approx(expected, abs=1e-9)
         torch.testing.assert_close(path.cost, cost, rtol=0, atol=1e-9)
     torch.testing.assert_close(aligned_distance_pairs(x, y[:3]), computed[:, :3].diag())
+    assert torch.equal(x, unchanged)
+    assert torch.equal(aligned_distance(x.requires_grad_(), y).detach(), computed)
 
 
 def test_alignment_path_moves_right_or_down_and_sums_to_the_distance():
@@ -100,40 +103,27 @@ def test_gradients_are_finite_if_points_coincide(dtype):
     assert torch.isfinite(zeros.grad).all()
 
 
-def test_autocast_does_not_change_distances():
-    x, y = random_stripes(12, 4, 8, 16, dtype=torch.float32), random_stripes(13, 4, 8, 16, dtype=torch.float32)
-    for function in (
-        lambda: aligned_distance(x, y),
-        lambda: aligned_distance_pairs(x, y),
-        lambda: euclidean_distance(x[:, 0], y[:, 0]),
-        lambda: alignment_path(x[0], y[0]).cost,
-    ):
-        expected = function()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            computed = function()
-        assert computed.dtype == torch.float32
-        assert torch.equal(computed, expected)
-
-
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
     ("x_dtype", "y_dtype", "expected"),
-    [("float16", "float16", "float32"), ("bfloat16", "float32", "float32"), ("float32", "float64", "float64")],
+    [
+        (torch.float16, torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+    ],
 )
-def test_distances_are_computed_in_the_wider_type_and_at_least_float32(x_dtype, y_dtype, expected):
-    x_dtype, y_dtype, expected = (getattr(torch, name) for name in (x_dtype, y_dtype, expected))
-    x, y = random_stripes(10, 4, 8, 16).to(x_dtype), random_stripes(11, 5, 8, 16).to(y_dtype)
-    computed = aligned_distance(x, y)
-    assert computed.dtype == euclidean_distance(x[:, 0], y[:, 0]).dtype == expected
-    assert torch.equal(computed, aligned_distance(x.to(expected), y.to(expected)))
+def test_distances_are_computed_in_the_wider_type_and_at_least_float32(x_dtype, y_dtype, expected, autocast):
+    def distances(x, y):
+        pairs, path = aligned_distance_pairs(x, y), alignment_path(x[0], y[0])
+        return [aligned_distance(x, y), euclidean_distance(x[:, 0], y[:, 0]), pairs, path.cost]
+
+    x, y = random_stripes(10, 5, 8, 16).to(x_dtype), random_stripes(11, 5, 8, 16).to(y_dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        computed = distances(x, y)
+    assert {value.dtype for value in computed} == {expected}
+    assert all(map(torch.equal, computed, distances(x.to(expected), y.to(expected))))
     assert normalize(x).dtype == torch.float32
-
-
-def test_distances_without_gradient_are_equal_and_leave_the_inputs_unchanged():
-    x, y = random_stripes(15, 3, 8, 4), random_stripes(16, 5, 8, 4)
-    kept = x.clone()
-    expected = aligned_distance(x, y)
-    assert torch.equal(x, kept)
-    assert torch.equal(aligned_distance(x.requires_grad_(), y).detach(), expected)
 
 
 def test_far_stripes_cost_one_each_and_empty_inputs_give_empty_distances():

@@ -11,6 +11,8 @@ from aligned_reid.losses import TripletLoss, global_loss, local_loss
 from aligned_reid.model import Features
 from aligned_reid.objective import Objective, peer_outputs
 
+WEIGHTS = ("g_loss_weight", "l_loss_weight", "id_loss_weight")
+
 
 @pytest.fixture
 def batch():
@@ -21,42 +23,38 @@ def batch():
     return features, labels
 
 
-def test_global_loss_alone_reaches_no_other_head(batch):
+@pytest.mark.parametrize(
+    ("weights", "own", "names"),
+    [
+        ((1.0, 0.0, 0.0), False, "gp gm gd_ap gd_an gL loss"),
+        ((0.0, 1.0, 0.0), False, "lp lm ld_ap ld_an lL loss"),
+        ((0.5, 2.0, 0.25), False, "gp gm gd_ap gd_an gL lp lm ld_ap ld_an lL idL loss"),
+        ((0.5, 2.0, 0.25), True, "gp gm gd_ap gd_an gL lp lm ld_ap ld_an lL idL loss"),
+    ],
+)
+def test_the_loss_is_the_weighted_sum_and_unused_heads_get_no_gradient(batch, weights, own, names):
     features, labels = batch
-    loss, figures = Objective(Config())(features, labels)
-    expected, hard, _ = global_loss(TripletLoss(0.3), features.global_feat, labels, False)
-    assert torch.equal(loss, expected)
-    assert list(figures) == ["gp", "gm", "gd_ap", "gd_an", "gL", "loss"]
-    assert figures["gp"] == (hard.dist_an > hard.dist_ap).float().mean()
-    assert figures["gm"] == (hard.dist_an > hard.dist_ap + 0.3).float().mean()
-    loss.backward()
-    assert features.local_feat.grad is features.logits.grad is None
-    loss, figures = Objective(Config(global_margin=None))(features, labels)  # a soft margin counts the order only
-    assert math.isfinite(loss.item()) and figures["gm"] == figures["gp"]
-
-
-@pytest.mark.parametrize("own", [True, False])
-def test_the_loss_is_the_weighted_sum(batch, own):
-    features, labels = batch
-    config = Config(g_loss_weight=0.5, l_loss_weight=2.0, id_loss_weight=0.25, local_dist_own_hard_sample=own)
+    config = Config(**dict(zip(WEIGHTS, weights, strict=True)), local_dist_own_hard_sample=own)
     loss, figures = Objective(config)(features, labels)
     g_loss, hard, _ = global_loss(TripletLoss(0.3), features.global_feat, labels, False)
     inds = (None, None) if own else (hard.p_inds, hard.n_inds)
     l_loss, _, _ = local_loss(TripletLoss(0.3), features.local_feat, labels, *inds, normalize_feature=False)
     id_loss = F.cross_entropy(features.logits, labels)
-    assert loss.item() == pytest.approx((0.5 * g_loss + 2.0 * l_loss + 0.25 * id_loss).item(), rel=1e-6)
-    names = ["gp", "gm", "gd_ap", "gd_an", "gL", "lp", "lm", "ld_ap", "ld_an", "lL", "idL", "loss"]
-    assert list(figures) == names
+    expected = sum(weight * value for weight, value in zip(weights, (g_loss, l_loss, id_loss), strict=True))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert list(figures) == names.split()
+    loss.backward()
+    assert [feat.grad is not None for feat in features] == [weight > 0 for weight in weights]
 
 
-def test_local_loss_alone_uses_the_global_hard_samples(batch):
+def test_figures_count_triplets_in_order_and_beyond_the_margin(batch):
     features, labels = batch
-    loss, figures = Objective(Config(g_loss_weight=0.0, l_loss_weight=1.0))(features, labels)
     _, hard, _ = global_loss(TripletLoss(0.3), features.global_feat, labels, False)
-    inds = {"p_inds": hard.p_inds, "n_inds": hard.n_inds}
-    expected, _, _ = local_loss(TripletLoss(0.3), features.local_feat, **inds, normalize_feature=False)
-    assert loss.item() == pytest.approx(expected.item())
-    assert "gL" not in figures
+    _, figures = Objective(Config())(features, labels)
+    assert figures["gp"] == (hard.dist_an > hard.dist_ap).float().mean()
+    assert figures["gm"] == (hard.dist_an > hard.dist_ap + 0.3).float().mean()
+    loss, figures = Objective(Config(global_margin=None))(features, labels)  # a soft margin counts the order only
+    assert math.isfinite(loss.item()) and figures["gm"] == figures["gp"]
 
 
 @pytest.mark.parametrize("weight", ["pm", "gdm", "ldm"])

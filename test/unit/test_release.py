@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from conftest import tiny_config
 
 from aligned_reid import run as run_module
 from aligned_reid.config import Config
@@ -12,11 +13,8 @@ from aligned_reid.run import run
 from aligned_reid.weights import read_weight_file
 
 SCORES = {"mAP": 0.25, "mAP_step": 0.26, "mINP": 0.1, "cmc1": 0.5, "cmc5": 0.75, "cmc10": None}
-CURVE = {
-    "eer": 0.125,
-    "eer_threshold": 0.9,
-    "at_fmr": {"0.01": {"threshold": 0.75, "tmr": 0.625}, "0.001": None, "0.0001": None},
-}
+RATES = {"0.01": {"threshold": 0.75, "tmr": 0.625}, "0.001": None, "0.0001": None}
+CURVE = {"eer": 0.125, "eer_threshold": 0.9, "at_fmr": RATES}
 
 
 def card_of(data, measured_on, **settings):
@@ -57,8 +55,7 @@ def test_a_failing_evaluation_does_not_cost_the_weights(tiny_data, tmp_path, mon
         raise MemoryError
 
     monkeypatch.setattr(run_module, "evaluate_models", fail)
-    settings = {"pretrained": "none", "resize_h_w": (64, 32), "ids_per_batch": 4, "ims_per_id": 2, "workers": 0}
     with pytest.raises(MemoryError):
-        run(Config(str(tiny_data), exp_dir=str(tmp_path), total_epochs=1, device="cpu", amp="O0", **settings))
+        run(tiny_config(tiny_data, tmp_path, total_epochs=1))
     assert read_weight_file(tmp_path / "model.safetensors")["verification"] == {}
     assert not (tmp_path / "model.md").exists()
