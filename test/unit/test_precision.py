@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 from conftest import make_small_trunk
-from torch import nn
 
 from aligned_reid.config import Config
 from aligned_reid.device import Accelerator, find_wrong_layer
@@ -13,43 +12,32 @@ from aligned_reid.run import run, run_extraction
 SIZE = (64, 32)
 
 
-class WrongConv(nn.Conv2d):
-    """A convolution that is wrong, in one of several ways, in 16 bit only."""
-
-    def __init__(self, fault):
-        super().__init__(16, 2048, 1)
-        self.fault = fault
-
-    def forward(self, x):
-        y = super().forward(x)
-        return y if y.dtype == torch.float32 else FAULTS[self.fault](y)
-
-
-class WrongGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y):
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * torch.linspace(0, 2, grad.shape[1]).view(-1, 1, 1)
-
-
 def with_last_column(y, value):
     return torch.cat([y[..., :-1], value.to(y).expand_as(y[..., -1:])], dim=3)
+
+
+def with_wrong_gradient(y):
+    if y.requires_grad:
+        y.register_hook(lambda grad: grad * torch.linspace(0, 2, grad.shape[1]).to(grad).view(-1, 1, 1))
+    return y
 
 
 FAULTS = {
     "nan": lambda y: with_last_column(y, torch.tensor(torch.nan)),
     "garbage": lambda y: with_last_column(y, 3 * y.std()),
     "not repeatable": lambda y: y * (1 + 0.01 * torch.rand(())),
-    "gradient": WrongGradient.apply,
+    "gradient": with_wrong_gradient,
 }
+
+
+def spoil(layer, fault):
+    """Make a layer wrong in 16 bit only."""
+    layer.register_forward_hook(lambda _, inputs, y: y if y.dtype == torch.float32 else fault(y))
 
 
 def make_wrong_trunk(fault):
     trunk = make_small_trunk()
-    trunk.conv2 = WrongConv(fault)
+    spoil(trunk.conv2, FAULTS[fault])
     return trunk
 
 
@@ -61,35 +49,28 @@ def cpu():
     return accelerator
 
 
-def make_model(trunk):
-    model = AlignedReID(4, pretrained="none", bnneck=True)
-    model.base = trunk
-    return model
+@pytest.fixture
+def model(small_trunk):
+    return AlignedReID(4, pretrained="none", bnneck=True)
 
 
 @pytest.mark.parametrize("backward", [True, False])
-def test_a_right_network_passes_and_leaves_the_random_state(cpu, backward):
-    model = make_model(make_small_trunk())
+def test_a_right_network_passes_and_leaves_the_random_state(model, cpu, backward):
     before = torch.get_rng_state()
     assert find_wrong_layer(model, SIZE, cpu, backward=backward) == ""
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_wrong_layer_is_found(cpu, fault):
-    model = make_model(make_wrong_trunk(fault))
+def test_the_wrong_layer_is_found(model, cpu, fault):
+    spoil(model.base.conv2, FAULTS[fault])
     assert find_wrong_layer(model, SIZE, cpu, backward=True) == "base.conv2, 1 x 1 stride 1 on 2 x 1"
     if fault == "gradient":  # which does not matter to features
         assert find_wrong_layer(model, SIZE, cpu, backward=False) == ""
 
 
-def test_wrong_features_of_right_layers_are_found(cpu):
-    class WrongPooling(nn.Module):
-        def forward(self, feat):
-            return feat.mean(dim=(2, 3)) if feat.dtype == torch.float32 else feat.amax(dim=(2, 3)) + 1
-
-    model = make_model(make_small_trunk())
-    model.pooling = WrongPooling()
+def test_wrong_features_of_right_layers_are_found(model, cpu):
+    spoil(model.base.layer1, lambda y: y + 1)
     assert find_wrong_layer(model, SIZE, cpu, backward=False) == "features"
 
 
