@@ -31,7 +31,8 @@ def make_graph(model, local=True, uint8_input=True, normalize_feature=False):
 
 @pytest.mark.parametrize(("opset", "batch_size"), [(13, 3), (17, None), (17, 3), (18, None), (18, 3)])
 def test_every_opset_computes_torchs_features(model, tmp_path, opset, batch_size, capfd):
-    graph, path = make_graph(model), tmp_path / "model.onnx"
+    has_unit_length = batch_size is None
+    graph, path = make_graph(model, normalize_feature=has_unit_length), tmp_path / "model.onnx"
     difference, described = export_onnx(graph, path, SIZE, opset=opset, batch_size=batch_size)
     assert difference < 1e-5
     n = batch_size or "N"
@@ -45,6 +46,7 @@ def test_every_opset_computes_torchs_features(model, tmp_path, opset, batch_size
     images = graph.example(batch_size or 5, SIZE, seed=9)
     for ours, theirs in zip(OnnxFeatures(path)(images.numpy()), graph(images), strict=True):
         np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-4, atol=1e-4)
+        assert np.allclose(np.linalg.norm(ours, axis=-1), 1, rtol=1e-5) == has_unit_length
 
 
 def test_both_inputs_are_normalised_as_in_training(model):
@@ -53,15 +55,7 @@ def test_both_inputs_are_normalised_as_in_training(model):
     as_uint8 = make_graph(model)(torch.from_numpy(pixels)[None])
     as_float = make_graph(model, uint8_input=False)(torch.from_numpy(pixels / np.float32(255)).permute(2, 0, 1)[None])
     for one in (as_uint8, as_float):
-        torch.testing.assert_close(one[0], expected.global_feat, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(one[1], expected.local_feat, rtol=1e-4, atol=1e-4)
-
-
-def test_normalized_features_have_unit_length(model, tmp_path):
-    graph = make_graph(model, normalize_feature=True)
-    export_onnx(graph, tmp_path / "model.onnx", SIZE, opset=17, batch_size=None)
-    for feat in OnnxFeatures(tmp_path / "model.onnx")(graph.example(2, SIZE).numpy()):
-        np.testing.assert_allclose(np.linalg.norm(feat, axis=-1), 1, rtol=1e-5)
+        torch.testing.assert_close(one, (expected.global_feat, expected.local_feat), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("uint8_input", [True, False])
@@ -79,16 +73,21 @@ def test_extraction_by_the_graph_equals_torch(model, tiny_data, tmp_path, uint8_
     torch.testing.assert_close(features.global_feat, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_metadata_have_thresholds_only_if_they_hold_for_the_graph(tmp_path):
-    content = {"config": {"resize_h_w": [64, 32], "test_distance": "euclidean"}, "verification": {"num_same": 1}}
-    as_tested = graph_metadata(content, tmp_path, SIZE, normalize_feature=False)
-    assert as_tested == content
-    assert "verification" not in graph_metadata(content, tmp_path, SIZE, normalize_feature=True)
-    assert graph_metadata(content, tmp_path, SIZE, normalize_feature=True)["config"]["normalize_feature"] is True
-    assert graph_metadata(content, tmp_path, (96, 32), normalize_feature=False)["config"]["resize_h_w"] == [96, 32]
-    assert "verification" not in graph_metadata(content, tmp_path, (96, 32), normalize_feature=False)
-    content["config"]["test_distance"] = "cosine"
-    assert "verification" in graph_metadata(content, tmp_path, SIZE, normalize_feature=True)
+@pytest.mark.parametrize(
+    ("distance", "size", "normalize_feature", "holds"),
+    [
+        ("euclidean", (64, 32), False, True),
+        ("euclidean", (64, 32), True, False),
+        ("euclidean", (96, 32), False, False),
+        ("cosine", (64, 32), True, True),
+    ],
+)
+def test_metadata_have_thresholds_only_if_they_hold_for_the_graph(tmp_path, distance, size, normalize_feature, holds):
+    content = {"config": {"resize_h_w": [64, 32], "test_distance": distance}, "verification": {"num_same": 1}}
+    metadata = graph_metadata(content, tmp_path, size, normalize_feature=normalize_feature)
+    assert ("verification" in metadata) == holds
+    changes = {"resize_h_w": list(size)} | ({"normalize_feature": True} if normalize_feature else {})
+    assert metadata["config"] == content["config"] | changes
 
 
 def test_a_graph_that_differs_is_discarded(model, tmp_path, monkeypatch):

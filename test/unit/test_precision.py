@@ -2,9 +2,8 @@ import json
 
 import pytest
 import torch
-from conftest import make_small_trunk
+from conftest import make_small_trunk, tiny_config
 
-from aligned_reid.config import Config
 from aligned_reid.device import Accelerator, find_wrong_layer
 from aligned_reid.model import AlignedReID
 from aligned_reid.run import run, run_extraction
@@ -33,12 +32,6 @@ FAULTS = {
 def spoil(layer, fault):
     """Make a layer wrong in 16 bit only."""
     layer.register_forward_hook(lambda _, inputs, y: y if y.dtype == torch.float32 else fault(y))
-
-
-def make_wrong_trunk(fault):
-    trunk = make_small_trunk()
-    spoil(trunk.conv2, FAULTS[fault])
-    return trunk
 
 
 @pytest.fixture
@@ -79,29 +72,20 @@ def test_resnet50_passes_in_float16(cpu):
     assert find_wrong_layer(AlignedReID(4, pretrained="none"), (32, 32), cpu, backward=True) == ""
 
 
-@pytest.fixture
-def patch_trunk(monkeypatch):
-    """Runs with a wrong trunk on a CPU that has bfloat16; the check of the data uses a right one."""
+def test_a_run_and_an_extraction_fall_back_to_float32(tiny_data, tmp_path, monkeypatch, capsys):
+    def make_wrong_trunk():
+        trunk = make_small_trunk()
+        spoil(trunk.conv2, FAULTS["garbage"])
+        return trunk
+
     monkeypatch.setattr("aligned_reid.device.base.cpu_has_bfloat16", lambda: True)
-    monkeypatch.setattr("aligned_reid.preflight.make_trunk", make_small_trunk)
-    return lambda fault: monkeypatch.setattr("aligned_reid.model.make_trunk", lambda: make_wrong_trunk(fault))
-
-
-def test_a_run_falls_back_to_float32(tiny_flags, tmp_path, patch_trunk):
-    patch_trunk("garbage")
-    found = {}
-    for amp in ("O1", "O0"):
-        flags = [*tiny_flags, f"--amp={amp}", f"--exp_dir={tmp_path / amp}", "--total_epochs=1", "--seed=1"]
-        found[amp] = run(Config.from_arguments(flags))
-        assert json.loads((tmp_path / amp / "results.json").read_text())["device"] == found[amp]["device"]
-    line = next(line for line in (tmp_path / "O1" / "log.txt").read_text().splitlines() if "device cpu" in line)
+    for module in ("model", "preflight"):
+        monkeypatch.setattr(f"aligned_reid.{module}.make_trunk", make_wrong_trunk)
+    found = {amp: run(tiny_config(tiny_data, tmp_path / amp, amp=amp, total_epochs=1)) for amp in ("O0", "O1")}
+    (line,) = [line for line in (tmp_path / "O1" / "log.txt").read_text().splitlines() if "device cpu" in line]
     assert "float32: bfloat16 is wrong here (base.conv2, 1 x 1 stride 1 on 2 x 1)" in line
     assert found["O1"]["global"] == found["O0"]["global"]
-
-
-def test_an_extraction_falls_back_to_float32(tiny_flags, tmp_path, patch_trunk, capsys):
-    patch_trunk("nan")
-    torch.save(AlignedReID(None, pretrained="none").state_dict(), tmp_path / "weights.pth")
-    flags = [*tiny_flags, f"--model_weight_file={tmp_path / 'weights.pth'}", "--only_test=true"]
-    run_extraction(Config.from_arguments(flags), tmp_path / "features.h5")
+    assert json.loads((tmp_path / "O1" / "results.json").read_text())["device"] == found["O1"]["device"]
+    capsys.readouterr()
+    run_extraction(tiny_config(tiny_data, "", amp="O1", model_weight_file=str(tmp_path / "O1")), tmp_path / "f.h5")
     assert "float32: bfloat16 is wrong here (base.conv2" in capsys.readouterr().out
