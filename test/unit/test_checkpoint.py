@@ -2,7 +2,6 @@
 
 import os
 import time
-import zipfile
 from copy import deepcopy
 from pathlib import Path
 
@@ -84,12 +83,10 @@ def test_the_previous_checkpoint_is_kept(tmp_path, monkeypatch, has_links):
     assert epochs_in(tmp_path) == {"ckpt.pth": 3, "ckpt.previous.pth": 2}
 
 
-def flip_a_byte(path):
+def flip_a_bit(path):
     """Damage a file where its tensors are: torch.load does not notice."""
     content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as records:
-        record = next(one for one in records.infolist() if one.filename.endswith("/data/0"))
-    content[record.header_offset + 30 + len(record.filename) + 64] ^= 1
+    content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
@@ -97,7 +94,7 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, cut_off, Path.unlink])
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_off, Path.unlink])
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, damage):
     checkpoints = make_checkpoints(tmp_path)
     checkpoints.save(1, CONFIG)
@@ -114,7 +111,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, damag
     checkpoints.save(3, CONFIG)  # must not replace the good file with the damaged one
     assert epochs_in(tmp_path) == {"ckpt.pth": 3, "ckpt.previous.pth": 1}
     for path in tmp_path.iterdir():
-        flip_a_byte(path)
+        flip_a_bit(path)
     message = refusal(checkpoints.load, CONFIG)
     assert "no checkpoint" in message and message.count("checksum") == 2
 

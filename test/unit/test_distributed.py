@@ -1,9 +1,10 @@
 """The environment that a launcher leaves, shares of work, and the meeting of an attempt's ranks."""
 
+import itertools
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,19 +24,20 @@ from aligned_reid.distributed import (
 from aligned_reid.errors import RunStopped
 from aligned_reid.launcher import HCCL_PORTS, free_port
 
+WORLDS = {"": World(0, 1, 0), "9 16 1": World(9, 16, 1), "9 8 1": "WORLD_SIZE 8", "one 8 1": "whole numbers"}
 
-def test_world_comes_from_the_launchers_environment(monkeypatch):
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    for name in names:
+
+@pytest.mark.parametrize("values", WORLDS)
+def test_world_comes_from_the_launchers_environment(monkeypatch, values):
+    for name, value in itertools.zip_longest(("RANK", "WORLD_SIZE", "LOCAL_RANK"), values.split()):
         monkeypatch.delenv(name, raising=False)
-    assert read_world() == World(0, 1, 0) and read_world().is_main
-    for values, expected in (("9 16 1", World(9, 16, 1)), ("9 8 1", "WORLD_SIZE 8"), ("one 8 1", "whole numbers")):
-        for name, value in zip(names, values.split(), strict=True):
+        if value:
             monkeypatch.setenv(name, value)
-        if isinstance(expected, str):
-            assert expected in refusal(read_world)
-        else:
-            assert read_world() == expected and not read_world().is_main
+    expected = WORLDS[values]
+    if isinstance(expected, str):
+        assert expected in refusal(read_world)
+    else:
+        assert read_world() == expected and read_world().is_main == (expected.rank == 0)
 
 
 def test_shares_cover_everything_once_in_order():
@@ -59,21 +61,18 @@ def store():
 
 
 def start(function, ranks):
-    """Run `function(rank)` in a thread per rank; returns the threads and their results so far."""
-    results = {}
-    threads = [threading.Thread(target=lambda rank=rank: results.update({rank: function(rank)})) for rank in ranks]
-    for thread in threads:
-        thread.start()
-    return threads, results
+    """The results to come of `function(rank)` in a thread per rank."""
+    pool = ThreadPoolExecutor(len(ranks))
+    futures = [pool.submit(function, rank) for rank in ranks]
+    pool.shutdown(wait=False)
+    return futures
 
 
 def meet_all(store, size):
-    threads, met = start(lambda rank: meet(store, World(rank, size), 20.0), range(size))
-    for thread in threads:
-        thread.join()
-    met[0].set("from rank 0", "yes")
-    assert len(met) == size and all(part.check(["from rank 0"]) for part in met.values())
-    return met[0]
+    parts = [part.result() for part in start(lambda rank: meet(store, World(rank, size), 20.0), range(size))]
+    parts[0].set("from rank 0", "yes")
+    assert all(part.check(["from rank 0"]) for part in parts)
+    return parts[0]
 
 
 def test_each_attempt_meets_in_a_new_part_of_the_store(store):
@@ -86,22 +85,18 @@ def test_each_attempt_meets_in_a_new_part_of_the_store(store):
 @pytest.mark.parametrize("early", [0, 1])
 def test_a_restarted_rank_waits_for_the_others_to_restart(store, early):
     meet_all(store, 2)
-    (thread,), met = start(lambda rank: meet(store, World(rank, 2), 20.0), [early])
-    thread.join(0.3)
-    assert not met
-    other = meet(store, World(1 - early, 2), 20.0)
-    thread.join()
-    other.set("here", "")
-    assert met[early].check(["here"])
+    (met,) = start(lambda rank: meet(store, World(rank, 2), 20.0), [early])
+    with pytest.raises(TimeoutError):
+        met.result(timeout=0.3)
+    meet(store, World(1 - early, 2), 20.0).set("here", "")
+    assert met.result().check(["here"])
 
 
 def test_missing_ranks_stop_an_attempt_and_are_named(store):
     with pytest.raises(RunStopped, match="not all of 2 processes"):
         meet(store, World(0, 2), 0.2)
     meet_all(store, 2)
-    (thread,), _ = start(lambda rank: describe_timeout(store, World(rank, 4), 7.0), [1])
-    line = describe_timeout(store, World(0, 4), 7.0)
-    thread.join()
+    line, _ = (line.result() for line in start(lambda rank: describe_timeout(store, World(rank, 4), 7.0), [0, 1]))
     assert "rank 2, 3" in line and "rank 0 waited 7 s (--timeout)" in line
 
 
@@ -130,9 +125,7 @@ def test_ranks_that_no_launcher_started_find_each_other(monkeypatch):
         "    value = from_rank(1, lambda: {'a': torch.ones(2), 'b': [world.rank]}, torch.device('cpu'))\n"
         "    assert value['b'] == [1] and value['a'].sum() == 2 and not world.job\n"
     )
-
-    ranks = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port}
-        ranks.append(subprocess.Popen([sys.executable, "-c", program], env=environment))
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": port}
+    command = [sys.executable, "-c", program]
+    ranks = [subprocess.Popen(command, env={**environment, "RANK": rank}) for rank in ("0", "1")]
     assert [rank.wait(60) for rank in ranks] == [0, 0]

@@ -238,19 +238,16 @@ def test_the_option_changes_the_weights(tiny_data, tmp_path, option):
 def test_a_step_averages_the_gradients_of_accumulated_batches(tiny_data, tmp_path):
     trainer = make_trainer(tiny_data, tmp_path, accumulate=2, id_loss_weight=1.0, l_loss_weight=1.0)
     learner = trainer.learners[0]
-    trained_parameters = [one for one in learner.model.parameters() if one.requires_grad]
+    parameters = [one for one in learner.model.parameters() if one.requires_grad]
     trainer.sampler.set_epoch(1)
-    expected = [torch.zeros_like(one) for one in trained_parameters]
-    for batch in list(trainer.loader)[:2]:
-        (loss,), _ = trainer.compute_losses([learner.forward(batch.images)], batch.labels)
-        for total, gradient in zip(expected, torch.autograd.grad(loss, trained_parameters), strict=True):
-            total += gradient / 2
+    batches = list(trainer.loader)[:2]
+    losses = [trainer.compute_losses([learner.forward(one.images)], one.labels)[0][0] for one in batches]
+    expected = torch.autograd.grad(sum(losses) / 2, parameters)
     steps = []
-    learner.optimizer.register_step_pre_hook(lambda *_: steps.append([one.grad.clone() for one in trained_parameters]))
+    learner.optimizer.register_step_pre_hook(lambda *_: steps.append([one.grad.clone() for one in parameters]))
     trainer.train_epoch(1)
     assert len(steps) == 2  # of 3 batches
-    for gradient, mean in zip(steps[0], expected, strict=True):
-        assert torch.allclose(gradient, mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(steps[0], list(expected), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("first", [1, 2])
