@@ -87,5 +87,6 @@ def test_a_run_and_an_extraction_fall_back_to_float32(tiny_data, tmp_path, monke
     assert found["O1"]["global"] == found["O0"]["global"]
     assert json.loads((tmp_path / "O1" / "results.json").read_text())["device"] == found["O1"]["device"]
     capsys.readouterr()
-    run_extraction(tiny_config(tiny_data, "", amp="O1", model_weight_file=str(tmp_path / "O1")), tmp_path / "f.h5")
+    torch.save(AlignedReID(None, pretrained="none").state_dict(), tmp_path / "w.pth")
+    run_extraction(tiny_config(tiny_data, "", amp="O1", model_weight_file=str(tmp_path / "w.pth")), tmp_path / "f.h5")
     assert "float32: bfloat16 is wrong here (base.conv2" in capsys.readouterr().out

@@ -56,6 +56,6 @@ def test_a_failing_evaluation_does_not_cost_the_weights(tiny_data, tmp_path, mon
 
     monkeypatch.setattr(run_module, "evaluate_models", fail)
     with pytest.raises(MemoryError):
-        run(tiny_config(tiny_data, tmp_path, total_epochs=1))
+        run(tiny_config(tiny_data, tmp_path, total_epochs=1, seed=None))
     assert read_weight_file(tmp_path / "model.safetensors")["verification"] == {}
     assert not (tmp_path / "model.md").exists()
