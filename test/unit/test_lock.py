@@ -36,12 +36,9 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_another_process_is_refused_and_learns_who_holds_the_lock(tmp_path, holder):
+def test_another_process_is_refused_until_the_holder_is_killed(tmp_path, holder):
     for refused in (hold(tmp_path, "--exp_dir").__enter__, lambda: check_free(tmp_path, "--exp_dir")):
         assert f"--exp_dir {tmp_path}: process {holder.pid} on " in refusal(refused)
-
-
-def test_a_killed_process_leaves_no_lock(tmp_path, holder):
     holder.kill()
     holder.wait()
     with hold(tmp_path, "--exp_dir"):
