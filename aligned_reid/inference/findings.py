@@ -19,8 +19,7 @@ from aligned_reid.inference.nearest import k_smallest
 BROWSED = ("global", "global_local", "global_re_ranked", "global_local_re_ranked")  # distances with a grid of queries
 CMC_RANKS = 50
 NUM_HITS = 10  # gallery images shown for a query, without those that the protocol removes
-NUM_NEAREST = 30  # images among which they are searched
-ROWS_PER_BLOCK = 256
+MAX_REMOVED = 20  # removed ones shown with them
 
 Indices = NDArray[np.int64]
 Float32s = NDArray[np.float32]
@@ -79,19 +78,17 @@ def find(features: FeatureSet, split: Split, settings: EvaluationSettings, log: 
 
 
 def nearest_images(dist: Float32s, split: Split) -> list[Indices]:
-    """For each query the gallery images nearest first, up to the NUM_HITS-th that the protocol counts.
+    """For each query of dist [Q, G] the gallery images nearest first, up to the NUM_HITS-th that the protocol counts.
 
-    dist [Q, G]. Images of the query's person and camera, which the protocol removes, are among them. At most
-    NUM_NEAREST.
+    The nearest MAX_REMOVED of the images that the protocol removes, of the query's person and camera, are among them.
     """
     found = []
-    length = min(NUM_NEAREST, dist.shape[1])
-    for first in range(0, len(dist), ROWS_PER_BLOCK):
-        block = dist[first : first + ROWS_PER_BLOCK]
-        for query, images in enumerate(k_smallest(block, length), start=first):
-            same_person = split.gallery_ids[images] == split.query_ids[query]
-            counted = ~(same_person & (split.gallery_cams[images] == split.query_cams[query]))
-            found.append(images[counted.cumsum() - counted < NUM_HITS])
+    for query, row in enumerate(dist):
+        removed = (split.gallery_ids == split.query_ids[query]) & (split.gallery_cams == split.query_cams[query])
+        images = k_smallest(row[None], min(NUM_HITS + int(removed.sum()), len(row)))[0]
+        counted = ~removed[images]
+        few = counted | ((~counted).cumsum() <= MAX_REMOVED)
+        found.append(images[few & (counted.cumsum() - counted < NUM_HITS)])
     return found
 
 

@@ -52,9 +52,18 @@ SMALL = Split(*map(np.array, ([1, 2], [1, 1, 2, 3], [1, 1], [1, 2, 2, 2], [0, 1]
 SMALL_DIST = np.array([[0.1, 0.4, 0.5, 0.2], [0.9, 0.3, 0.6, 0.7]], np.float32)
 
 
-def test_removed_images_are_shown_but_not_counted(monkeypatch):
-    monkeypatch.setattr("aligned_reid.inference.findings.NUM_HITS", 2)
-    assert [one.tolist() for one in nearest_images(SMALL_DIST, SMALL)] == [[0, 3, 1], [1, 2]]
+def test_removed_images_are_shown_but_not_counted():
+    found = nearest_images(SMALL_DIST, SMALL)
+    assert [one.tolist() for one in found] == [[0, 3, 1, 2], [1, 2, 3, 0]]
+
+
+@pytest.mark.parametrize("num_removed", [3, 40])
+def test_ten_hits_are_shown_behind_any_number_of_removed_images(num_removed):
+    ids, cameras = np.ones(60, int), np.where(np.arange(60) < num_removed, 1, 2)
+    split = Split(np.array([1]), ids, np.array([1]), cameras, np.array([0]), np.arange(1, 61))
+    (found,) = nearest_images(np.arange(60, dtype=np.float32)[None], split)
+    removed = list(range(min(num_removed, 20)))
+    assert found.tolist() == removed + list(range(num_removed, num_removed + 10))
 
 
 def test_rank1_by_cameras_leaves_out_persons_that_a_camera_did_not_see():
