@@ -5,12 +5,17 @@ Every run leaves a report of the operators that the device ran, so that a silent
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import ROOT, TINY, Finished, run_script, same
+
+from aligned_reid.config import Config
+from aligned_reid.model import AlignedReID
+from aligned_reid.weights import write_safetensors
 
 SIMULATION = ROOT / "test" / "npu_sim"
 TORCH = "2.14"  # the simulation uses its private interfaces
@@ -22,6 +27,9 @@ SMALL = (*TINY, "--seed=1", "-llw=1", "-idlw=1")
 TO_HOST = re.compile(r"_local_scalar_dense|_copy_from\[npu to cpu\]")
 SCALE_IN_FLOAT64 = {"aten::_copy_from[float64]", "aten::reciprocal[float64]"}  # one number, in torch's scaler
 WAITS = re.compile(r"nonzero|masked_select|unique|aten::index$|index_put")  # shapes that depend on values
+
+
+ENVIRONMENT = {"PYTHONPATH": f"{SIMULATION}:{ROOT}", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
 class Run(NamedTuple):
@@ -38,8 +46,7 @@ def train(tiny_data, tmp_path):
 
     def run(name, *flags, nproc=1, device="npu", **variables):
         folder, report = tmp_path / name, tmp_path / f"report_{name}"
-        environment = {"PYTHONPATH": f"{SIMULATION}:{ROOT}", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", **variables}
-        environment["NPU_SIM_REPORT"] = str(report)
+        environment = {**ENVIRONMENT, "NPU_SIM_REPORT": str(report), **variables}
         script = ROOT / "script" / "train.py" if device == "npu" else SIMULATION / "train_contiguous.py"
         command = [script, f"--data_path={tiny_data}", *SMALL, f"--device={device}", f"--exp_dir={folder}", *flags]
         if nproc > 1:
@@ -98,6 +105,28 @@ def test_evaluation_runs_on_the_device_with_the_cpus_scores(train):
     assert calls["aten::minimum"] >= 2 * calls["aten::baddbmm"]  # the cheapest path, by diagonals
     assert calls["aten::mm"] == 3  # products for re-ranking: tiles of queries and gallery
     assert not [name for name in calls if "float64" in name]
+
+
+def test_photos_are_compared_and_searched_on_the_device(tiny_data, tmp_path):
+    torch.manual_seed(0)
+    model, settings = AlignedReID(None, pretrained="none"), Config.of(resize_h_w=(64, 32), l_loss_weight=1.0)
+    write_safetensors(tmp_path / "model.safetensors", model.state_dict(), settings.to_dict())
+    photos = [shutil.copy(path, tmp_path) for path in sorted((tiny_data / "images").iterdir())[:6]]
+    shutil.copy(photos[0], tmp_path / "copy.jpg")
+
+    def use(name, *arguments, device):
+        environment = {**ENVIRONMENT, "NPU_SIM_REPORT": str(tmp_path / name)}
+        flags = ("--model", tmp_path / "model.safetensors", "--device", device, "--json")
+        return run_script(ROOT / "aligned_reid" / "__main__.py", name, *arguments, *flags, environment=environment)
+
+    npu, cpu = (json.loads(use("compare", *photos[:2], device=device).out) for device in ("npu:1", "cpu"))
+    assert npu["distance"] == pytest.approx(cpu["distance"], rel=0.05)
+    assert npu["local_distance"] == pytest.approx(cpu["local_distance"], rel=0.05)
+    (found,) = json.loads(use("search", photos[0], "--gallery", tmp_path, device="npu").out)["queries"]
+    assert len(found["hits"]) == 6 and Path(found["hits"][0]["path"]).name == "copy.jpg"
+    for name, device in (("compare", 1), ("search", 0)):
+        (report,) = (json.loads(path.read_text()) for path in tmp_path.glob(f"{name}.*.json"))
+        assert report["device"] == device and report["calls"]["aten::convolution_overrideable"] > 50
 
 
 def operators_in(text):
