@@ -6,7 +6,7 @@ import json
 import secrets
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -314,13 +314,16 @@ def write_json(path: Path, content: Any) -> None:
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def run_extraction(config: Config, save_file: Path, folder: Path | None = None) -> None:
+def run_extraction(
+    config: Config, save_file: Path, folder: Path | None = None, log: Callable[[str], None] | None = None
+) -> None:
     """Write the features of the test images, or of all images in `folder`, to `save_file`; `config.only_test` is set.
 
-    Under a launcher every process calls it and extracts a share; rank 0 writes. Raises InputError for a user's mistake.
+    log gets a line on each stage (default: printed). Under a launcher every process calls it and extracts a share; rank
+    0 writes. Raises InputError for a user's mistake.
     """
     world = read_world()
-    log = Log(None, is_main=world.is_main)
+    log = log or Log(None, is_main=world.is_main)
     if folder:
         check_device_name(config.device)
         run_input = RunInput(FolderImages(folder, config.resize_h_w, log), None, read_start_weights(config, None))

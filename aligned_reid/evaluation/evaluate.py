@@ -46,7 +46,7 @@ def settle_test(config: Config, content: Any, log: Callable[[str], None]) -> Con
     return config
 
 
-def load_for_test(config: Config, content: Any, log: Log) -> tuple[AlignedReID, bool]:
+def load_for_test(config: Config, content: Any, log: Callable[[str], None]) -> tuple[AlignedReID, bool]:
     """The model in a weight file's `content`, and whether its local branch was trained (file or flags say so)."""
     source = config.model_weight_file or str(config.run_dir)
     trained = config.l_loss_weight > 0 or settings_of(content).get("l_loss_weight", 0.0) > 0

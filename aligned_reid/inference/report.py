@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aligned_reid.config import Config
-from aligned_reid.data.dataset import open_data
+from aligned_reid.data.dataset import TestImages, open_data
+from aligned_reid.data.partitions import MULTI_QUERY
 from aligned_reid.data.prepare.sources import shown
 from aligned_reid.data.transforms import decode_image
 from aligned_reid.device import available_memory
@@ -26,7 +27,7 @@ from aligned_reid.evaluation.evaluate import load_for_test, settle_test
 from aligned_reid.evaluation.extract import FeatureSet
 from aligned_reid.evaluation.features import read_features
 from aligned_reid.evaluation.kernels import in_threads
-from aligned_reid.evaluation.protocol import TITLES, EvaluationSettings
+from aligned_reid.evaluation.protocol import TITLES, EvaluationSettings, LabelArrays
 from aligned_reid.evaluation.saved import MATRIX_BYTES, join, read_tables
 from aligned_reid.evaluation.verification import DECIDING_RATE, verification_curve
 from aligned_reid.files import write_file
@@ -35,7 +36,6 @@ from aligned_reid.inference.findings import Findings, Split, find
 from aligned_reid.inference.grid import Grid, make_grid, pairs_of
 from aligned_reid.inference.html import data_uri, thumbnail, write_page
 from aligned_reid.run import CONFIG_NAME, run_extraction
-from aligned_reid.training.log import Log
 from aligned_reid.weights import CHECKPOINT_NAME, SAFETENSORS_NAME, digest_of, read_weight_file
 
 FEATURES_NAME = "features.h5"
@@ -77,7 +77,7 @@ def write_report(
     out_dir holds anything but an earlier report.
     """
     out_dir = Path(out_dir)
-    check_out_dir(out_dir)
+    make_out_dir(out_dir)
     test = open_test(Path(source), data_path, device, log)
     check_size(test, re_ranked)
     findings = find(test.features, test.split, EvaluationSettings(re_ranked=re_ranked), log)
@@ -85,10 +85,11 @@ def write_report(
     if single_file:
         queries = sorted(queries, key=lambda query: worst_first(findings.ap["global"][query]))[:WORST]
     grid = make_grid(findings, test.split, test.names, queries, test.stripes)
+    inlined = None
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        inlined = data_in_page(test, grid) if single_file else None
-        if not single_file:
+        if single_file:
+            inlined = data_in_page(test, grid)
+        else:
             write_files(out_dir, test, grid)
     except OSError as error:
         raise InputError(f"cannot write {error.filename or out_dir}: {error.strerror}") from error
@@ -101,12 +102,14 @@ def worst_first(ap: float | None) -> float:
     return 2.0 if ap is None else ap
 
 
-def check_out_dir(folder: Path) -> None:
+def make_out_dir(folder: Path) -> None:
     """Raise InputError unless the folder is new, empty or an earlier report: images/ of a data set stays as it is."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder} is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PAGE_NAME).is_file():
-        raise InputError(f"--out {folder} holds other files; give a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / PAGE_NAME).is_file():
+            raise InputError(f"--out {folder} holds other files; give a new folder")
+    except OSError as error:
+        raise InputError(f"--out {folder}: {error.strerror}; give a new folder") from error
 
 
 def open_test(source: Path, data_path: str | Path | None, device: str, log: Callable[[str], None]) -> Test:
@@ -116,8 +119,8 @@ def open_test(source: Path, data_path: str | Path | None, device: str, log: Call
     if not source.exists():
         raise InputError(f"{shown(source)} does not exist; give a run folder or a feature file")
     if source.is_dir():
-        data_path = data_path or run_settings(source)["data_path"]
-        features_path = extract_run(source, data_path, device)
+        data_path = data_path or data_path_of(source)
+        features_path = extract_run(source, data_path, device, log)
         if (source / "log.txt").is_file():
             training_log = (source / "log.txt").read_text(encoding="utf-8", errors="replace")
     elif data_path is None:
@@ -133,27 +136,34 @@ def open_test(source: Path, data_path: str | Path | None, device: str, log: Call
     return Test(features, Split.of(labels), names, data.images_dir, source, training_log)
 
 
-def run_settings(run_dir: Path) -> dict[str, Any]:
+def data_path_of(run_dir: Path) -> str:
+    """The data set that a run was trained on or tested on."""
     try:
-        return json.loads((run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return str(json.loads((run_dir / CONFIG_NAME).read_text(encoding="utf-8"))["data_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         advice = "give a run folder, or a feature file and --data_path"
         raise InputError(f"{run_dir} has no readable {CONFIG_NAME}: {advice}") from error
 
 
-def extract_run(run_dir: Path, data_path: str | Path, device: str) -> Path:
-    """The run's feature file, extracted now unless it is there and of the run's weights."""
+def extract_run(run_dir: Path, data_path: str | Path, device: str, log: Callable[[str], None]) -> Path:
+    """The run's feature file, extracted now unless it is there and of the run's weights and test images."""
     path = run_dir / FEATURES_NAME
     weights = run_dir if (run_dir / CHECKPOINT_NAME).is_file() else run_dir / SAFETENSORS_NAME
     config = Config.of(data_path=str(data_path), model_weight_file=str(weights), device=device, only_test=True)
-    if path.is_file():
-        content = read_weight_file(weights)
-        quiet = Log(None, is_main=False)
-        model, _ = load_for_test(settle_test(config, content, quiet), content, quiet)
-        if read_features(path).made_by.get("weights") == digest_of(model.state_dict()):
-            return path
-    run_extraction(config, path)
+    if not (path.is_file() and is_of(path, config)):
+        run_extraction(config, path, log=log)
     return path
+
+
+def is_of(features_path: Path, config: Config) -> bool:
+    """Whether a feature file is of the weights and of the test images that the config names."""
+    content, unshown = read_weight_file(config.model_weight_file), list[str]()
+    model, _ = load_for_test(settle_test(config, content, unshown.append), content, unshown.append)
+    table = read_features(features_path)
+    images = TestImages(open_data(config.data_path), include_multi_query=MULTI_QUERY in table.marks)
+    if (table.made_by.get("weights"), table.image_names) != (digest_of(model.state_dict()), images.image_names):
+        return False
+    return all(np.array_equal(getattr(images, name), getattr(table, name)) for name in LabelArrays._fields)
 
 
 def check_size(test: Test, re_ranked: bool) -> None:

@@ -12,9 +12,9 @@ import torch
 from conftest import TINY, refusal
 
 from aligned_reid.config import Config
-from aligned_reid.data import TestImages, open_data
+from aligned_reid.data import TestImages, make_synthetic, open_data
 from aligned_reid.distance import alignment_path
-from aligned_reid.evaluation.features import FeatureWriter
+from aligned_reid.evaluation.features import FeatureWriter, read_features
 from aligned_reid.evaluation.verification import count_pairs
 from aligned_reid.inference.charts import histogram_chart, training_charts
 from aligned_reid.inference.findings import Split, nearest_images, rank1_by_cameras
@@ -141,22 +141,29 @@ def test_single_file_holds_everything(features, tiny_data, tmp_path):
     assert page.read_text().count("data:image/jpeg") > 10
 
 
-def test_report_of_a_run_extracts_once_and_shows_its_training(small_trunk, tiny_data, tmp_path):
-    folder, lines, written = tmp_path / "run", [], []
-    flags = [f"--data_path={tiny_data}", *TINY, "--total_epochs=2", "-llw=1", f"--exp_dir={folder}"]
+def test_report_of_a_run_extracts_once_and_shows_its_training(small_trunk, tiny_data, tmp_path, capfd):
+    flags = [f"--data_path={tiny_data}", *TINY, "--total_epochs=2", "-llw=1", f"--exp_dir={tmp_path / 'run'}"]
     run(Config.from_arguments(flags))
-    results = json.loads((folder / "results.json").read_text())
-    for _ in range(2):
-        page = write_report(folder, folder / "report", device="cpu", log=lines.append)
-        assert "Triplets in the right order" in page.read_text()
-        assert f"{results['global']['mAP']:.2%}" in lines[-1]
-        written.append((folder / "features.h5").stat().st_mtime_ns)
-    assert written[0] == written[1]
+    capfd.readouterr()
+    lines = []
+    page = write_report(tmp_path / "run", tmp_path / "run" / "report", device="cpu", log=lines.append)
+    assert "Triplets in the right order" in page.read_text()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert f"{results['global']['mAP']:.2%}" in lines[-1]
+    assert any("features.h5" in line for line in lines) and capfd.readouterr().out == ""
+    written = (tmp_path / "run" / "features.h5").stat().st_mtime_ns
+    write_report(tmp_path / "run", tmp_path / "run" / "report", device="cpu", log=lines.append)
+    assert (tmp_path / "run" / "features.h5").stat().st_mtime_ns == written
+    other = make_synthetic(tmp_path / "other", 12, 2, 2, seed=1)
+    page = write_report(tmp_path / "run", tmp_path / "other_report", data_path=other, device="cpu", log=lines.append)
+    assert set(data_of(page.parent)["name"]) <= {path.name for path in (other / "images").iterdir()}
+    assert len(read_features(tmp_path / "run" / "features.h5")) == len(TestImages(open_data(other)))
 
 
 def test_mistakes_are_one_line(features, tiny_data, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
+    (tmp_path / "config.json").write_text("{}")
     nameless = shutil.copy(features, tmp_path / "nameless.h5")
     with h5py.File(nameless, "r+") as file:
         del file["image_name"]
@@ -167,6 +174,7 @@ def test_mistakes_are_one_line(features, tiny_data, tmp_path):
         (tmp_path / "none.h5", out, "does not exist"),
         (nameless, out, "image_name"),
         (features, tmp_path / "full", "other files"),
-        (features, nameless, "is a file"),
+        (features, nameless, "--out"),
+        (features, nameless / "out", "--out"),
     ):
         assert reason in refusal(write_report, source, out_dir, data_path=tiny_data)
