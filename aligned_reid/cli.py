@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.stop import StopSignals
 
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 FILE_LIMITS = (errno.EMFILE, errno.ENFILE)
 READER_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
 

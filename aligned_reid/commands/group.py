@@ -32,7 +32,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--copy_to", type=parse_path, metavar="DIR", help="copy the photos into a folder for each person"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.threshold is not None and not arguments.threshold > 0:  # NaN too
+        parser.error("--threshold is a distance above 0")
+    return arguments
 
 
 def main() -> None:
@@ -45,8 +48,11 @@ def main() -> None:
     for flag in ("csv", "html"):
         if file := getattr(arguments, flag):
             check_save_file(file, f"--{flag}")
+    for flag in ("html", "copy_to"):  # both write images
+        if target := getattr(arguments, flag):
+            check_outside(target, arguments.folder, f"--{flag}")
     if arguments.copy_to:
-        check_copy_to(arguments.copy_to, arguments.folder)
+        make_empty(arguments.copy_to)
     bad = BadImages()
     gallery = Gallery.open(arguments.folder, open_model(arguments), note, bad)
     groups = gallery.group(arguments.threshold)
@@ -78,12 +84,20 @@ def table_of(groups: Sequence[Group], folder: Path) -> bytes:
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-def check_copy_to(target: Path, source: Path) -> None:
-    """Raise InputError unless the folder is new or empty, and not one of the photos'."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--copy_to {target} exists and is not an empty folder: name a new one")
+def check_outside(target: Path, source: Path, flag: str) -> None:
+    """Raise InputError if the target is in the source, whose photos would then include what is written."""
     if source.resolve() in target.resolve().parents:
-        raise InputError(f"--copy_to {target} is inside {source}: choose a folder outside it")
+        raise InputError(f"{flag} {target} is inside {source}: choose a place outside it")
+
+
+def make_empty(folder: Path) -> None:
+    """Make the folder of --copy_to. Raises InputError if it cannot be made or is not empty."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise InputError(f"--copy_to {folder} is not an empty folder: name a new one")
+    except OSError as error:
+        raise InputError(f"--copy_to {folder}: {error.strerror}; name a new folder") from error
 
 
 def copy_groups(groups: Sequence[Group], source: Path, target: Path) -> None:
@@ -91,5 +105,8 @@ def copy_groups(groups: Sequence[Group], source: Path, target: Path) -> None:
     for group in groups:
         for path in group.paths:
             copy = target / f"{group.person:05d}" / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, copy)
+            try:
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, copy)
+            except OSError as error:
+                raise InputError(f"cannot copy {path} to {copy}: {error.strerror}") from error

@@ -42,10 +42,9 @@ def read_image(image: Any, name: str, *, bgr: bool = False) -> np.ndarray:
     uint16, or floats from 0 to 1, in the order R, G, B, or B, G, R with `bgr`. Raises InputError with `name`.
     """
     if isinstance(image, (str, os.PathLike)):
-        path = Path(image)
-        if path.is_dir():
+        if os.path.isdir(image):  # unlike Path.is_dir, also for a path that cannot be looked up
             raise InputError(f"image {name} is a folder; Gallery.open reads the images of a folder")
-        pixels = decode_upright(name, read_content(path))  # as TestImages, if it is an upright JPEG
+        pixels = decode_upright(name, read_content(Path(image)))  # as TestImages, if it is an upright JPEG
     elif isinstance(image, Image.Image):
         if image.width * image.height > MAX_PIXELS:
             raise InputError(too_large(name))

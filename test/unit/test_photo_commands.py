@@ -77,6 +77,8 @@ def test_group_writes_a_table_and_copies(aligned_reid, photos, tmp_path):
     ("name", "arguments", "word"),
     [
         ("compare", ["{photos}/none.jpg", "{photos}/none.jpg"], "missing"),
+        ("compare", ["{first}", "{first}" + 300 * "x"], "too long"),
+        ("search", ["{first}", "--gallery={photos}" + 300 * "x"], "too long"),
         ("compare", ["{first}", "{first}", "--save_file={photos}/gone/a.png"], "gone"),
         ("search", ["{first}", "--gallery={photos}/gone"], "gone"),
         ("search", ["{first}", "--gallery={photos}", "--k=0"], "--k"),
@@ -84,6 +86,9 @@ def test_group_writes_a_table_and_copies(aligned_reid, photos, tmp_path):
         ("search", ["{photos}", "--gallery={photos}"], "folder"),
         ("group", ["{photos}", "--copy_to={photos}"], "--copy_to"),
         ("group", ["{photos}", "--copy_to={photos}/new"], "--copy_to"),
+        ("group", ["{photos}", "--copy_to={first}/new"], "--copy_to"),
+        ("group", ["{photos}", "--html={photos}/groups.html"], "--html"),
+        ("group", ["{photos}", "--threshold=nan"], "--threshold"),
         ("group", ["{photos}", "--csv={photos}"], "--csv"),
         ("group", ["{photos}", "--device=tpu"], "tpu"),
     ],
