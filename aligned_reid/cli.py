@@ -30,7 +30,6 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         with StopSignals(KeyboardInterrupt):
             report(main)
     finally:
-        print(end="", flush=True)
         sys.stdout, sys.stderr = streams
     sys.exit(0)
 
@@ -38,7 +37,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 def report(main: Callable[[], None]) -> None:
     """Run `main`; report an error that the user can fix as one line and an exit status."""
     try:
-        main()
+        try:
+            main()
+        finally:
+            print(end="", flush=True)
     except InputError as error:
         complain(f"error: {error}", 2)
     except RunStopped as error:
@@ -105,9 +107,9 @@ class Console:
         try:
             act(*given)
         except OSError as error:
-            if error.errno not in READER_GONE:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what is left in its buffer goes there
+            if error.errno not in READER_GONE:  # such as a full disk
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def parse_bool(text: str) -> bool:

@@ -56,6 +56,13 @@ def test_a_command_outlives_the_reader_of_its_output(tmp_path):
     assert path.exists()
 
 
+@pytest.mark.parametrize("flush", [True, False])
+def test_output_to_a_full_disk_is_one_line(flush):
+    done = run_main(f"os.dup2(os.open('/dev/full', os.O_WRONLY), 1); print('lost', flush={flush})")
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1 and b"No space" in done.stderr
+
+
 def test_too_many_open_files_is_one_line():
     done = run_main("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)); open(os.devnull)")
     assert done.returncode == 2
