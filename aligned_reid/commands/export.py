@@ -3,6 +3,7 @@
 import argparse
 
 from aligned_reid.cli import OneLineParser, parse_bool, parse_path
+from aligned_reid.config import Config
 from aligned_reid.flags import parse_height_width
 
 
@@ -50,6 +51,7 @@ def main() -> None:
     content = read_weight_file(arguments.model_weight_file)
     trained = settings_of(content)
     size = arguments.resize_h_w or tuple(trained.get("resize_h_w", (256, 128)))
+    Config.of(resize_h_w=size).checked()
     unit_length = arguments.normalize_feature
     if unit_length is None:
         unit_length = trained.get("normalize_feature", False) or trained.get("test_distance") == "cosine"

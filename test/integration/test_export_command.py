@@ -76,6 +76,7 @@ def test_a_whole_resnet50(tiny_data, tmp_path, opset):
         (("--opset=12",), "13 to 18"),
         (("--to=om",), "'om'"),
         (("--batch_size=0",), "--batch_size"),
+        (("--resize_h_w=0,0",), "--resize_h_w"),
         (("--save_file={}",), "is a folder"),
         (("--save_file={}/none/model.onnx",), "does not exist"),
         (("--data_path=/none",), "/none"),
