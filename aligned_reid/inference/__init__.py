@@ -1,6 +1,6 @@
 """A trained model on a user's own photos: features, comparison of two, search in a folder, groups of one person."""
 
 from aligned_reid.inference.gallery import Gallery
-from aligned_reid.inference.reid import Comparison, Embeddings, ReID
+from aligned_reid.inference.reid import Comparison, ReID
 
-__all__ = ["Comparison", "Embeddings", "Gallery", "ReID"]
+__all__ = ["Comparison", "Gallery", "ReID"]

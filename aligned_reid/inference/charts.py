@@ -20,28 +20,21 @@ HISTOGRAM_BARS = 60
 MAX_DOTS = 60  # of a line; longer lines have none
 EPOCH_LINE = re.compile(r"^Ep (\d+), [^\n]*", re.MULTILINE)
 FIGURE = re.compile(r", ([a-z]\w*(?:\.\d+)?) (-?[\d.]+)(%?)(?=,|$)", re.IGNORECASE)
-# Figures of the log's epoch lines, by the chart that shows them; see docs/training.md.
+# Figures of the log's epoch lines and their labels, by the chart that shows them; see docs/training.md.
 TRAINING_CHARTS = {
-    "Losses": ("loss", "gL", "lL", "idL", "cL", "pmL", "gdmL", "ldmL"),
-    "Mean global distance of the mined pairs": ("gd_ap", "gd_an"),
-    "Mean local distance of the mined pairs": ("ld_ap", "ld_an"),
-    "Triplets in the right order": ("gp", "lp"),
-}
-FIGURE_TITLES = {
-    "loss": "total",
-    "gL": "global triplet",
-    "lL": "local triplet",
-    "idL": "identity",
-    "cL": "center",
-    "pmL": "mutual, probabilities",
-    "gdmL": "mutual, global distances",
-    "ldmL": "mutual, local distances",
-    "gd_ap": "same person",
-    "gd_an": "different people",
-    "ld_ap": "same person",
-    "ld_an": "different people",
-    "gp": "global",
-    "lp": "local",
+    "Losses": {
+        "loss": "total",
+        "gL": "global triplet",
+        "lL": "local triplet",
+        "idL": "identity",
+        "cL": "center",
+        "pmL": "mutual, probabilities",
+        "gdmL": "mutual, global distances",
+        "ldmL": "mutual, local distances",
+    },
+    "Mean global distance of the mined pairs": {"gd_ap": "same person", "gd_an": "different people"},
+    "Mean local distance of the mined pairs": {"ld_ap": "same person", "ld_an": "different people"},
+    "Triplets in the right order": {"gp": "global", "lp": "local"},
 }
 
 
@@ -164,13 +157,10 @@ def training_charts(log: str) -> list[dict[str, Any]]:
         values = {name: float(text) / (100 if per_cent else 1) for name, text, per_cent in FIGURE.findall(found[0])}
         epochs[int(found[1])] = values
     charts = []
-    for title, names in TRAINING_CHARTS.items():
+    for title, labels in TRAINING_CHARTS.items():
         lines = [
-            Line(
-                FIGURE_TITLES[name],
-                [(epoch, values[name]) for epoch, values in sorted(epochs.items()) if name in values],
-            )
-            for name in names
+            Line(label, [(epoch, values[name]) for epoch, values in sorted(epochs.items()) if name in values])
+            for name, label in labels.items()
         ]
         lines = [line for line in lines if line.points]
         if lines:

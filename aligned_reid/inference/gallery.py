@@ -13,10 +13,10 @@ from torch import Tensor
 
 from aligned_reid.data.prepare.sources import describe_skipped, find_images, kind_of, shown
 from aligned_reid.errors import InputError
+from aligned_reid.evaluation.extract import FeatureSet
 from aligned_reid.inference.images import as_list, is_one_image
 from aligned_reid.inference.index import open_index
 from aligned_reid.inference.nearest import group_features, nearest
-from aligned_reid.inference.networks import Embeddings
 from aligned_reid.inference.reid import ReID
 
 
@@ -76,13 +76,13 @@ class Gallery:
     def search(self, query: Any, k: int = 10, on_error: Callable[[str], None] | None = None) -> list[Any]:
         """The k images nearest to a query, as Hits, nearest first; for several queries, a list of Hits for each.
 
-        query: what `ReID.__call__` takes, or Embeddings. A query that is a file of the gallery is not among its own
+        query: what `ReID.__call__` takes, or its result. A query that is a file of the gallery is not among its own
         hits. Raises InputError for a query that cannot be used; with `on_error`, that gets the line instead, and the
         query has no hits.
         """
         if is_one_image(query):
             return self.search([query], k, on_error)[0]
-        if isinstance(query, Embeddings):
+        if isinstance(query, FeatureSet):
             feat, own = query.global_feat, [-1] * len(query.global_feat)
             if feat.shape[1] != self.feat.shape[1]:
                 raise InputError(f"the query has {feat.shape[1]} features, the gallery {self.feat.shape[1]}")
@@ -90,16 +90,17 @@ class Gallery:
             queries = as_list(query)
             feat, own = self.reid(queries, on_error=on_error).global_feat, self.places_of(queries)
         places, distances = nearest(self.reid.scaled(feat), self.feat, self.norms, min(k + 1, len(self)))
+        threshold = self.reid.threshold
         answers: list[list[Hit]] = []
         for row, own_place in enumerate(own):
             found = zip(places[row].tolist(), distances[row].tolist(), strict=True)
-            hits = [self.hit(place, distance) for place, distance in found if place != own_place]
-            answers.append([hit for hit in hits if hit.distance == hit.distance][:k])  # NaN: the query is bad
+            hits = [
+                Hit(self.folder / self.names[place], distance, None if threshold is None else distance < threshold)
+                for place, distance in found
+                if place != own_place and distance == distance  # NaN: the query is bad
+            ]
+            answers.append(hits[:k])
         return answers
-
-    def hit(self, place: int, distance: float) -> Hit:
-        threshold = self.reid.threshold
-        return Hit(self.folder / self.names[place], distance, None if threshold is None else distance < threshold)
 
     def places_of(self, queries: Sequence[Any]) -> list[int]:
         """The place of each query in the gallery if it is one of its files, else -1."""

@@ -1,10 +1,14 @@
-"""What computes features of uint8 images: a model on a device, or an exported graph in ONNX Runtime."""
+"""What computes features of images: a model on a device, or an exported graph in ONNX Runtime.
+
+Both have a `size` (height, width). A call takes uint8 images [N, h, w, 3] of that size, RGB, and gives a FeatureSet on
+the CPU, as extraction does: not scaled to unit length.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,27 +16,10 @@ from torch import Tensor
 from aligned_reid.data.transforms import normalize_images
 from aligned_reid.device import find_wrong_layer, open_accelerator
 from aligned_reid.errors import InputError
-from aligned_reid.evaluation.extract import inference_copy, run_network
+from aligned_reid.evaluation.extract import FeatureSet, inference_copy, run_network
 from aligned_reid.export import OnnxFeatures
 from aligned_reid.model import AlignedReID
 from aligned_reid.weights import first_line
-
-ONNX_START = b"\x08"  # of a protocol buffer whose first field is the format's version
-
-
-class Embeddings(NamedTuple):
-    """Features of N images, float32 on the CPU, as extraction gives them: not scaled to unit length."""
-
-    global_feat: Tensor  # [N, D]
-    local_feat: Tensor | None  # [N, H, d], H stripes from top to bottom; None without a local branch
-
-
-class Network(Protocol):
-    """Computes features of uint8 images [N, h, w, 3], RGB, of one size."""
-
-    size: tuple[int, int]  # height, width
-
-    def __call__(self, pixels: Tensor) -> Embeddings: ...
 
 
 class TorchNetwork:
@@ -50,11 +37,11 @@ class TorchNetwork:
         if self.accelerator.half and (wrong := find_wrong_layer(self.model, size, self.accelerator, backward=False)):
             self.accelerator.distrust_half(wrong)
 
-    def __call__(self, pixels: Tensor) -> Embeddings:
+    def __call__(self, pixels: Tensor) -> FeatureSet:
         with torch.no_grad():
             features = run_network(self.model, pixels.to(self.accelerator.device), self.accelerator, self.flip)
         local_feat = features.local_feat.float().cpu() if self.local else None
-        return Embeddings(features.global_feat.float().cpu(), local_feat)
+        return FeatureSet(features.global_feat.float().cpu(), local_feat)
 
     def feature_map(self, pixels: Tensor) -> Tensor:
         """The trunk's last feature map, float32 [N, C, h / stride, w / stride], on the CPU."""
@@ -91,17 +78,11 @@ class OnnxNetwork:
         except ValueError as error:
             raise InputError(f"{path}: its metadata is damaged ({first_line(error)})") from error
 
-    def __call__(self, pixels: Tensor) -> Embeddings:
+    def __call__(self, pixels: Tensor) -> FeatureSet:
         feats = self.graph.embed(pixels)
         if self.flip:
             feats = [(one + other) / 2 for one, other in zip(feats, self.graph.embed(pixels.flip(2)), strict=True)]
-        return Embeddings(feats[0], feats[1] if len(feats) > 1 else None)
+        return FeatureSet(feats[0], feats[1] if len(feats) > 1 else None)
 
 
-def is_onnx(path: Path) -> bool:
-    """Whether a file is an ONNX graph, by its name or its first bytes; safetensors have a brace after their length."""
-    if path.suffix.lower() == ".onnx" or not path.is_file():
-        return path.suffix.lower() == ".onnx"
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return head.startswith(ONNX_START) and not head.endswith(b"{")
+Network = TorchNetwork | OnnxNetwork

@@ -10,7 +10,7 @@ from aligned_reid.data.prepare.sources import shown
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.kernels import in_threads
 from aligned_reid.inference.gallery import Group, Hit
-from aligned_reid.inference.html import Pixels, data_uri, thumbnail, write_page
+from aligned_reid.inference.html import data_uri, thumbnail, write_page
 from aligned_reid.inference.images import read_image
 
 
@@ -22,14 +22,10 @@ class Photo(NamedTuple):
     thumbnail: str | None  # an address; None if the photo cannot be read
 
 
-def write_search_page(path: str | Path, query_image: Path | Pixels, hits: Sequence[Hit]) -> None:
-    """Write one page with everything in it: a photo, as a path or pixels [h, w, 3], and what was found for it."""
-    if isinstance(query_image, Path):
-        query = photo_in_page(query_image)
-    else:
-        query = Photo("the photo", "", data_uri(thumbnail(query_image)))
-    photos = in_threads(photo_in_page, [hit.path for hit in hits])
-    write_page(Path(path), "search.html", query=query, hits=list(zip(hits, photos, strict=True)))
+def write_search_page(path: str | Path, query: Path, hits: Sequence[Hit]) -> None:
+    """Write one page with everything in it: a photo and what was found for it."""
+    shown_query, *photos = in_threads(photo_in_page, [query, *(hit.path for hit in hits)])
+    write_page(Path(path), "search.html", query=shown_query, hits=list(zip(hits, photos, strict=True)))
 
 
 def write_group_page(path: str | Path, groups: Sequence[Group]) -> None:

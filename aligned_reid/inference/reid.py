@@ -24,12 +24,12 @@ from aligned_reid.distance import alignment_path, normalize
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.distances import global_distance_matrix
 from aligned_reid.evaluation.evaluate import settle_test
-from aligned_reid.evaluation.extract import BATCH_SIZE
+from aligned_reid.evaluation.extract import BATCH_SIZE, FeatureSet
 from aligned_reid.evaluation.verification import DECIDING_RATE
 from aligned_reid.flags import TEST
 from aligned_reid.inference.foreign import find_project, open_foreign
 from aligned_reid.inference.images import as_list, cut_boxes, name_of, read_image
-from aligned_reid.inference.networks import Embeddings, Network, OnnxNetwork, TorchNetwork, is_onnx
+from aligned_reid.inference.networks import Network, OnnxNetwork, TorchNetwork
 from aligned_reid.model import open_model
 from aligned_reid.weights import (
     SAFETENSORS_NAME,
@@ -110,7 +110,7 @@ class ReID:
         for name in settings.keys() - set(TEST_SETTINGS):
             raise InputError(f"{name} is not a test option; these are: {', '.join(TEST_SETTINGS)}")
         lines: list[str] = []
-        open_network = open_graph if is_onnx(path) else open_weights
+        open_network = open_graph if path.suffix.lower() == ".onnx" else open_weights
         network, config, content, digest = open_network(path, device, settings, lines.append)
         reid = cls(network, config, find_verification(content, path), digest, "; ".join(lines))
         log(reid.report)
@@ -128,7 +128,7 @@ class ReID:
 
     def __call__(
         self, images: Any, *, boxes: Any = None, bgr: bool = False, on_error: Callable[[str], None] | None = None
-    ) -> Embeddings:
+    ) -> FeatureSet:
         """Features of one image or several: paths, PIL images, numpy arrays, tensors (`images.read_image`).
 
         boxes: [N, 4] in one image (left, top, right, bottom): the features of its N parts. bgr: arrays are in the order
@@ -141,18 +141,13 @@ class ReID:
             frame = name_of(images, 0)
             named = [(part, frame) for part in cut_boxes(read_image(images, frame, bgr=bgr), boxes, frame)]
             bgr = False
-        blocks = list(self.embed(named, bgr=bgr, on_error=on_error))
-        if not blocks:
-            example = self.network(self.blank())
-            blocks = [
-                Embeddings(example.global_feat[:0], None if example.local_feat is None else example.local_feat[:0])
-            ]
+        blocks = list(self.embed(named, bgr=bgr, on_error=on_error)) or [self.compute([], None)]
         global_feats, local_feats = zip(*blocks, strict=True)
-        return Embeddings(torch.cat(global_feats), None if local_feats[0] is None else torch.cat(local_feats))
+        return FeatureSet(torch.cat(global_feats), None if local_feats[0] is None else torch.cat(local_feats))
 
     def embed(
         self, images: Sequence[tuple[Any, str]], *, bgr: bool = False, on_error: Callable[[str], None] | None = None
-    ) -> Iterator[Embeddings]:
+    ) -> Iterator[FeatureSet]:
         """Features of images, each with its name in messages, in batches; threads decode while the network computes."""
         batches = (images[first : first + BATCH_SIZE] for first in range(0, len(images), BATCH_SIZE))
         bar = tqdm(total=len(images), unit="im", desc="features", leave=False, disable=None, delay=SECONDS_WITHOUT_BAR)
@@ -172,7 +167,7 @@ class ReID:
         except InputError as error:
             return error
 
-    def compute(self, loaded: Sequence[np.ndarray | InputError], on_error: Callable[[str], None] | None) -> Embeddings:
+    def compute(self, loaded: Sequence[np.ndarray | InputError], on_error: Callable[[str], None] | None) -> FeatureSet:
         """Features of one batch, NaN for images that could not be loaded."""
         images = {place: image for place, image in enumerate(loaded) if not isinstance(image, InputError)}
         for error in loaded:
@@ -180,9 +175,9 @@ class ReID:
                 if on_error is None:
                     raise error
                 on_error(str(error))
-        pixels = torch.from_numpy(np.stack(list(images.values()))) if images else self.blank()
-        feats = self.network(pixels)
-        if len(images) == len(loaded):
+        blank = np.zeros((*self.size, 3), np.uint8)  # for the shapes of its features
+        feats = self.network(torch.from_numpy(np.stack(list(images.values()) or [blank])))
+        if images and len(images) == len(loaded):
             return feats
 
         def spread(feat: Tensor) -> Tensor:
@@ -190,11 +185,7 @@ class ReID:
             rows[list(images)] = feat[: len(images)]
             return rows
 
-        return Embeddings(spread(feats.global_feat), None if feats.local_feat is None else spread(feats.local_feat))
-
-    def blank(self) -> Tensor:
-        """One black image, for the shapes of its features."""
-        return torch.zeros((1, *self.size, 3), dtype=torch.uint8)
+        return FeatureSet(spread(feats.global_feat), None if feats.local_feat is None else spread(feats.local_feat))
 
     def compare(self, one: Any, other: Any, *, bgr: bool = False) -> Comparison:
         """Compare two images. Raises InputError as a call does."""

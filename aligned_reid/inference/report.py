@@ -9,6 +9,7 @@ pairs/ has the alignments of PAIR_QUERIES queries a file, read when one of them 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +84,8 @@ def write_report(
     findings = find(test.features, test.split, EvaluationSettings(re_ranked=re_ranked), log)
     queries = list(range(len(test.split.query_ids)))
     if single_file:
-        queries = sorted(queries, key=lambda query: worst_first(findings.ap["global"][query]))[:WORST]
+        worst_first = [math.inf if ap is None else ap for ap in findings.ap["global"]]  # without a match: last
+        queries = sorted(queries, key=worst_first.__getitem__)[:WORST]
     grid = make_grid(findings, test.split, test.names, queries, test.stripes)
     inlined = None
     try:
@@ -95,11 +97,6 @@ def write_report(
         raise InputError(f"cannot write {error.filename or out_dir}: {error.strerror}") from error
     write_page(out_dir / PAGE_NAME, "report.html", inlined=inlined, **page_values(test, findings, queries))
     return out_dir / PAGE_NAME
-
-
-def worst_first(ap: float | None) -> float:
-    """A query without a match is neither good nor bad: it comes last."""
-    return 2.0 if ap is None else ap
 
 
 def make_out_dir(folder: Path) -> None:
