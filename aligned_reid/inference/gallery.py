@@ -105,12 +105,16 @@ class Gallery:
     def places_of(self, queries: Sequence[Any]) -> list[int]:
         """The place of each query in the gallery if it is one of its files, else -1."""
         places = {name: place for place, name in enumerate(self.names)}
-        folder = self.folder.resolve()
+        folder = os.path.realpath(self.folder)
         found = []
         for query in queries:
-            path = Path(query).resolve() if isinstance(query, (str, os.PathLike)) else None
-            inside = path is not None and path.is_relative_to(folder)
-            found.append(places.get(str(path.relative_to(folder)), -1) if path and inside else -1)
+            own = -1
+            if isinstance(query, (str, os.PathLike)):
+                parent, name = os.path.split(query)
+                # A link to a file of the gallery, and a link in the gallery.
+                for path in (os.path.realpath(query), os.path.join(os.path.realpath(parent), name)):
+                    own = places.get(os.path.relpath(path, folder), own)
+            found.append(own)
         return found
 
     def group(self, threshold: float | None = None) -> list[Group]:

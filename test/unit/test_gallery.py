@@ -11,8 +11,8 @@ from conftest import refusal
 
 from aligned_reid import Gallery, ReID
 from aligned_reid.distance import euclidean_distance, normalize
+from aligned_reid.evaluation.extract import FeatureSet
 from aligned_reid.inference.nearest import group_features, nearest
-from aligned_reid.inference.networks import Embeddings
 
 
 @pytest.fixture
@@ -52,8 +52,17 @@ def test_search_finds_the_nearest_by_the_distance_of_the_test(reid, photos):
 
 def test_wrong_queries_are_refused(reid, photos):
     gallery = Gallery.open(photos, reid)
-    for query in (None, 5, Embeddings(torch.zeros(1, 3), None)):
+    for query in (None, 5, FeatureSet(torch.zeros(1, 3), None)):
         refusal(gallery.search, query)
+
+
+def test_a_linked_file_is_not_its_own_hit(reid, photos, tmp_path):
+    inside, outside = next(photos.glob("*.jpg")), tmp_path / "link.jpg"
+    inside.rename(tmp_path / "moved.jpg")
+    inside.symlink_to(tmp_path / "moved.jpg")
+    outside.symlink_to(next(photos.glob("inner/*.jpg")))
+    gallery = Gallery.open(photos, reid)
+    assert [len(hits) for hits in gallery.search([inside, outside, photos / "gone.jpg"], 100, print)] == [11, 11, 0]
 
 
 def test_only_new_and_changed_files_are_computed(reid, seen, photos):
