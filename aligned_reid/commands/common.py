@@ -26,7 +26,11 @@ def make_parser(name: str, description: str | None, example: str) -> argparse.Ar
     parser.add_argument(
         "--model", type=parse_path, required=True, help="run folder, or weights: .pth, .safetensors, .onnx"
     )
-    parser.add_argument("--device", default="auto", help="npu, cuda, cpu, or auto: the first available one")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="npu, cuda, cpu, one of several such as npu:1, or auto: the first available kind",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 

@@ -6,6 +6,7 @@ import argparse
 
 from aligned_reid.cli import parse_path
 from aligned_reid.commands.common import BadImages, make_parser, note, open_model, print_json, print_table
+from aligned_reid.errors import InputError
 
 VERDICTS = {True: "likely", False: "uncertain", None: "-"}
 
@@ -53,3 +54,5 @@ def main() -> None:
             cells = [[str(n), f"{hit.distance:.3f}", VERDICTS[hit.same_person], shown(hit.path)] for n, hit in rows]
             print_table(["", "distance", "same person", "photo"], cells)
     bad.check()
+    if not found:
+        raise InputError(f"{shown(arguments.gallery)} has no other photo than {shown(arguments.photos[0])}")

@@ -58,6 +58,14 @@ def test_search_serves_the_good_photos_and_exits_with_2(aligned_reid, photos, tm
     assert r"cut\noff.jpg" in errors[1] and "empty.jpg" in errors[2] and len(errors) == 4
 
 
+def test_a_gallery_of_only_the_query_is_refused(aligned_reid, photos):
+    query, *others = some(photos, 8)
+    for other in others:
+        other.unlink()
+    done = aligned_reid("search", query, f"--gallery={photos}")
+    assert done.status == 2 and "no other photo" in done.err.splitlines()[-1]
+
+
 def test_group_writes_a_table_and_copies(aligned_reid, photos, tmp_path):
     shutil.copy(some(photos)[0], photos / "two\nlines.jpg")
     persons, copies = tmp_path / "persons.csv", tmp_path / "copies"
