@@ -109,6 +109,7 @@ class ReID:
             path = path / SAFETENSORS_NAME
         for name in settings.keys() - set(TEST_SETTINGS):
             raise InputError(f"{name} is not a test option; these are: {', '.join(TEST_SETTINGS)}")
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         lines: list[str] = []
         open_network = open_graph if path.suffix.lower() == ".onnx" else open_weights
         network, config, content, digest = open_network(path, device, settings, lines.append)
