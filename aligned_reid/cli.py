@@ -152,8 +152,8 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"invalid int value: (.*)", r"\1 is not a whole number", message)
         message = re.sub(r"invalid float value: (.*)", r"\1 is not a number", message)
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-        if unknown.startswith("-") and message.startswith("unrecognized"):
+        if found := re.match(r"unrecognized arguments: (-[^\s=]*)", message):
+            unknown = found[1]
             flags = [flag for action in self._actions for flag in action.option_strings]
             message = f"unknown flag {unknown}{nearest(unknown, flags)}"
             if unknown.lstrip("-") in self.removed:

@@ -95,6 +95,7 @@ def test_flags_give_values(text):
         ("--amp apex --accumulate 2", "--accumulate"),
         ("--dataset a+b", "prepare_joined.py"),
         ("stray", "stray"),
+        ([""], "unrecognized"),
         *((f"--{name}=1", "was removed") for name in REMOVED),
     ],
 )
