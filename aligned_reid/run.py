@@ -30,7 +30,7 @@ from aligned_reid.evaluation.features import FeatureWriter
 from aligned_reid.files import write_file
 from aligned_reid.lock import hold
 from aligned_reid.model import AlignedReID, architecture_of, load_weights
-from aligned_reid.preflight import RunInput, check_input, check_save_file, read_start_weights
+from aligned_reid.preflight import RunInput, check_input, check_save_file, open_images, read_start_weights
 from aligned_reid.release import write_cards, write_weights
 from aligned_reid.training.checkpoint import read_last_good, set_aside
 from aligned_reid.training.log import Log
@@ -324,11 +324,12 @@ def run_extraction(
     """
     world = read_world()
     log = log or Log(None, is_main=world.is_main)
+    check_device_name(config.device)
     if folder:
-        check_device_name(config.device)
-        run_input = RunInput(FolderImages(folder, config.resize_h_w, log), None, read_start_weights(config, None))
+        images: TestImages = FolderImages(folder, config.resize_h_w, log)
     else:
-        run_input = check_input(config, reads_images=world.local_rank == 0)
+        images, _ = open_images(config, reads_images=world.local_rank == 0)
+    run_input = RunInput(images, None, read_start_weights(config, None))
     check_save_file(save_file)
     (accelerator,) = open_devices(replace(config, npu=config.npu[:1]), world)
     lock = hold(save_file, "--save_file") if world.is_main else nullcontext()
@@ -337,7 +338,7 @@ def run_extraction(
         config = settle_test(config, run_input.weights, log)
         settle_precision(config, accelerator, run_input)
         log(f"device {accelerator.describe()}")
-        images = run_input.test.at_size(config.resize_h_w)
+        images = images.at_size(config.resize_h_w)
         model, local = load_for_test(config, run_input.weights, log)
         if config.use_local_distance is not None:
             local = config.use_local_distance

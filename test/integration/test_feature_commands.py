@@ -55,6 +55,12 @@ def evaluate(command):
     return run
 
 
+def test_extraction_needs_no_run_folder(extract, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exp").touch()  # where run folders are by default: none can be made
+    assert extract().is_file()
+
+
 def test_saved_features_have_the_runs_scores_and_streamed_ones_too(extract, evaluate, trained, monkeypatch):
     features = extract()
     out, results = evaluate(features)
