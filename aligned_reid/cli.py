@@ -53,7 +53,7 @@ def report(main: Callable[[], None]) -> None:
             complain(f"error: {error.strerror}: raise the limit (ulimit -n), or use fewer --workers", 2)
         if error.errno not in STORAGE_ERRORS:
             raise
-        complain(f"error: {error.strerror}: {error.filename or 'while writing'}; make room or choose another folder", 2)
+        complain(f"error: {error.strerror}: {error.filename or 'while writing'}; make room or choose another path", 2)
 
 
 def complain(line: str, status: int) -> NoReturn:

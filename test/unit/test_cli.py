@@ -69,6 +69,11 @@ def test_too_many_open_files_is_one_line():
     assert b"ulimit -n" in done.stderr and b"Traceback" not in done.stderr
 
 
+def test_a_path_that_is_too_long_is_one_line():
+    done = run_main("open('a' * 300)")
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"too long" in done.stderr
+
+
 def test_only_a_second_ctrl_c_a_second_later_ends_a_command_that_saves():
     body = """from aligned_reid.stop import StopSignals
     import time
