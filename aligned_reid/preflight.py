@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,29 +119,22 @@ def check_trunk(content: Any, path: str) -> Any:
 def check_run_dir(folder: Path) -> None:
     """Raise InputError unless the run folder can be made and written to."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise InputError(f"--exp_dir {folder}: {existing} is a file")
     if not can_write(existing):
-        raise InputError(f"--exp_dir {folder}: {existing} cannot be written to; choose another folder")
+        raise InputError(f"--exp_dir {folder}: {existing} is not a folder that can be written to; choose another one")
 
 
 def check_save_file(file: Path, flag: str = "--save_file") -> None:
     """Raise InputError unless a file can be written there."""
     if file.is_dir():
         raise InputError(f"{flag} {file} is a folder: name a file in it")
-    folder = file.absolute().parent
-    if not folder.is_dir():
-        raise InputError(f"{flag} {file}: the folder {folder} does not exist")
-    if not can_write(folder):
-        raise InputError(f"{flag} {file}: {folder} cannot be written to; choose another folder")
+    if not can_write(folder := file.absolute().parent):
+        raise InputError(f"{flag} {file}: the folder {folder} does not exist or cannot be written to")
 
 
 def can_write(folder: Path) -> bool:
     """Whether a file can be made there; os.access misses read-only mounts and, for root, permissions."""
-    probe = folder / f".write_test_{os.getpid()}"
     try:
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         return False
     return True
