@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aligned_reid import rank as rank_program
-
 HCCL_PORTS = range(60000, 60032)  # Ascend's collectives listen there
 OTHER_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
 
@@ -39,16 +37,23 @@ def launch(
     `max_restarts` times. Each of several machines calls this, with the first one's address and port as `endpoint`. A
     single process without restarts replaces this one: no agent, and no return.
     """
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    program = ["-u", os.path.abspath(rank_program.__file__), str(log_dir), str(first_device)]
+    program = [str(Path(__file__).with_name("rank.py").absolute()), str(log_dir), str(first_device)]
     if num_processes * num_nodes == 1 and not max_restarts:
         environment = {name: value for name, value in os.environ.items() if name not in OTHER_LAUNCHERS}
         os.execve(sys.executable, [sys.executable, *program, "", *script], environment)
-    options: dict[str, Any] = {"min_nodes": num_nodes, "max_nodes": num_nodes, "nproc_per_node": num_processes}
-    options |= {"rdzv_endpoint": endpoint or f"127.0.0.1:{free_port()}", "rdzv_configs": {"rank": node_rank}}
-    options |= {"local_addr": None if endpoint else "127.0.0.1", "max_restarts": max_restarts}
+    options = {
+        "min_nodes": num_nodes,
+        "max_nodes": num_nodes,
+        "nproc_per_node": num_processes,
+        "rdzv_endpoint": endpoint or f"127.0.0.1:{free_port()}",
+        "rdzv_configs": {"rank": node_rank},
+        "max_restarts": max_restarts,
+    }
     with tempfile.TemporaryDirectory(prefix="aligned_reid_") as folder:
-        status, reason = run_agent([*program, folder, *script], options, folder)
+        mistake = Path(folder, "mistake")  # a rank that ends with status 2 writes the reason there
+        status, reason = run_agent([*program, str(mistake), *script], options, folder)
+        if mistake.is_file():  # other ranks may have lost this one before it ended
+            status, reason = 2, mistake.read_text()
     if reason:
         print(f"{name}: error:", *reason.split(), f"(logs: {log_dir}/*/train_*.log)", file=sys.stderr, flush=True)
     return status
@@ -61,10 +66,8 @@ def run_agent(arguments: Sequence[str], options: dict[str, Any], folder: str) ->
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if hasattr(multiprocessing, "DefaultLogsSpecs"):
-        options["logs_specs"] = multiprocessing.DefaultLogsSpecs(log_dir=folder)
-    else:  # torch < 2.3
-        options["log_dir"] = folder
+    logs = getattr(multiprocessing, "DefaultLogsSpecs", None)  # new in torch 2.3
+    options |= {"logs_specs": logs(log_dir=folder)} if logs else {"log_dir": folder}
     config = LaunchConfig(run_id="aligned_reid", rdzv_backend="static", monitor_interval=0.05, **options)
     # torchrun's default is one thread, which suits GPUs and leaves a CPU idle.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // config.nproc_per_node)))
@@ -73,7 +76,7 @@ def run_agent(arguments: Sequence[str], options: dict[str, Any], folder: str) ->
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        return explain(error.failures, Path(folder, rank_program.MISTAKE_NAME))
+        return explain(error.failures)
     except multiprocessing.SignalException as error:
         files = sorted(Path(folder).rglob("error.json"))
         return 128 + error.sigval, json.loads(files[-1].read_text())["message"]["message"] if files else ""
@@ -84,12 +87,8 @@ def run_agent(arguments: Sequence[str], options: dict[str, Any], folder: str) ->
     return 0, ""
 
 
-def explain(failures: Mapping[int, Any], mistake: Path) -> tuple[int, str]:
+def explain(failures: Mapping[int, Any]) -> tuple[int, str]:
     """The exit status and the reason of the first failure. failures: torch's ProcessFailure of each failed rank."""
-    host = socket.gethostname()
-    if mistake.is_file():  # other ranks may have lost this one before it ended
-        who, reason = mistake.read_text().split(" ", 1)
-        return 2, f"rank {who} on {host} ended with status 2: {reason}"
 
     def moment(rank: int) -> int:
         """Seconds. A killed rank may be noticed after the ranks that lost it; then the agent sends those SIGTERM."""
@@ -99,14 +98,13 @@ def explain(failures: Mapping[int, Any], mistake: Path) -> tuple[int, str]:
     rank = min(failures, key=moment)
     status, message = failures[rank].exitcode, failures[rank].error_file_data["message"]
     if status < 0:
-        return 128 - status, f"rank {rank} on {host} was killed by {failures[rank].signal_name()}"
+        return 128 - status, f"rank {rank} was killed by {failures[rank].signal_name()}"
     reason = message["message"] if isinstance(message, dict) else "see its log"  # there may be no error file
-    return status, f"rank {rank} on {host} ended with status {status}: {reason}"
+    return status, f"rank {rank} ended with status {status}: {reason}"
 
 
 def free_port() -> int:
     """A port that is free on this machine and not one of HCCL's."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
+    with socket.create_server(("", 0)) as listener:
         port: int = listener.getsockname()[1]
     return free_port() if port in HCCL_PORTS else port
