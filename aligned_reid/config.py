@@ -116,15 +116,9 @@ class Config:
     )
     bnneck: bool = option("model", False, "batch norm between global feature and classifier", affects=MODEL)
 
-    g_loss_weight: float = option(
-        "losses", 1.0, "weight of the global triplet loss", aliases=["-glw"], common=True, parse=float
-    )
-    l_loss_weight: float = option(
-        "losses", 0.0, "weight of the local triplet loss", aliases=["-llw"], common=True, parse=float
-    )
-    id_loss_weight: float = option(
-        "losses", 0.0, "weight of the identity loss", aliases=["-idlw"], common=True, parse=float
-    )
+    g_loss_weight: float = option("losses", 1.0, "weight of the global triplet loss", aliases=["-glw"], common=True)
+    l_loss_weight: float = option("losses", 0.0, "weight of the local triplet loss", aliases=["-llw"], common=True)
+    id_loss_weight: float = option("losses", 0.0, "weight of the identity loss", aliases=["-idlw"], common=True)
     global_margin: float | None = option(
         "losses", 0.3, "margin of the global triplet loss; none: soft margin", aliases=["-gm"]
     )
@@ -136,15 +130,9 @@ class Config:
     label_smoothing: float = option("losses", 0.0, "label smoothing of the identity loss", allowed=Range(0, 0.999))
     center_loss_weight: float = option("losses", 0.0, "weight of the center loss")
     num_models: int = option("losses", 1, "models that learn from each other (mutual learning)", allowed=COUNT)
-    pm_loss_weight: float = option(
-        "losses", 0.0, "weight of the mutual loss on probabilities", aliases=["-pmlw"], parse=float
-    )
-    gdm_loss_weight: float = option(
-        "losses", 0.0, "weight of the mutual loss on global distances", aliases=["-gdmlw"], parse=float
-    )
-    ldm_loss_weight: float = option(
-        "losses", 0.0, "weight of the mutual loss on local distances", aliases=["-ldmlw"], parse=float
-    )
+    pm_loss_weight: float = option("losses", 0.0, "weight of the mutual loss on probabilities", aliases=["-pmlw"])
+    gdm_loss_weight: float = option("losses", 0.0, "weight of the mutual loss on global distances", aliases=["-gdmlw"])
+    ldm_loss_weight: float = option("losses", 0.0, "weight of the mutual loss on local distances", aliases=["-ldmlw"])
 
     total_epochs: int = option(
         "schedule", 300, "epochs to train; an epoch shows every identity once", allowed=COUNT, common=True
@@ -257,53 +245,27 @@ class Config:
         """Self, with --set_seed resolved. Raises InputError if a value is out of range or two do not fit together."""
         for one in OPTIONS:
             check_value(one, getattr(self, one.name))
-        for holds, line in self.rules():
-            if not holds:
-                raise InputError(line)
+        if "+" in self.dataset:
+            line = f"join data sets by {command_line('prepare joined')}, then train on that"
+            raise InputError(f"--dataset {self.dataset}: {line}")
+        if self.pad_crop >= min(self.resize_h_w):
+            raise InputError("--pad_crop has to be smaller than the image")
+        if not self.only_test and self.g_loss_weight + self.l_loss_weight + self.id_loss_weight == 0:
+            raise InputError("one of -glw, -llw, -idlw has to be above 0")
+        if self.num_models == 1 and self.pm_loss_weight + self.gdm_loss_weight + self.ldm_loss_weight > 0:
+            raise InputError("-pmlw, -gdmlw, -ldmlw need --num_models 2 or more")
+        if self.pm_loss_weight > 0 and self.id_loss_weight == 0:
+            raise InputError("-pmlw needs -idlw above 0: probabilities come from the identity classifier")
+        if self.ldm_loss_weight > 0 and self.l_loss_weight == 0:
+            raise InputError("-ldmlw needs -llw above 0: local distances come from the local branch")
+        if len(self.npu) not in (0, 1, self.num_models):
+            line = f"give one device, or one for each of --num_models {self.num_models}"
+            raise InputError(f"--npu {format_value(self.npu)}: {line}")
+        if self.feature_after_bn and not (self.bnneck or self.only_test):  # in a test the weight file knows
+            raise InputError("--feature_after_bn needs --bnneck true")
+        if self.amp == "apex" and (self.accumulate > 1 or self.num_models > 1):
+            raise InputError("--amp apex trains one model, a batch a step: use --amp O1")
         return replace(self, seed=1) if self.set_seed and self.seed is None else self
-
-    def rules(self) -> list[tuple[bool, str]]:
-        """The rules between options: whether each holds, and the line that says what is wrong if it does not."""
-        several = self.num_models > 1
-        return [
-            (
-                "+" not in self.dataset,
-                f"--dataset {self.dataset}: join data sets by {command_line('prepare joined')}, then train on that",
-            ),
-            (self.pad_crop < min(self.resize_h_w), "--pad_crop has to be smaller than the image"),
-            (self.only_test or sum(self.loss_weights) > 0.0, "one of -glw, -llw, -idlw has to be above 0"),
-            (several or sum(self.mutual_weights) == 0, "-pmlw, -gdmlw, -ldmlw need --num_models 2 or more"),
-            (
-                self.pm_loss_weight == 0.0 or self.id_loss_weight > 0.0,
-                "-pmlw needs -idlw above 0: probabilities come from the identity classifier",
-            ),
-            (
-                self.ldm_loss_weight == 0.0 or self.l_loss_weight > 0.0,
-                "-ldmlw needs -llw above 0: local distances come from the local branch",
-            ),
-            (
-                len(self.npu) in (0, 1, self.num_models),
-                f"--npu {format_value(self.npu)}: give one device, or one for each of --num_models {self.num_models}",
-            ),
-            (  # in a test the weight file says whether there is a neck
-                self.bnneck or self.only_test or not self.feature_after_bn,
-                "--feature_after_bn needs --bnneck true",
-            ),
-            (
-                self.amp != "apex" or self.accumulate == self.num_models == 1,
-                "--amp apex trains one model, a batch a step; use --amp O1 with --accumulate and --num_models",
-            ),
-        ]
-
-    @property
-    def loss_weights(self) -> tuple[float, float, float]:
-        """Weights of the global, the local and the identity loss."""
-        return self.g_loss_weight, self.l_loss_weight, self.id_loss_weight
-
-    @property
-    def mutual_weights(self) -> tuple[float, float, float]:
-        """Weights of the mutual losses on probabilities, global and local distances."""
-        return self.pm_loss_weight, self.gdm_loss_weight, self.ldm_loss_weight
 
     @property
     def dataset_name(self) -> str:

@@ -38,7 +38,7 @@ def test_defaults_are_the_reference_recipe():
     config = parse()
     assert (config.ids_per_batch, config.ims_per_id, config.base_lr) == (32, 4, 2e-4)
     assert (config.total_epochs, config.lr_decay_type, config.exp_decay_at_epoch) == (300, "exp", 151)
-    assert config.loss_weights == (1.0, 0.0, 0.0)
+    assert (config.g_loss_weight, config.l_loss_weight, config.id_loss_weight) == (1.0, 0.0, 0.0)
     assert (config.normalize_feature, config.local_dist_own_hard_sample, config.train_final_batch) == (False,) * 3
     assert (config.global_margin, config.local_margin, config.seed, config.resize_h_w) == (0.3, 0.3, None, (256, 128))
 
@@ -92,7 +92,7 @@ def test_flags_give_values(text):
         ("--num_models 2 -pmlw 1", "-idlw"),
         ("--num_models 2 -ldmlw 1", "-llw"),
         ("--feature_after_bn true", "--bnneck"),
-        ("--amp apex --accumulate 2", "--accumulate"),
+        ("--amp apex --accumulate 2", "--amp O1"),
         ("--dataset a+b", "prepare_joined.py"),
         ("stray", "stray"),
         ([""], "unrecognized"),
