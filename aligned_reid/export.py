@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import json
 import logging
-import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +23,7 @@ from aligned_reid.data.transforms import IM_MEAN, IM_STD
 from aligned_reid.distance import normalize
 from aligned_reid.errors import InputError, RunStopped
 from aligned_reid.evaluation.extract import FeatureSet, inference_copy
+from aligned_reid.files import write_file
 from aligned_reid.model import AlignedReID
 from aligned_reid.weights import find_verification, settings_of
 
@@ -101,32 +102,34 @@ def export_onnx(
     the file's metadata_props. The difference is that of ONNX Runtime's features, relative to the largest value. If it
     exceeds TOLERANCE, raises RunStopped and leaves `path` as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    graph = graph.eval()
-    try:
-        with torch.no_grad(), quiet_exporter():
-            write_graph(graph, temporary, size, opset, batch_size)
-        write_metadata(temporary, metadata or {})
-        difference = compare(graph, temporary, size, [batch_size] if batch_size else CHECK_BATCHES)
-        if not difference <= TOLERANCE:
-            raise RunStopped(f"the graph's features differ from torch's by {difference:.1e} of the largest value")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return difference, describe_graph(path)
+    import onnx
+
+    with torch.no_grad(), quiet_exporter():
+        content = make_onnx(graph.eval(), size, opset, batch_size)
+    onnx.helper.set_model_props(content, {name: json.dumps(value) for name, value in (metadata or {}).items()})
+    serialized = content.SerializeToString()
+    difference = compare(graph, serialized, size, [batch_size] if batch_size else CHECK_BATCHES)
+    if not difference <= TOLERANCE:
+        raise RunStopped(f"the graph's features differ from torch's by {difference:.1e} of the largest value")
+    write_file(path, serialized)
+    return difference, describe(content)
 
 
-def write_graph(graph: InferenceGraph, path: Path, size: tuple[int, int], opset: int, batch_size: int | None) -> None:
+def make_onnx(graph: InferenceGraph, size: tuple[int, int], opset: int, batch_size: int | None) -> Any:
+    """The onnx.ModelProto of a graph."""
+    import onnx
+
     example = graph.example(batch_size or 2, size)
     named: dict[str, Any] = {"input_names": ["images"], "output_names": graph.output_names, "opset_version": opset}
     if opset >= NEW_EXPORTER_OPSET:
         shapes = None if batch_size else {"images": {0: torch.export.Dim("N")}}
-        torch.onnx.export(graph, (example,), path, dynamo=True, dynamic_shapes=shapes, external_data=False, **named)
-        return
-    if HAS_NEW_EXPORTER:
-        named["dynamo"] = False
-    axes = None if batch_size else {name: {0: "N"} for name in ("images", *graph.output_names)}
-    torch.onnx.export(graph, (example,), str(path), dynamic_axes=axes, **named)
+        named |= {"dynamo": True, "dynamic_shapes": shapes, "external_data": False}
+    else:
+        axes = None if batch_size else {name: {0: "N"} for name in ("images", *graph.output_names)}
+        named |= {"dynamic_axes": axes, **({"dynamo": False} if HAS_NEW_EXPORTER else {})}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.onnx.export(graph, (example,), f"{folder}/model.onnx", **named)
+        return onnx.load(f"{folder}/model.onnx")
 
 
 def graph_metadata(content: Any, source: Path, size: tuple[int, int], *, normalize_feature: bool) -> dict[str, Any]:
@@ -145,31 +148,20 @@ def graph_metadata(content: Any, source: Path, size: tuple[int, int], *, normali
     return {"config": config, **({"verification": record} if record else {})}
 
 
-def write_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
-    import onnx
-
-    content = onnx.load(path)
-    onnx.helper.set_model_props(content, {name: json.dumps(value) for name, value in metadata.items()})
-    onnx.save(content, path)
-
-
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Suppress warnings and output of torch's exporters."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(None):
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
-def compare(graph: InferenceGraph, path: Path, size: tuple[int, int], batch_sizes: Any) -> float:
+def compare(graph: InferenceGraph, serialized: bytes, size: tuple[int, int], batch_sizes: Any) -> float:
     """The largest difference of ONNX Runtime's features from torch's, relative to the largest value."""
-    session = OnnxFeatures(path)
+    session = OnnxFeatures(serialized)
     differences = []
     for seed, num_images in enumerate(batch_sizes, start=1):
         images = graph.example(num_images, size, seed)
@@ -180,18 +172,16 @@ def compare(graph: InferenceGraph, path: Path, size: tuple[int, int], batch_size
     return max(differences)
 
 
-def describe_graph(path: Path) -> str:
-    """Opset, inputs and outputs of an ONNX file, with types and shapes."""
+def describe(content: Any) -> str:
+    """Opset, inputs and outputs of an onnx.ModelProto, with types and shapes."""
     import onnx
 
-    content = onnx.load(path)
-
-    def describe(value: Any) -> str:
+    def typed(value: Any) -> str:
         tensor = value.type.tensor_type
         dims = [one.dim_param or str(one.dim_value) for one in tensor.shape.dim]
         return f"{value.name} {onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)} [{', '.join(dims)}]"
 
-    inputs, outputs = (", ".join(map(describe, values)) for values in (content.graph.input, content.graph.output))
+    inputs, outputs = (", ".join(map(typed, values)) for values in (content.graph.input, content.graph.output))
     opset = next(one.version for one in content.opset_import if one.domain in ("", "ai.onnx"))
     return f"opset {opset}, {inputs} -> {outputs}"
 
@@ -199,10 +189,12 @@ def describe_graph(path: Path) -> str:
 class OnnxFeatures:
     """An exported graph in ONNX Runtime on the CPU: images [N, ...] -> its outputs as arrays."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, source: Path | bytes) -> None:
+        """source: a file, or its content."""
         import onnxruntime
 
-        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        model = source if isinstance(source, bytes) else str(source)
+        self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         self.batch_size: int | str = self.session.get_inputs()[0].shape[0]  # a name if it accepts any number
         self.takes_uint8 = self.session.get_inputs()[0].type == "tensor(uint8)"
 
