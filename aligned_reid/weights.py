@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -139,7 +140,6 @@ def skipped_classes() -> list[type]:
 
 def read_safetensors(file: Path) -> dict[str, Any]:
     """Read tensors and settings of a safetensors file. Raises InputError if it is damaged or cut off."""
-    safetensors = import_safetensors(file)
     try:
         with safetensors.safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
@@ -164,21 +164,12 @@ def write_safetensors(
     Stores `settings`, `trained_on` (see data.identities) and `verification` (see evaluation.verification) as JSON in
     the metadata, and a digest of the tensors.
     """
-    safetensors = import_safetensors(path)
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entries = (settings, trained_on or {}, verification or {})
     metadata = {name: json.dumps(entry) for name, entry in zip(METADATA, entries, strict=True)}
     content = safetensors.torch.save(dense, {"format": "pt", **metadata, "digest": digest_of(dense)})
     with replacing(path, durable=True) as file:
         file.write(content)
-
-
-def import_safetensors(file: Path) -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise InputError(f"{file} needs the package safetensors: pip install safetensors") from error
-    return safetensors
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
