@@ -11,15 +11,13 @@ import numpy as np
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TestImages, TrainImages
 from aligned_reid.data.partitions import GALLERY, QUERY
-from aligned_reid.errors import InputError
 from aligned_reid.evaluation.evaluate import SCORE_NAMES
 from aligned_reid.evaluation.protocol import TITLES
 from aligned_reid.evaluation.verification import VERIFIED
 from aligned_reid.files import write_file
 from aligned_reid.flags import TEST, TRAINING
 from aligned_reid.model import AlignedReID
-from aligned_reid.training.log import Log
-from aligned_reid.weights import CHECKPOINT_NAME, SAFETENSORS_NAME, write_safetensors
+from aligned_reid.weights import SAFETENSORS_NAME, write_safetensors
 
 # By a part of the data set's name, in lower case.
 DATA_LICENCES = {
@@ -90,38 +88,22 @@ its errors differ between groups of people has not been measured. Laws on survei
 """
 
 
-def weight_files(config: Config) -> list[Path]:
-    """model.safetensors, and model_2.safetensors, ... if there are several models."""
-    path = config.run_dir / SAFETENSORS_NAME
-    return [path, *(path.with_stem(f"{path.stem}_{number}") for number in range(2, config.num_models + 1))]
-
-
-def write_weights(
+def write_models(
     models: Sequence[AlignedReID],
     config: Config,
     trained_on: dict[str, list[str]],
-    log: Log,
-    evaluated: Sequence[Mapping[str, Any]] | None = None,
-) -> bool:
-    """Write `weight_files`, with the verification records of `evaluated`, which has one entry a model.
+    evaluated: Sequence[Mapping[str, Any]],
+    train: TrainImages,
+    test: TestImages,
+) -> None:
+    """Write model.safetensors and its card model.md, and model_2, ... if there are several models.
 
-    Returns whether that succeeded: a missing package or a full disk is logged and does not cost the evaluation.
+    trained_on: see data.identities. evaluated: the scores of each model, as in results.json.
     """
-    records = [one["verification"] for one in evaluated] if evaluated else [None] * len(models)
-    try:
-        for path, model, record in zip(weight_files(config), models, records, strict=True):
-            write_safetensors(path, model.state_dict(), config.to_dict(), trained_on, record)
-    except (InputError, OSError) as error:
-        log(f"{SAFETENSORS_NAME} is not written: {error}; the weights are in {CHECKPOINT_NAME}")
-        return False
-    return True
-
-
-def write_cards(config: Config, evaluated: Sequence[Mapping[str, Any]], train: TrainImages, test: TestImages) -> None:
-    """Write model.md beside model.safetensors, and model_2.md, ... if there are several models."""
-    for path, results in zip(weight_files(config), evaluated, strict=True):
-        card = model_card(path.name, config, results, train, test)
-        write_file(path.with_suffix(".md"), card.encode())
+    for number, (model, results) in enumerate(zip(models, evaluated, strict=True), start=1):
+        path = config.run_dir / (SAFETENSORS_NAME if number == 1 else f"model_{number}.safetensors")
+        write_safetensors(path, model.state_dict(), config.to_dict(), trained_on, results["verification"])
+        write_file(path.with_suffix(".md"), model_card(path.name, config, results, train, test).encode())
 
 
 def model_card(name: str, config: Config, results: Mapping[str, Any], train: TrainImages, test: TestImages) -> str:

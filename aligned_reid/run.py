@@ -31,7 +31,7 @@ from aligned_reid.files import write_file
 from aligned_reid.lock import hold
 from aligned_reid.model import AlignedReID, architecture_of, load_weights
 from aligned_reid.preflight import RunInput, check_input, check_save_file, open_images, read_start_weights
-from aligned_reid.release import write_cards, write_weights
+from aligned_reid.release import write_models
 from aligned_reid.training.checkpoint import read_last_good, set_aside
 from aligned_reid.training.log import Log
 from aligned_reid.training.trainer import Trainer
@@ -202,8 +202,6 @@ def train_and_evaluate(
         trainer, best = train(config, world, accelerators, run_input, log)
         models, local = trainer.tested_models(), config.l_loss_weight > 0
         training = {**trainer.results(), "best": best.record}
-        trained_on = trainer.checkpoints.trained_on
-        written = world.is_main and write_weights(models, config, trained_on, log)  # the evaluation may fail
     if config.use_local_distance is not None:
         local = config.use_local_distance
     start = time.monotonic()
@@ -221,9 +219,8 @@ def train_and_evaluate(
     write_json(config.run_dir / RESULTS_NAME, results)
     if run_input.train is not None:
         evaluated = results.get("models", [results])
-        if written:
-            write_weights(models, config, trained_on, log, evaluated)
-        write_cards(config, evaluated, run_input.train, run_input.test)
+        trained_on = trainer.checkpoints.trained_on
+        write_models(models, config, trained_on, evaluated, run_input.train, run_input.test)
     return results
 
 

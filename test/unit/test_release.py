@@ -1,5 +1,6 @@
 """The model card, and what a failing evaluation leaves."""
 
+import dataclasses
 import re
 
 import pytest
@@ -54,8 +55,10 @@ def test_a_failing_evaluation_does_not_cost_the_weights(tiny_data, tmp_path, mon
     def fail(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(run_module, "evaluate_models", fail)
-    with pytest.raises(MemoryError):
-        run(tiny_config(tiny_data, tmp_path, total_epochs=1, seed=None))
-    assert read_weight_file(tmp_path / "model.safetensors")["verification"] == {}
-    assert not (tmp_path / "model.md").exists()
+    config = tiny_config(tiny_data, tmp_path, total_epochs=1, seed=None)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(run_module, "evaluate_models", fail)
+        run(config)
+    results = run(dataclasses.replace(config, resume=True))
+    assert read_weight_file(tmp_path / "model.safetensors")["verification"] == results["verification"]
+    assert (tmp_path / "model.md").exists() and (tmp_path / "log.txt").read_text().count("Ep 1,") == 1
