@@ -7,7 +7,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,10 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = accelerators[0]
     accelerator.prepare_group(config.timeout)
     group = process_group(world, accelerator.backend, config.addr, config.timeout)
-    with run_lock(config, world), group as world:
+    if world.is_main:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    lock = hold(config.run_dir, "--exp_dir") if world.is_main else nullcontext()
+    with lock, group as world:
         config = resume_after_restart(config, world, accelerator)
         config = settle_seed(config, world, accelerator)
         with run_folder(config, world) as log:
@@ -101,22 +104,12 @@ def resume_after_restart(config: Config, world: World, accelerator: Accelerator)
         return config
 
     def is_restart() -> bool:
-        if not any((config.run_dir / name).is_file() for name in (CHECKPOINT_NAME, PREVIOUS_NAME)):
-            return False
         try:
             return read_last_good(config.run_dir).content.get("job") == world.job
-        except InputError:
+        except InputError:  # there is no checkpoint
             return False
 
     return replace(config, resume=from_rank(0, is_restart, accelerator.device))
-
-
-def run_lock(config: Config, world: World) -> AbstractContextManager[None]:
-    """Rank 0 makes the run folder and keeps other runs out of it. Raises InputError if one is there."""
-    if not world.is_main:
-        return nullcontext()
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    return hold(config.run_dir, "--exp_dir")
 
 
 @contextmanager
@@ -155,17 +148,17 @@ def settle_seed(config: Config, world: World, accelerator: Accelerator) -> Confi
 
 def settle_precision(config: Config, accelerator: Accelerator, run_input: RunInput) -> None:
     """Make the device compute in float32 if its 16-bit type is wrong for the run's network; rank 0 checks for all."""
-    training = run_input.train is not None
+    train = run_input.train
 
     def check() -> str:
         if accelerator.half is None:
             return ""
         with torch.random.fork_rng(devices=[]):
-            num_classes = run_input.train.num_classes if run_input.train else None
+            num_classes = train.num_classes if train else None
             model = AlignedReID(num_classes, pretrained="none", **architecture_of(config.to_dict()))
-        network = model if training else inference_copy(model)
+        network = model if train else inference_copy(model)
         network = network.to(accelerator.device).to(memory_format=accelerator.memory_format)
-        return find_wrong_layer(network, config.resize_h_w, accelerator, backward=training)
+        return find_wrong_layer(network, config.resize_h_w, accelerator, backward=train is not None)
 
     if where := from_rank(0, check, accelerator.device):
         accelerator.distrust_half(where)
