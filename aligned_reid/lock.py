@@ -25,13 +25,16 @@ def hold(place: Path, flag: str, *, wait: bool = False) -> Iterator[None]:
     kernel releases a lock when its process dies. There is no lock if the lock file cannot be written or the file system
     does not support locks.
     """
-    path = _lock_file(place)
+    path = place / LOCK_NAME if place.is_dir() else place.with_name(f".{place.name}.lock")
     descriptor = None
     try:
         descriptor = _open_locked(path, wait)
     except BlockingIOError:
+        holder = "another process"
+        with suppress(OSError):
+            holder = path.read_text() or holder
         raise InputError(
-            f"{flag} {place}: {_holder(path)} is writing there; wait until it ends, or choose another {flag}"
+            f"{flag} {place}: {holder} is writing there; wait until it ends, or choose another {flag}"
         ) from None
     except OSError:
         pass
@@ -45,24 +48,6 @@ def hold(place: Path, flag: str, *, wait: bool = False) -> Iterator[None]:
             with suppress(OSError):
                 path.unlink()
             os.close(descriptor)
-
-
-def check_free(place: Path, flag: str) -> None:
-    """Raise InputError if another process holds `place`."""
-    if _lock_file(place).exists():
-        with hold(place, flag):
-            pass
-
-
-def _lock_file(place: Path) -> Path:
-    return place / LOCK_NAME if place.is_dir() else place.with_name(f".{place.name}.lock")
-
-
-def _holder(path: Path) -> str:
-    """The process that a lock file names."""
-    with suppress(OSError):
-        return path.read_text() or "another process"
-    return "another process"
 
 
 def _open_locked(path: Path, wait: bool) -> int:

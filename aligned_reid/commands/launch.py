@@ -11,7 +11,7 @@ from aligned_reid.commands import COMMANDS
 from aligned_reid.config import Config
 from aligned_reid.errors import InputError
 from aligned_reid.launcher import launch
-from aligned_reid.lock import check_free
+from aligned_reid.lock import hold
 from aligned_reid.stop import STOP_SIGNALS
 
 
@@ -70,7 +70,8 @@ def check_input(config: Config, options: Namespace) -> None:
 
     preflight.check_input(config, has_run_dir=options.node_rank == 0)
     if options.node_rank == 0:
-        check_free(config.run_dir, "--exp_dir")
+        with hold(config.run_dir, "--exp_dir"):  # it is free
+            pass
     if options.check == "only":  # this process ends then; a launcher would keep the device busy
         open_devices(config, World(local_rank=options.nproc - 1))
 
