@@ -83,7 +83,8 @@ def main() -> None:
     options, name = parse_arguments(), program_name()
     is_command = options.command[0] in COMMANDS
     has_agent = options.nproc * options.nnodes > 1 or options.max_restarts  # a single process checks its input itself
-    if options.command[0] == "train" or Path(options.command[0]).name == "train.py":
+    checkout = Path(__file__).resolve().parents[2]
+    if options.command[0] == "train" or Path(options.command[0]).resolve() == checkout / "script" / "train.py":
         # errors from here on are reported in the name of train.py or aligned-reid train
         sys.argv = ["aligned-reid train" if is_command else options.command[0], *options.command[1:]]
         if options.check == "only" or (has_agent and options.check == "true"):

@@ -271,6 +271,13 @@ def test_one_process_can_be_restarted(run):
     assert run(f"{COUNT}print(tried); sys.exit(tried == 0)", num_processes=1, max_restarts=1)[:2] == (0, "0\n1\n")
 
 
+def test_a_users_own_train_script_has_its_own_flags(command, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import sys; print(sys.argv[1:])")
+    done = command("launch.py", "--nproc=2", f"--log_dir={tmp_path}/logs", script, "--mine=1")
+    assert (done.status, read_log(tmp_path, 1)) == (0, "['--mine=1']\n")
+
+
 def test_a_command_is_launched_by_its_name_without_a_checkout(tmp_path):
     """As from an installed wheel: the package alone, in another folder than the user's."""
     shutil.copytree(LAUNCH.parents[1] / "aligned_reid", tmp_path / "site" / "aligned_reid")
