@@ -85,7 +85,7 @@ def check_value(one: Field, value: Any) -> None:
 def parse_height_width(text: str) -> tuple[int, int]:
     """'256,128' or '(256, 128)' -> (256, 128), height before width."""
     size = parse_ints(text)
-    if len(size) != 2:
+    if len(size) != 2 or min(size) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not height,width such as 256,128")
     return size[0], size[1]
 

@@ -74,6 +74,7 @@ def test_a_whole_resnet50(tiny_data, tmp_path, opset):
         (("--model_weight_file={}/none.pth",), "no weight file"),
         ((), "conv1.weight"),
         (("--opset=12",), "13 to 18"),
+        (("--resize_h_w=0,64",), "height,width"),
         (("--to=om",), "'om'"),
         (("--batch_size=0",), "--batch_size"),
         (("--resize_h_w=0,0",), "--resize_h_w"),
