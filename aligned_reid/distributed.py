@@ -75,20 +75,22 @@ def open_group(
     """Join the process group; returns the world with its `job`, and the ranks' store. A single process has neither.
 
     address: of the first machine; default: MASTER_ADDR, which torchrun sets. timeout: seconds that a collective waits
-    for a rank. Raises RunStopped if ranks are missing.
+    for a rank. Raises InputError for a port that is none, RunStopped if ranks are missing.
     """
     is_launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if world.size == 1 and not is_launched:
         return world, None
+    port = os.environ.setdefault("MASTER_PORT", "29500")
+    if not port.isdecimal() or int(port) > 65535:
+        raise InputError(f"MASTER_PORT is {port!r}, not a whole number from 0 to 65535")
     if address:
         os.environ["MASTER_ADDR"] = address
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
     patience = MEETING_SHARE * timeout
     try:
         store: dist.Store = dist.TCPStore(  # the launcher's, which lasts over restarts; without one, rank 0's
             os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
+            int(port),
             is_master=world.is_main and not is_launched,
             timeout=timedelta(seconds=patience),
             wait_for_workers=False,

@@ -40,6 +40,12 @@ def test_world_comes_from_the_launchers_environment(monkeypatch, values):
         assert read_world() == expected and read_world().is_main == (expected.rank == 0)
 
 
+@pytest.mark.parametrize("port", ["http", "99999"])
+def test_a_port_that_is_none_is_refused(monkeypatch, port):
+    monkeypatch.setenv("MASTER_PORT", port)
+    assert "MASTER_PORT" in refusal(process_group(World(1, 2), "gloo", timeout=1).__enter__)
+
+
 def test_shares_cover_everything_once_in_order():
     for total, size in ((10, 1), (10, 3), (3, 8), (8, 8), (0, 2)):
         shares = [share_of(total, World(rank, size)) for rank in range(size)]
