@@ -242,7 +242,10 @@ class Config:
         return cls(**{**recipe, **values}, given=frozenset(values))
 
     def checked(self) -> Config:
-        """Self, with --set_seed resolved. Raises InputError if a value is out of range or two do not fit together."""
+        """Self, with --set_seed resolved, and no --resume of a test, which continues nothing.
+
+        Raises InputError if a value is out of range or two do not fit together.
+        """
         for one in OPTIONS:
             check_value(one, getattr(self, one.name))
         if "+" in self.dataset:
@@ -265,7 +268,8 @@ class Config:
             raise InputError("--feature_after_bn needs --bnneck true")
         if self.amp == "apex" and (self.accumulate > 1 or self.num_models > 1):
             raise InputError("--amp apex trains one model, a batch a step: use --amp O1")
-        return replace(self, seed=1) if self.set_seed and self.seed is None else self
+        seed = 1 if self.set_seed and self.seed is None else self.seed
+        return replace(self, seed=seed, resume=self.resume and not self.only_test)
 
     @property
     def dataset_name(self) -> str:

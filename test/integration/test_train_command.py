@@ -137,6 +137,8 @@ def test_only_test_repeats_the_scores_of_the_training(train, tmp_path):
             assert tested[name] == trained[name]
         assert tested["FPS"] is None
     assert json.loads((folder / "results.old1.json").read_text())["FPS"] == trained["FPS"]
+    train("--only_test=true", "--resume=true")  # a test continues nothing
+    assert (folder / "results.old2.json").exists()
     assert "Ep 1" in (folder / "log.txt").read_text()
 
 
