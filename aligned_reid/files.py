@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and where one can be written."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +36,15 @@ def replacing(path: Path, *, durable: bool = False, keep: Path | None = None) ->
 def write_file(path: Path, content: bytes) -> None:
     with replacing(path) as file:
         file.write(content)
+
+
+def can_write(folder: Path) -> bool:
+    """Whether a file can be made there; os.access misses read-only mounts and, for root, permissions."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
 def _link_or_move(path: Path, name: Path) -> None:

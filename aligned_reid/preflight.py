@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from aligned_reid.data.identities import check_identities
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.device import check_device_name
 from aligned_reid.errors import InputError
+from aligned_reid.files import can_write
 from aligned_reid.model import make_trunk
 from aligned_reid.training.checkpoint import read_last_good
 from aligned_reid.weights import (
@@ -129,12 +129,3 @@ def check_save_file(file: Path, flag: str = "--save_file") -> None:
         raise InputError(f"{flag} {file} is a folder: name a file in it")
     if not can_write(folder := file.absolute().parent):
         raise InputError(f"{flag} {file}: the folder {folder} does not exist or cannot be written to")
-
-
-def can_write(folder: Path) -> bool:
-    """Whether a file can be made there; os.access misses read-only mounts and, for root, permissions."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        return False
-    return True

@@ -4,12 +4,14 @@ import os
 import signal
 import sys
 from argparse import REMAINDER, Namespace
+from contextlib import suppress
 from pathlib import Path
 
 from aligned_reid.cli import OneLineParser, parse_path, program_name
 from aligned_reid.commands import COMMANDS
 from aligned_reid.config import Config
 from aligned_reid.errors import InputError
+from aligned_reid.files import can_write
 from aligned_reid.launcher import launch
 from aligned_reid.lock import hold
 from aligned_reid.stop import STOP_SIGNALS
@@ -91,10 +93,10 @@ def main() -> None:
             check_input(Config.from_arguments(options.command[1:]), options)
     if options.check == "only":
         return
-    try:
-        Path(options.log_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--log_dir {options.log_dir}: {error.strerror}; choose another folder") from error
+    with suppress(OSError):
+        options.log_dir.mkdir(parents=True, exist_ok=True)
+    if not can_write(options.log_dir):
+        raise InputError(f"--log_dir {options.log_dir} is not a folder that can be written to; choose another one")
     status = launch(
         [str(Path(__file__).parents[1] / "__main__.py"), *options.command] if is_command else options.command,
         options.nproc,

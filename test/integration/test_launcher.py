@@ -245,6 +245,7 @@ def test_a_killed_launcher_takes_its_ranks_along(launcher):
         (["--nnodes=2", "x.py"], "--addr"),
         (["--nproc=2", "x.py"], "x.py"),
         (["--nproc=2", f"--log_dir={__file__}", __file__], "--log_dir"),
+        (["--nproc=1", "--log_dir=/proc", __file__], "--log_dir"),
         (
             ["--nproc=2", LAUNCH.with_name("train.py"), "--data_path=/nowhere"],
             "train.py: error: ",
