@@ -166,11 +166,6 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def wait_for_all(device: torch.device | str = "cpu") -> None:
-    """Return once every rank has called this; `device` is the backend's."""
-    sum_over_ranks(torch.zeros(1, device=device)).item()
-
-
 def take_from_main(tensors: Iterable[Tensor]) -> None:
     """Overwrite the tensors on every rank with rank 0's."""
     if is_grouped():

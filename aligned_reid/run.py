@@ -21,7 +21,7 @@ from aligned_reid.data.dataset import FolderImages, TestImages, TrainImages
 from aligned_reid.data.identities import describe_overlap, identity_record
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.device import Accelerator, check_device_name, find_wrong_layer, open_accelerator
-from aligned_reid.distributed import World, from_rank, process_group, read_world, wait_for_all
+from aligned_reid.distributed import World, from_rank, process_group, read_world
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.best import Best
 from aligned_reid.evaluation.evaluate import evaluate_models, load_for_test, settle_test
@@ -291,12 +291,10 @@ def start_alike(models: Sequence[AlignedReID]) -> bool:
 
 def open_image_cache(config: Config, world: World, accelerator: Accelerator, images: TrainImages, log: Log) -> None:
     """Read training images from their cache. Rank 0 comes first and builds it if necessary."""
-    if not world.is_main:
-        wait_for_all(accelerator.device)
     folders = [Path(images.images_dir).parent / "cache", config.run_dir / "cache"]
-    images.open_cache(folders, log)
-    if world.is_main:
-        wait_for_all(accelerator.device)
+    from_rank(0, lambda: images.open_cache(folders, log), accelerator.device)
+    if not world.is_main:
+        images.open_cache(folders, log)
 
 
 def write_json(path: Path, content: Any) -> None:
