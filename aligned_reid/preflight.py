@@ -15,14 +15,13 @@ from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.device import check_device_name
 from aligned_reid.errors import InputError
 from aligned_reid.files import can_write
-from aligned_reid.model import make_trunk
+from aligned_reid.model import AlignedReID, make_trunk
 from aligned_reid.training.checkpoint import read_last_good
 from aligned_reid.weights import (
     CHECKPOINT_NAME,
     PREVIOUS_NAME,
     find_state_dict,
     load_trunk,
-    read_imagenet_weights,
     read_weight_file,
 )
 
@@ -95,10 +94,7 @@ def read_start_weights(config: Config, train: TrainImages | None) -> Any:
     if config.only_test:
         path = str(find_run(config, "--only_test true", "give --model_weight_file"))
         return check_trunk(read_weight_file(path), path)
-    if config.pretrained == "imagenet":
-        load_trunk(make_trunk(), read_imagenet_weights(), "imagenet")
-    elif config.pretrained != "none":
-        check_trunk(read_weight_file(config.pretrained), config.pretrained)
+    AlignedReID(None, pretrained=config.pretrained)  # which refuses a file without a trunk
     return None
 
 
