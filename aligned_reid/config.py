@@ -23,9 +23,7 @@ from aligned_reid.flags import (
     check_value,
     format_value,
     make_parser,
-    number_or,
     option,
-    parse_local_distance,
     written_value,
 )
 from aligned_reid.recipes import RECIPES
@@ -166,7 +164,6 @@ class Config:
         None,
         "evaluate local distance; auto: if its branch was trained",
         affects=NOTHING,
-        parse=parse_local_distance,
     )
     feature_after_bn: bool = option(
         "test", False, "test the global feature after --bnneck's norm", affects=(TEST, ARCHITECTURE)
@@ -194,7 +191,7 @@ class Config:
         common=True,
     )
     loss_scale: float | None = option(
-        "device", 128.0, "loss scale of float16, or dynamic", allowed=Range(0, above=True), parse=number_or("dynamic")
+        "device", 128.0, "loss scale of float16, or dynamic", allowed=Range(0, above=True)
     )
     deterministic: bool = option("device", False, "use deterministic operators only; some are slower")
     compile: bool = option("device", False, "use torch.compile; the first step takes minutes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, field
@@ -90,29 +91,21 @@ def parse_height_width(text: str) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def number_or(word: str) -> Callable[[str], float | None]:
-    """A parser of a number, or of `word`, which stands for None."""
+def or_word(word: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of what `parse` takes, or of `word`, which stands for None."""
 
-    def parse(text: str) -> float | None:
-        try:
-            return None if text.strip().lower() == word else float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {word}") from None
+    @functools.wraps(parse)  # argparse's errors name it
+    def parse_or_none(text: str) -> Any:
+        return None if text.strip().lower() == word else parse(text)
 
-    return parse
+    return parse_or_none
 
 
-def parse_local_distance(text: str) -> bool | None:
-    """'true', 'false' or 'auto' (None)."""
-    return None if text.strip().lower() == "auto" else parse_bool(text)
-
-
+parse_local_distance = or_word("auto", parse_bool)
 PARSERS: dict[str, Callable[[str], Any]] = {
     "bool": parse_bool,
     "int": int,
-    "int | None": int,
     "float": float,
-    "float | None": number_or("none"),
     "str": str,
     "tuple[int, int]": parse_height_width,
     "tuple[int, ...]": parse_ints,
@@ -166,11 +159,12 @@ def make_parser(options: Sequence[Field], removed: Mapping[str, str]) -> argpars
     actions = {}
     for one in options:
         default = written_value(one.name, one.default)
+        parse = one.metadata["parse"] or PARSERS[str(one.type).removesuffix(" | None")]
         actions[one.name] = groups[one.metadata["group"]].add_argument(
             *flags_of(one),
             dest=one.name,
             default=argparse.SUPPRESS,  # what is not given is the recipe's
-            type=one.metadata["parse"] or PARSERS[str(one.type)],
+            type=or_word(NONE_AS[one.name], parse) if one.name in NONE_AS else parse,
             choices=choices_of(one),
             metavar=None if choices_of(one) else "X",
             help=one.metadata["help"].replace("%", "%%") + (f" (default: {default})" if default else ""),
