@@ -66,15 +66,21 @@ def read_weight_file(path: str | os.PathLike[str]) -> Any:
         with open(file, "rb") as opened:
             head = opened.read(512)
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:  # the size of the JSON header
-            return read_safetensors(file)
-        check_torch_file(file, head)
-        return read_torch_file(file)
+            content: Any = read_safetensors(file)
+        else:
+            check_torch_file(file, head)
+            content = read_torch_file(file)
     except (InputError, OSError) as error:
         message = f"cannot read {file}: {error.strerror}" if isinstance(error, OSError) else str(error)
         previous = file.with_name(PREVIOUS_NAME)
         if file.name == CHECKPOINT_NAME and previous.is_file():
             message += f"; the one before it is {previous}"
         raise InputError(message) from error
+    if isinstance(content, dict):  # other projects may use the same names
+        for name in METADATA:
+            if not isinstance(content.get(name, {}), dict):
+                del content[name]
+    return content
 
 
 def check_torch_file(file: Path, head: bytes) -> None:
@@ -179,8 +185,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def settings_of(content: Any) -> dict[str, Any]:
     """The settings of the run that wrote a weight file; empty if the file has none."""
-    settings = content.get("config") if isinstance(content, Mapping) else None
-    return settings if isinstance(settings, dict) else {}
+    return content.get("config", {}) if isinstance(content, Mapping) else {}
 
 
 def find_verification(content: Any, path: Path) -> Mapping[str, Any]:

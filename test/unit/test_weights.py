@@ -19,6 +19,7 @@ from conftest import GOLDEN, full_disk, refusal, same
 
 from aligned_reid.model import AlignedReID, load_weights, make_trunk, open_model
 from aligned_reid.weights import (
+    METADATA,
     find_state_dict,
     find_verification,
     load_trunk,
@@ -189,6 +190,13 @@ def test_a_trunk_in_a_sequential_module_is_found():
     model, report = open_model({"state_dict": state}, "w", need_local=False)
     assert "265 of 265" in report and "not loaded: bn.weight, conv1" in report and "local head not loaded" in report
     assert torch.equal(model.base.state_dict()[LAST_CONV], resnet.state_dict()[LAST_CONV])
+
+
+def test_entries_of_other_projects_under_our_names_are_left_out(tmp_path):
+    torch.save({"net": {}, **dict.fromkeys(METADATA, "theirs")}, tmp_path / "w.pth")
+    assert read_weight_file(tmp_path / "w.pth") == {"net": {}}
+    write_safetensors(tmp_path / "w.safetensors", {"weight": torch.ones(3)}, "theirs", [1], [2])
+    assert read_weight_file(tmp_path / "w.safetensors").keys() == {"model"}
 
 
 def zip_of(name):
