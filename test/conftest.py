@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from aligned_reid import InputError, ReID, commands
+from aligned_reid import InputError, ReID, commands, model, preflight
 from aligned_reid.config import Config
 from aligned_reid.data import make_synthetic
 from aligned_reid.model import AlignedReID
@@ -24,6 +24,7 @@ from aligned_reid.weights import write_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "test" / "golden"
+PROGRAM_PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'test'}"}  # for tests' programs, which import this file
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job and its children ignore it
 TINY = ("--pretrained=none", "--resize_h_w=64,32", "--ids_per_batch=4", "--ims_per_id=2", "--workers=0", "--device=cpu")
 
@@ -68,15 +69,15 @@ def make_small_trunk():
     return nn.Sequential(OrderedDict(layers))
 
 
-def with_small_trunk(patch):
-    """Let models have make_small_trunk's until `patch` is undone."""
-    for module in ("model", "preflight"):
-        patch.setattr(f"aligned_reid.{module}.make_trunk", make_small_trunk)
+def use_small_trunk(patch=setattr):
+    """Build models with make_small_trunk's trunk."""
+    for module in (model, preflight):
+        patch(module, "make_trunk", make_small_trunk)
 
 
 @pytest.fixture
 def small_trunk(monkeypatch):
-    with_small_trunk(monkeypatch)
+    use_small_trunk(monkeypatch.setattr)
 
 
 def refusal(function, *arguments, **named):
@@ -214,7 +215,7 @@ def write_run(folder, measured_on="drawn", rates=RATES, **settings):
 def shared_run(tmp_path_factory):
     """A run folder with a small model for images of 64 x 32 and a threshold of 0.5."""
     with pytest.MonkeyPatch.context() as patch:
-        with_small_trunk(patch)
+        use_small_trunk(patch.setattr)
         return write_run(tmp_path_factory.mktemp("shared") / "run", resize_h_w=(64, 32))
 
 
@@ -228,5 +229,5 @@ def tiny_run(shared_run, tmp_path, small_trunk):
 def reid(shared_run):
     """The model of shared_run, opened once: that compares the results of its layers, which takes a while."""
     with pytest.MonkeyPatch.context() as patch:
-        with_small_trunk(patch)
+        use_small_trunk(patch.setattr)
         return ReID.from_pretrained(shared_run, "cpu")

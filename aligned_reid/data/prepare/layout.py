@@ -28,7 +28,7 @@ from aligned_reid.data.partitions import (
 )
 from aligned_reid.errors import InputError
 from aligned_reid.files import write_file
-from aligned_reid.lock import check_free, hold
+from aligned_reid.lock import hold
 
 NUM_VAL_IDS = 100  # of Market-1501's 751 identities; the reference uses the same number for every data set
 IMAGES_NAME, NAME_MAP, PARTITIONS_NAME = "images", "ori_to_new_im_name.pkl", "partitions.pkl"
@@ -113,8 +113,8 @@ def write_folder(
 def check_unused(save_dir: Path, name: str, content: bytes) -> None:
     """Raise InputError if the folder holds anything but the data set that its file `name` identifies by `content`."""
     try:
-        check_free(save_dir, "--save_dir")
-        present = {entry for entry in os.listdir(save_dir) if not entry.startswith(".")}
+        with hold(save_dir, "--save_dir"):
+            present = {entry for entry in os.listdir(save_dir) if not entry.startswith(".")}
     except OSError:  # there is none, or writing into it reports the reason
         return
     if present - {IMAGES_NAME} and not _holds(save_dir / name, content):
