@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from conftest import tiny_config, use_small_trunk
-from faulty_train import kill, run_before
+from small_train import kill, run_before
 
 from aligned_reid.config import Config
 from aligned_reid.launcher import free_port

@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Finished, run_script, same
+from conftest import PROGRAM_PATH, ROOT, TINY, Finished, run_script, same
 
 from aligned_reid.config import Config
+from aligned_reid.device import Accelerator
 from aligned_reid.model import AlignedReID
 from aligned_reid.weights import write_safetensors
 
+SMALL_TRAIN = Path(__file__).with_name("small_train.py")
 SIMULATION = ROOT / "test" / "npu_sim"
 TORCH = "2.14"  # the simulation uses its private interfaces
 pytestmark = pytest.mark.skipif(
@@ -29,7 +31,7 @@ SCALE_IN_FLOAT64 = {"aten::_copy_from[float64]", "aten::reciprocal[float64]"}  #
 WAITS = re.compile(r"nonzero|masked_select|unique|aten::index$|index_put")  # shapes that depend on values
 
 
-ENVIRONMENT = {"PYTHONPATH": f"{SIMULATION}:{ROOT}", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+ENVIRONMENT = {"PYTHONPATH": f"{SIMULATION}:{PROGRAM_PATH['PYTHONPATH']}", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
 class Run(NamedTuple):
@@ -41,17 +43,18 @@ class Run(NamedTuple):
 
 
 @pytest.fixture
-def train(tiny_data, tmp_path):
-    """Run train.py as `nproc` processes and read its results."""
+def train(command, small_trunk, monkeypatch, tiny_data, tmp_path):
+    """Train as `nproc` processes, with a small trunk unless another program is given, and read the results."""
+    monkeypatch.setattr(Accelerator, "memory_format", torch.contiguous_format)  # as small_train.py does
 
-    def run(name, *flags, nproc=1, device="npu", **variables):
+    def run(name, *flags, nproc=1, device="npu", program=(SMALL_TRAIN, "none", 0, 0, tmp_path), **variables):
         folder, report = tmp_path / name, tmp_path / f"report_{name}"
+        flags = (f"--data_path={tiny_data}", *SMALL, f"--device={device}", f"--exp_dir={folder}", *flags)
         environment = {**ENVIRONMENT, "NPU_SIM_REPORT": str(report), **variables}
-        script = ROOT / "script" / "train.py" if device == "npu" else SIMULATION / "train_contiguous.py"
-        command = [script, f"--data_path={tiny_data}", *SMALL, f"--device={device}", f"--exp_dir={folder}", *flags]
         if nproc > 1:
-            command = ["launch.py", f"--nproc={nproc}", f"--log_dir={tmp_path}/logs", *command]
-        finished = run_script(*command, environment=environment)
+            program = ("launch.py", f"--nproc={nproc}", f"--log_dir={tmp_path}/logs", *program)
+        in_process = device == "cpu" and nproc == 1
+        finished = command("train.py", *flags) if in_process else run_script(*program, *flags, environment=environment)
         assert finished.status == 0, finished.err + finished.out
         losses = re.findall(r"^Ep .*loss (\S+)$", finished.out, flags=re.MULTILINE)
         results = json.loads((folder / "results.json").read_text())
@@ -59,7 +62,7 @@ def train(tiny_data, tmp_path):
         if device == "npu":
             assert len(reports) == nproc
             assert all(one["jit_compile"] is False for one in reports)
-            assert all(one["calls"]["aten::convolution_overrideable"] > 50 for one in reports)
+            assert all(one["calls"]["aten::convolution_overrideable"] >= 3 for one in reports)
         return Run(finished, losses, results, folder, reports)
 
     return run
@@ -85,21 +88,15 @@ def test_float32_equals_the_cpu_and_the_step_stays_on_the_device(train):
     # Checkpoints are interchangeable between devices.
     ours, theirs = (torch.load(run.folder / "ckpt.pth", weights_only=True) for run in (npu, cpu))
     assert same(ours["model"], theirs["model"])
-    tested = train("cpu_of_npu", "--only_test=true", f"--model_weight_file={npu.folder}", "--amp=O0", device="cpu")
-    assert scores_of(tested.results) == scores_of(npu.results)
-
+    assert npu.reports[0]["hf32"] == {"conv": False, "matmul": False}
     assert npu.reports[0]["calls"]["optim::NpuFusedAdam"] == 6
     step = step_on_device(npu)
-    assert step["aten::convolution_backward_overrideable"] == 54
+    assert step["aten::convolution_backward_overrideable"] == 3
     assert {name for name in step if "float64" in name} <= SCALE_IN_FLOAT64
 
-
-def test_evaluation_runs_on_the_device_with_the_cpus_scores(train):
-    trained = train("trained", "--amp=O0", "--total_epochs=1", device="cpu")
-    flags = ("--only_test=true", f"--model_weight_file={trained.folder}", "--amp=O0")
-    npu, cpu = train("npu", *flags), train("cpu", *flags, device="cpu")
-    assert scores_of(npu.results) == scores_of(cpu.results)
-    calls = npu.reports[0]["calls"]
+    tested = train("npu_of_cpu", "--only_test=true", f"--model_weight_file={cpu.folder}", "--amp=O0")
+    assert scores_of(tested.results) == scores_of(cpu.results)
+    calls = tested.reports[0]["calls"]
     assert calls["aten::addmm"] == 3  # global distances of queries and gallery, and within each
     assert calls["aten::baddbmm"] == 3  # aligned distances of queries and gallery, and within each
     assert calls["aten::minimum"] >= 2 * calls["aten::baddbmm"]  # the cheapest path, by diagonals
@@ -136,7 +133,8 @@ def operators_in(text):
 
 @pytest.mark.parametrize("amp", ["O1", "apex"])
 def test_mixed_precision(train, amp, tmp_path):
-    run = train(amp, f"--amp={amp}", "--total_epochs=2")
+    program = {"program": ["train.py"]} if amp == "O1" else {}  # ResNet-50, whose operators the docs list
+    run = train(amp, f"--amp={amp}", "--total_epochs=2", **program)
     if amp == "O1":
         section = (ROOT / "docs" / "ascend.md").read_text().split("## The operators of a step")[1].split("\n\n")
         listed = next(part for part in section if part.startswith("    "))
@@ -158,12 +156,10 @@ def test_modes_reach_the_device_and_the_log(train):
     assert "float32, HF32 convolutions, deterministic, compiled by npu, torch" in run.results["device"]
     (report,) = run.reports
     assert report["hf32"] == {"conv": True, "matmul": False}
-    assert report["compiled_nodes"] > 2 * 150  # the model for training, and folded for features
-    assert run.results["profile"]["flops_per_step"] > 1e9
+    assert report["compiled_nodes"] > 40  # the model for training, and folded for features
+    assert run.results["profile"]["flops_per_step"] > 1e6
     assert [path.name for path in (run.folder / "profile").iterdir()] == ["simulated_ascend_pt.json"]
-    plain = train("plain", "--amp=O0", "--total_epochs=2")
-    assert plain.reports[0]["hf32"] == {"conv": False, "matmul": False}
-    assert plain.losses == run.losses
+    assert run.losses == train("plain", "--amp=O0", "--total_epochs=2", device="cpu").losses
 
 
 @pytest.mark.slow
@@ -213,7 +209,7 @@ def test_models_on_a_device_each_equal_models_on_one(train):
 
 @pytest.mark.slow
 def test_the_strong_recipe_stays_on_the_device(train):
-    tricks = ("--recipe=strong", "--pooling=gem", "--center_loss_weight=5e-4", "--warmup_epochs=1")
+    tricks = ("--recipe=strong", "--last_stride=2", "--pooling=gem", "--center_loss_weight=5e-4", "--warmup_epochs=1")
     flags = (*tricks, "--amp=O0", "--total_epochs=2")
     npu, cpu = train("npu", *flags), train("cpu", *flags, device="cpu")
     assert [float(loss) for loss in npu.losses] == pytest.approx([float(loss) for loss in cpu.losses], rel=1e-3)

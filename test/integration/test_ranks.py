@@ -13,7 +13,7 @@ from conftest import ROOT, TINY, same
 
 from aligned_reid.launcher import free_port
 
-FAULTY = Path(__file__).with_name("faulty_train.py")
+FAULTY = Path(__file__).with_name("small_train.py")
 LAUNCH = [ROOT / "script" / "launch.py", "--nproc=2"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=2"]
 LAUNCHERS = {
@@ -25,7 +25,7 @@ LAUNCHERS["c10d"] += ["--rdzv_conf=last_call_timeout=1"]
 
 
 class Job:
-    """Runs of faulty_train.py in one folder."""
+    """Runs of small_train.py in one folder."""
 
     def __init__(self, data, folder):
         self.data, self.folder = data, folder
@@ -109,7 +109,7 @@ def test_a_rank_that_fails_ends_the_run_in_bounded_time(job, fault, status, word
         assert err.count("\n") == 1
     if fault == "hang_loading":
         log = (job.folder / "logs/1/train_1.log").read_text()
-        assert "Timeout" in log and "faulty_train.py" in log  # the stack
+        assert "Timeout" in log and "small_train.py" in log  # the stack
 
 
 @pytest.mark.slow

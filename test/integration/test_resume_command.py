@@ -61,8 +61,8 @@ def test_a_run_killed_at_random_steps_ends_bit_identical(tiny_data, tmp_path, ki
 @contextlib.contextmanager
 def training(data, folder, *flags):
     """A run in a new process group, after its first epoch."""
-    program = (FOLDER / "faulty_train.py", "none", 0, 0, folder, f"--data_path={data}", *TINY, *flags)
-    environment = os.environ | PROGRAM_PATH | {"RANK": "0", "PYTHONUNBUFFERED": "1"}
+    program = (FOLDER / "small_train.py", "none", 0, 0, folder, f"--data_path={data}", *TINY, *flags)
+    environment = os.environ | PROGRAM_PATH | {"PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     end = ("--total_epochs=100000", f"--exp_dir={folder / 'run'}")
     with process_group(*program, *end, env=environment, **pipes) as process:

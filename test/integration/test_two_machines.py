@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-FAULTY = Path(__file__).with_name("faulty_train.py")
+FAULTY = Path(__file__).with_name("small_train.py")
 
 
 def ip(*arguments):

@@ -1,7 +1,8 @@
-"""train.py with a small trunk and a fault: python faulty_train.py <fault> <rank> <step> <folder> <flags of train.py>.
+"""train.py with a small trunk: python small_train.py <fault or none> <rank> <step> <folder> <flags of train.py>.
 
-test_ranks.py runs it. In the folder, `attempts` gets a letter for every attempt of rank 0. A fault happens in the
-first attempt only, before the step of that number or, if it is 0, before every step.
+In the folder, `attempts` gets a letter for every attempt of rank 0. A fault happens in the first attempt only, before
+the step of that number or, if it is 0, before every step. The CPU has an NPU's memory layout, so that sums are taken in
+the same order.
 """
 
 import itertools
@@ -11,11 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from conftest import use_small_trunk
 
 from aligned_reid.cli import run_command
 from aligned_reid.config import Config
 from aligned_reid.data.dataset import TrainImages
+from aligned_reid.device import Accelerator
 from aligned_reid.errors import InputError
 from aligned_reid.run import run
 from aligned_reid.training.learner import Learner
@@ -54,10 +57,12 @@ def run_before(owner, name, action, call=0):
 def main() -> None:
     fault, rank, step, folder, *flags = sys.argv[1:]
     use_small_trunk()
-    if os.environ["RANK"] == "0":
+    Accelerator.memory_format = torch.contiguous_format
+    own_rank, restarts = (os.environ.get(name, "0") for name in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
+    if own_rank == "0":
         with open(Path(folder, "attempts"), "a") as attempts:
             attempts.write("a")
-    if fault in FAULTS and os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if fault in FAULTS and (own_rank, restarts) == (rank, "0"):
         run_before(*FAULTS[fault], int(step))
     run(Config.from_arguments(flags))
 
