@@ -7,9 +7,9 @@ import cv2
 from aligned_reid.commands import demo
 
 
-def test_the_demo_prints_its_scores_and_uses_its_model(monkeypatch, tmp_path, capsys):
+def test_the_demo_prints_its_scores_and_uses_its_model(monkeypatch, tmp_path, capsys, small_trunk):
     monkeypatch.setattr(demo, "DATA", {"num_ids": 60, "num_cameras": 3, "images_per_camera": 3, "seed": 1})
-    monkeypatch.setattr(demo, "RECIPE", [*demo.RECIPE, "--total_epochs=1", "--exp_decay_at_epoch=1"])
+    monkeypatch.setattr(demo, "RECIPE", [*demo.RECIPE, "--total_epochs=1", "--exp_decay_at_epoch=1", "--last_stride=2"])
     monkeypatch.setattr(sys, "argv", ["demo.py", f"--folder={tmp_path}"])
     demo.main()
     shown = capsys.readouterr().out
