@@ -182,18 +182,17 @@ def score_lines(text):
     return [line for line in text.splitlines() if "cmc1" in line or "Market-1501 benchmark" in line]
 
 
-def run_script(name, *arguments, cwd=None, environment=None, timeout=240):
-    """Run script/<name> in a new process."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "script" / name), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+def run_program(*command, cwd=None, environment=None, timeout=300):
+    """Run a command in a new process, in whose environment torch may load its backends."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    options = {"cwd": cwd, "env": inherited | (environment or {}), "timeout": timeout}
+    done = subprocess.run(list(map(str, command)), **options, capture_output=True, text=True, check=False)
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def run_script(name, *arguments, **options):
+    """Run script/<name> in a new process."""
+    return run_program(sys.executable, ROOT / "script" / name, *arguments, **options)
 
 
 RATES = {"at_fmr": {"0.001": {"threshold": 0.5, "tmr": 0.9}}}

@@ -1,11 +1,10 @@
 """Benchmarks of training run on a tiny data set and print their tables; what the figures are is for a quiet machine."""
 
 import importlib
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_program
 
 pytestmark = pytest.mark.slow
 TINY = ("--resize_h_w=32,32", "--ids_per_batch=4", "--steps=1", "--workers=0")
@@ -23,10 +22,9 @@ def numbers(row):
 
 def output_of(name, *arguments, **options):
     """A benchmark as a user runs it: each side in a separate process."""
-    command = [sys.executable, str(ROOT / "benchmark" / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    done = run_program(sys.executable, ROOT / "benchmark" / name, *arguments, **options)
+    assert done.status == 0, done.err
+    return done.out
 
 
 @pytest.fixture

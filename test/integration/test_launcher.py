@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_refused, run_script
+from conftest import ROOT, assert_refused, run_program, run_script
 
-from aligned_reid.launcher import free_port, launch
+from aligned_reid.launcher import launch
 from aligned_reid.stop import StopSignals
 
 LAUNCH = ROOT / "script" / "launch.py"
@@ -71,15 +71,15 @@ def test_output_of_each_rank_and_its_children_is_logged(run, tmp_path):
         assert read_log(tmp_path, 4 + rank) == f"to stdout {rank}\nto stderr {rank}\nfrom a child\n"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    ("end", "status", "word"),
+    ("rank", "end", "status", "word"),
     [
-        (MISTAKE, 2, "ValueError: no such file"),
-        (MISTAKE.replace("no such", r"no \udcff"), 2, "udcff"),  # a name that is not UTF-8
-        ("raise RuntimeError('out of stripes')", 1, "RuntimeError: out of stripes"),
-        (KILL, 137, "SIGKILL"),
-        ("os._exit(7)", 7, "status 7"),
+        (1, MISTAKE, 2, "ValueError: no such file"),
+        (0, MISTAKE.replace("no such", r"no \udcff"), 2, "udcff"),  # a name that is not UTF-8
+        (0, "raise RuntimeError('out of stripes')", 1, "RuntimeError: out of stripes"),
+        (0, KILL, 137, "SIGKILL"),
+        (1, KILL, 137, "SIGKILL"),
+        (1, "os._exit(7)", 7, "status 7"),
     ],
 )
 def test_the_failing_rank_gives_the_status_and_one_line(run, tmp_path, rank, end, status, word):
@@ -150,18 +150,6 @@ def test_the_script_runs_as_python_would_run_it_with_the_users_number_of_threads
     (tmp_path / "neighbour.py").write_text("here = 'imported'")
     body = "import neighbour; print(__name__, neighbour.here, sys.argv == [__file__], os.environ['OMP_NUM_THREADS'])"
     assert run(body)[1] == "__main__ imported True 5\n"
-
-
-@pytest.mark.slow
-def test_two_machines(script, tmp_path):
-    """Two launchers on this machine, with one rank each, play two machines."""
-    path = script("print(RANK, os.environ['WORLD_SIZE'], os.environ['MASTER_PORT'])")
-    port = free_port()
-    environment = os.environ | {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, LAUNCH, "--nproc=1", f"--log_dir={tmp_path}/logs"]
-    machines = [subprocess.Popen([*command, f"--node_rank={rank}", path], env=environment) for rank in (0, 1)]
-    assert [machine.wait(60) for machine in machines] == [0, 0]
-    assert [read_log(tmp_path, rank) for rank in (0, 1)] == [f"0 2 {port}\n", f"1 2 {port}\n"]
 
 
 # ---- signals
@@ -246,10 +234,7 @@ def test_a_killed_launcher_takes_its_ranks_along(launcher):
         (["--nproc=2", "x.py"], "x.py"),
         (["--nproc=2", f"--log_dir={__file__}", __file__], "--log_dir"),
         (["--nproc=1", "--log_dir=/proc", __file__], "--log_dir"),
-        (
-            ["--nproc=2", LAUNCH.with_name("train.py"), "--data_path=/nowhere"],
-            "train.py: error: ",
-        ),  # before ranks start
+        (["--nproc=2", LAUNCH.with_name("train.py"), "--data_path=/nowhere"], "train.py: error: "),
     ],
 )
 def test_mistakes_are_one_line(command, monkeypatch, arguments, word):
@@ -282,16 +267,9 @@ def test_a_users_own_train_script_has_its_own_flags(command, tmp_path):
 def test_a_command_is_launched_by_its_name_without_a_checkout(tmp_path):
     """As from an installed wheel: the package alone, in another folder than the user's."""
     shutil.copytree(LAUNCH.parents[1] / "aligned_reid", tmp_path / "site" / "aligned_reid")
-    program = [sys.executable, "-m", "aligned_reid", "launch", "--nproc=2", "--check=false"]
-    done = subprocess.run(
-        [*program, "train", "--data_path=/nowhere", "--device=cpu"],
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("aligned-reid launch: error: rank ") and "/nowhere" in done.stderr
+    command = (sys.executable, "-m", "aligned_reid", "launch", "--nproc=2", "--check=false", "train")
+    place = {"cwd": tmp_path, "environment": {"PYTHONPATH": str(tmp_path / "site")}}
+    done = run_program(*command, "--data_path=/nowhere", "--device=cpu", **place)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith("aligned-reid launch: error: rank ") and "/nowhere" in done.err
     assert read_log(tmp_path, 0).startswith("aligned-reid train: error: ")

@@ -1,15 +1,13 @@
 """Machines whose NPU cannot be used: every command says why in one line, and `import torch` never crashes."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Finished, assert_refused
+from conftest import ROOT, TINY, assert_refused, run_program, run_script
 
 SIMULATION = {"PYTHONPATH": str(ROOT / "test" / "npu_sim")}
-LAUNCH, TRAIN = ROOT / "script" / "launch.py", ROOT / "script" / "train.py"
+TRAIN = ROOT / "script" / "train.py"
 BROKEN = {
     "no CANN": ("raise ImportError('libhccl.so: cannot open shared object file')", "cannot be imported (libhccl.so"),
     "no driver": (
@@ -21,14 +19,14 @@ BROKEN = {
 
 @pytest.fixture(params=BROKEN)
 def broken(request, tmp_path):
-    """A torch_npu that torch loads by itself and that is of no use, and why: (environment, reason)."""
+    """A torch_npu that torch loads by itself and that is of no use, and why: (options, reason)."""
     source, reason = BROKEN[request.param]
     entry = tmp_path / "packages" / "torch_npu-2.14.1.dist-info"
     entry.mkdir(parents=True)
     entry.with_name("torch_npu.py").write_text(f"{source}\ndef _autoload(): ...\n")
     (entry / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.14.1\n")
     (entry / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
-    return {"PYTHONPATH": str(entry.parent)}, reason
+    return {"environment": {"PYTHONPATH": str(entry.parent)}}, reason
 
 
 @pytest.fixture
@@ -36,28 +34,20 @@ def flags(tiny_data, tmp_path):
     return [f"--data_path={tiny_data}", *TINY, f"--exp_dir={tmp_path / 'run'}", "--total_epochs=1", "--device=npu"]
 
 
-def start(*command, cwd=None, **environment):
-    inherited = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
-    options = {"env": inherited | environment, "capture_output": True, "text": True, "timeout": 300}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, **options)
-    return Finished(done.returncode, done.stdout, done.stderr)
-
-
-def python(*arguments, **given):
-    return start(sys.executable, *arguments, **given)
-
-
 @pytest.mark.skipif(torch.__version__ < "2.5", reason="torch < 2.5 loads no backend by itself")
 def test_the_library_is_imported_where_torch_alone_would_crash(broken):
-    environment, reason = broken
-    assert (python("-c", "import torch", **environment).status != 0) == ("imported" in reason)
-    done = python("-c", "import aligned_reid.run, torch; print(torch.ones(2).sum().item())", cwd=ROOT, **environment)
-    assert done == (0, "2.0\n", "")
+    options, reason = broken
+    alone, ours = (
+        run_program(sys.executable, "-c", f"import {names}; print(torch.ones(2).sum().item())", cwd=ROOT, **options)
+        for names in ("torch", "aligned_reid.run, torch")
+    )
+    assert (alone.status != 0) == ("imported" in reason)
+    assert ours == (0, "2.0\n", "")
 
 
 def test_train_says_why(broken, flags, tmp_path):
-    environment, reason = broken
-    done = python(TRAIN, *flags, **environment)
+    options, reason = broken
+    done = run_script("train.py", *flags, **options)
     assert_refused(done, "--device npu: ", reason)
     assert done.out == "" and not (tmp_path / "run").exists()
 
@@ -65,25 +55,26 @@ def test_train_says_why(broken, flags, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", ["no CANN"], indirect=True)
 def test_every_other_way_to_start_says_why(broken, flags, tmp_path):
-    environment, reason = broken
-    done = python(LAUNCH, "--nproc=2", f"--log_dir={tmp_path}/logs", TRAIN, *flags, **environment)
-    assert_refused(done, "--device npu: ", reason)
+    options, reason = broken
+    launch = ("launch.py", "--nproc=2", f"--log_dir={tmp_path}/logs", TRAIN, *flags)
+    assert_refused(run_script(*launch, **options), "--device npu: ", reason)
 
     # torchrun imports torch before the script runs, so the caller has to set the variable.
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", TRAIN, *flags)
-    done = python(*torchrun, TORCH_DEVICE_BACKEND_AUTOLOAD="0", **environment)
+    environment = options["environment"] | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", TRAIN, *flags)
+    done = run_program(*torchrun, environment=environment)
     assert done.status != 0 and reason in done.err
 
-    options = [flag for flag in flags if "exp_dir" not in flag and "device" not in flag]  # npu is the default
-    environment |= {"PYTHON": sys.executable, "etp_running_flag": "true"}
-    for wrapper in ("train_performance_1p.sh", "train_full_8p.sh"):
-        done = start("bash", ROOT / "test" / wrapper, *options, cwd=tmp_path, **environment)
-        assert_refused(done, "--device npu: ", reason)
-        assert done.out == ""
-
-    auto = python(TRAIN, *flags, "--device=auto", **environment)
+    auto = run_script("train.py", *flags, "--device=auto", **options)
     assert auto.status == 0, auto.err
     assert auto.out.startswith("device cpu ") and f"\nno npu: torch_npu {reason}" in auto.out
+
+    flags = [flag for flag in flags if "exp_dir" not in flag and "device" not in flag]  # npu is the default
+    options["environment"] |= {"PYTHON": sys.executable, "etp_running_flag": "true"}
+    for wrapper in ("train_performance_1p.sh", "train_full_8p.sh"):
+        done = run_program("bash", ROOT / "test" / wrapper, *flags, cwd=tmp_path, **options)
+        assert_refused(done, "--device npu: ", reason)
+        assert done.out == ""
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.14"), reason="the simulated NPU is made for torch 2.14")
@@ -96,7 +87,8 @@ def test_every_other_way_to_start_says_why(broken, flags, tmp_path):
     ],
 )
 def test_devices_that_are_busy_or_fewer(flags, variables, nproc, words):
-    done = python(LAUNCH, f"--nproc={nproc}", "--check=only", TRAIN, *flags, **SIMULATION, **variables)
+    launch = ("launch.py", f"--nproc={nproc}", "--check=only", TRAIN, *flags)
+    done = run_script(*launch, environment=SIMULATION | variables)
     assert_refused(done, "train.py: error: ", *words)
     assert done.out == ""
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -9,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, same
+from conftest import PROGRAM_PATH, ROOT, TINY, same
 
 from aligned_reid.launcher import free_port
 
-FAULTY = Path(__file__).with_name("small_train.py")
-LAUNCH = [ROOT / "script" / "launch.py", "--nproc=2"]
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=2"]
+PROGRAM = Path(__file__).with_name("small_train.py")
+LAUNCH = [sys.executable, ROOT / "script" / "launch.py", "--nproc=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=2"]
 LAUNCHERS = {
     "launch": [*LAUNCH, "--max_restarts=2"],
     "static": [*TORCHRUN, "--nnodes=1", "--master_port={port}"],
@@ -32,25 +33,13 @@ class Job:
 
     def start(self, launcher, fault, rank, step, *flags, **environment):
         settings = (f"--data_path={self.data}", *TINY, "--seed=1", "--amp=O0", f"--exp_dir={self.folder / 'run'}")
-        program = [FAULTY, fault, rank, step, self.folder, *settings, "--checkpoint_every_steps=1", *flags]
-        return subprocess.Popen(
-            [sys.executable, *map(str, (*launcher, *program))],
-            cwd=self.folder,
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        program = [PROGRAM, fault, rank, step, self.folder, *settings, "--checkpoint_every_steps=1", *flags]
+        options = {"cwd": self.folder, "env": os.environ | PROGRAM_PATH | environment, "text": True}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(list(map(str, (*launcher, *program))), **options, **pipes)
 
     def run(self, launcher, *program, status=0):
-        """Standard output and error of a run that ends with `status`."""
-        process = self.start(launcher, *program)
-        try:
-            out, err = process.communicate(timeout=120)
-        finally:
-            process.terminate()
-        assert process.returncode == status, err
-        return out, err
+        return finish(self.start(launcher, *program), status)
 
     @property
     def attempts(self):
@@ -63,6 +52,16 @@ class Job:
     @property
     def weights(self):
         return torch.load(self.folder / "run" / "ckpt.pth", weights_only=True)["model"]
+
+
+def finish(process, status=0):
+    """Standard output and error of a process that ends with `status`."""
+    try:
+        out, err = process.communicate(timeout=200)
+    finally:
+        process.terminate()
+    assert process.returncode == status, err
+    return out, err
 
 
 @pytest.fixture
@@ -131,7 +130,7 @@ def test_restarted_ranks_reach_the_weights_of_an_undisturbed_run(job, whole, nam
 
 @pytest.mark.slow
 def test_a_single_rank_is_restarted_and_resumes(job):
-    job.run([LAUNCH[0], "--nproc=1", "--max_restarts=1"], "kill", 0, 4, "--total_epochs=2")
+    job.run([*LAUNCH, "--nproc=1", "--max_restarts=1"], "kill", 0, 4, "--total_epochs=2")
     assert job.attempts == 2
     assert "resumed from" in job.log
 
@@ -140,13 +139,13 @@ def test_a_single_rank_is_restarted_and_resumes(job):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_machines_restart_together(job, whole, rank):
     """Two launchers on this machine, with one rank each, play two machines."""
-    launcher = [LAUNCH[0], "--nproc=1", "--nnodes=2", "--addr=127.0.0.1", f"--port={free_port()}", "--max_restarts=2"]
     program = ("kill", rank, 4, "--total_epochs=3", "--timeout=60")
-    threads = str(max(1, torch.get_num_threads() // 2))  # as `whole`'s
-    machines = [job.start([*launcher, f"--node_rank={n}"], *program, OMP_NUM_THREADS=threads) for n in range(2)]
-    for machine in machines:
-        _, err = machine.communicate(timeout=120)
-        assert machine.returncode == 0, err
+    environment = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // 2))  # as `whole`'s
+    launcher = [*LAUNCH, "--nproc=1", "--max_restarts=2"]
+    for machine in [job.start([*launcher, f"--node_rank={n}"], *program, **environment) for n in range(2)]:
+        finish(machine)
+    assert {path.name for path in (job.folder / "logs").glob("*/*")} == {"train_0.log", "train_1.log"}
     assert job.attempts == 2
     assert same(job.weights, whole)
 
@@ -154,7 +153,63 @@ def test_two_machines_restart_together(job, whole, rank):
 @pytest.mark.slow
 def test_another_number_of_ranks_resumes_with_a_warning(job):
     job.run(LAUNCH, "none", 0, 0, "--total_epochs=1")
-    one = [LAUNCH[0], "--nproc=1", "--max_restarts=1"]
+    one = [*LAUNCH, "--nproc=1", "--max_restarts=1"]
     job.run(one, "none", 0, 0, "--total_epochs=2", "--resume=true")
     assert "processes 2 -> 1" in job.log
     assert "Ep 2," in job.log
+
+
+# ---- two machines, played by two network namespaces with a cable between them
+
+
+def ip(*arguments):
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no network namespaces here: ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def machines():
+    """Names of two namespaces, whose interfaces have their names and the addresses 10.77.0.1 and 10.77.0.2."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and `ip` (package iproute2)")
+    names = [f"reid{number}p{os.getpid()}"[:15] for number in (1, 2)]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
+        for number, name in enumerate(names, start=1):
+            ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", name)
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", name, "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+@pytest.mark.slow
+def test_two_machines_train_together_and_resume(machines, tiny_data, tmp_path):
+    jobs = [Job(tiny_data, tmp_path / machine) for machine in machines]
+    for job in jobs:
+        job.folder.mkdir()
+
+    def train(*flags):
+        """Run one command per machine, in separate folders; returns what each prints."""
+        flags = ("none", 0, 0, "--id_sampling=sharded", "--timeout=60", *flags)
+        processes = []
+        for rank, (job, machine) in enumerate(zip(jobs, machines, strict=True)):
+            node = ("--nproc=1", "--nnodes=2", f"--node_rank={rank}", "--addr=10.77.0.1", "--port=29511")
+            launcher = ["ip", "netns", "exec", machine, *LAUNCH, *node]
+            processes.append(job.start(launcher, *flags, GLOO_SOCKET_IFNAME=machine))
+        return [finish(process)[0] for process in processes]
+
+    first, second = train("--total_epochs=1")
+    assert "2 processes" in first and "Ep 1," in first
+    assert "Ep 1," in second  # the second machine shows the log of its rank
+    # The second machine cannot read the first one's folder; it gets the checkpoint from rank 0.
+    assert not (jobs[1].folder / "run" / "ckpt.pth").exists()
+    first, _ = train("--total_epochs=2", "--resume=true")
+    assert "resumed from" in first and "after epoch 1" in first
+    content = torch.load(jobs[0].folder / "run" / "ckpt.pth", weights_only=True)
+    assert (content["epoch"], content["made_on"]) == (2, {"num_processes": 2, "device": "cpu"})
