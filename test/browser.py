@@ -1,6 +1,5 @@
 """Headless Chromium for tests of pages, driven over its DevTools protocol through a pipe: no package is needed."""
 
-import base64
 import json
 import os
 import shutil
@@ -85,9 +84,6 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
-
-    def screenshot(self, path):
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def close(self):
         self.process.kill()

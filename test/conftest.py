@@ -165,16 +165,27 @@ def command(finish):
 
 
 @pytest.fixture
+def train(command, tiny_flags, tmp_path, small_trunk):
+    """Train a small model for an epoch, in the folder `run` or the one given; flags that follow count."""
+
+    def run(*flags, folder="run", status=0):
+        done = command("train.py", *tiny_flags, "--total_epochs=1", f"--exp_dir={tmp_path / folder}", *flags)
+        assert done.status == status, done.err
+        return done
+
+    return run
+
+
+@pytest.fixture
 def aligned_reid(finish):
     """Run `aligned-reid ...`."""
     return lambda *arguments: finish(commands.main, "/somewhere/bin/aligned-reid", *arguments)
 
 
 @pytest.fixture
-def trained(command, tiny_flags, tmp_path, small_trunk):
+def trained(train, tmp_path):
     """The folder of a run of one epoch with the local loss, in float32."""
-    flags = ("--total_epochs=1", "--seed=1", "-llw=1", "--amp=O0", f"--exp_dir={tmp_path / 'trained'}")
-    assert_done(command("train.py", *tiny_flags, *flags))
+    assert_done(train("--seed=1", "-llw=1", "--amp=O0", folder="trained"))
     return tmp_path / "trained"
 
 
@@ -193,6 +204,13 @@ def run_program(*command, cwd=None, environment=None, timeout=300):
 def run_script(name, *arguments, **options):
     """Run script/<name> in a new process."""
     return run_program(sys.executable, ROOT / "script" / name, *arguments, **options)
+
+
+def write_small_script(path, name):
+    """A program that is script/<name> with the small trunk; it needs PROGRAM_PATH."""
+    script = f"runpy.run_path({str(ROOT / 'script' / name)!r}, run_name='__main__')"
+    path.write_text(f"import conftest, runpy\nconftest.use_small_trunk()\n{script}\n")
+    return path
 
 
 RATES = {"at_fmr": {"0.001": {"threshold": 0.5, "tmr": 0.9}}}

@@ -6,7 +6,7 @@ import re
 import h5py
 import pytest
 import torch
-from conftest import assert_done, assert_refused, run_script, score_lines
+from conftest import assert_done, assert_refused, score_lines
 
 from aligned_reid.export import OnnxFeatures
 from aligned_reid.weights import read_weight_file
@@ -29,10 +29,9 @@ def test_the_graph_has_the_models_scores(command, tiny_data, trained, tmp_path, 
     assert score_lines(done.out) == (trained_scores if features == "global_local" else trained_scores[-4:])
 
 
-def test_safetensors_hold_what_export_and_extract_need(command, tiny_flags, tmp_path, small_trunk):
+def test_safetensors_hold_what_export_and_extract_need(command, train, tiny_flags, tmp_path):
     folder, graph = tmp_path / "run", f"--save_file={tmp_path / 'model.onnx'}"
-    settings = ("--normalize_feature=true", "--flip_test=true")
-    assert command("train.py", *tiny_flags, "--total_epochs=1", *settings, f"--exp_dir={folder}").status == 0
+    train("--normalize_feature=true", "--flip_test=true")
     weights = folder / "model.safetensors"
     done = assert_done(command("export.py", f"--model_weight_file={weights}", graph))
     assert "images uint8 [N, 64, 32, 3]" in done.out  # the size is in the file's settings
@@ -56,16 +55,15 @@ def test_safetensors_hold_what_export_and_extract_need(command, tiny_flags, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opset", [13, 18])
-def test_a_whole_resnet50(tiny_data, tmp_path, opset):
-    flags = (f"--data_path={tiny_data}", "--pretrained=none", "--resize_h_w=64,32", "--ids_per_batch=4")
-    flags = (*flags, "--ims_per_id=2", "--total_epochs=1", "--seed=1", "-llw=1", "--amp=O0")
-    run = run_script("train.py", *flags, f"--exp_dir={tmp_path}")
-    graph = (f"--save_file={tmp_path}/model.onnx", f"--opset={opset}", "--features=global_local")
-    done = assert_done(run_script("export.py", f"--model_weight_file={tmp_path}", *graph, f"--data_path={tiny_data}"))
-    assert len(mean_aps_in(run.out)) == 6
-    # Random weights of this depth leave images nearly as far from each other: rounding may swap them.
-    assert mean_aps_in(done.out) == pytest.approx(mean_aps_in(run.out), abs=1)
+def test_a_whole_resnet50(command, tiny_data, tiny_flags, tmp_path):
+    flags = ("--total_epochs=1", "--seed=1", "-llw=1", "--amp=O0", f"--exp_dir={tmp_path}")
+    trained = mean_aps_in(command("train.py", *tiny_flags, *flags).out)
+    assert len(trained) == 6
+    for opset in (13, 18):
+        graph = (f"--save_file={tmp_path}/model.onnx", f"--opset={opset}", "--features=global_local")
+        done = assert_done(command("export.py", f"--model_weight_file={tmp_path}", *graph, f"--data_path={tiny_data}"))
+        # Random weights of this depth leave images nearly as far from each other: rounding may swap them.
+        assert mean_aps_in(done.out) == pytest.approx(trained, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import shutil
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, assert_done, assert_refused, run_script, score_lines
+from conftest import PROGRAM_PATH, assert_done, assert_refused, run_script, score_lines, write_small_script
 
 from aligned_reid.data import Partitions, read_partitions, write_partitions
 from aligned_reid.data.partitions import GALLERY, MULTI_QUERY, QUERY
@@ -102,11 +102,10 @@ def test_more_galleries_and_multi_query(extract, evaluate, multi_query_data, tmp
     assert out.splitlines()[-2].startswith("Global distance (")
 
 
-def test_multi_query_in_a_run(command, tiny_flags, trained, multi_query_data, tmp_path):
-    flags = ("--only_test=true", f"--model_weight_file={trained}", f"--exp_dir={tmp_path / 'test'}")
-    flags += (f"--data_path={multi_query_data}", "--multi_query=true", "--use_local_distance=false")
-    done = assert_done(command("train.py", *tiny_flags, *flags))
-    results = json.loads((tmp_path / "test" / "results.json").read_text())
+def test_multi_query_in_a_run(train, trained, multi_query_data, tmp_path):
+    flags = (f"--data_path={multi_query_data}", "--multi_query=true", "--use_local_distance=false")
+    done = train("--only_test=true", f"--model_weight_file={trained}", *flags)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["global"]["cmc1"] is not None
     assert {"global_multi_query", "global_re_ranked_multi_query"} <= set(results)
     assert score_lines(done.out)[-2].startswith("Global distance (")
@@ -146,15 +145,12 @@ def test_junk_queries_are_left_out_and_distractors_count(evaluate, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_does(tiny_data, tmp_path):
-    flags = (f"--data_path={tiny_data}", "--resize_h_w=64,32", "--workers=0", "--device=cpu")
-    train = ("--pretrained=none", "--ids_per_batch=4", "--ims_per_id=2", "--total_epochs=1", f"--exp_dir={tmp_path}")
-    assert run_script("train.py", *flags, *train).status == 0
-    for number, name in ((1, "one.h5"), (2, "two.h5")):
-        script = ("launch.py", f"--nproc={number}", f"--log_dir={tmp_path / 'logs'}", ROOT / "script" / "extract.py")
-        done = run_script(*script, *flags, f"--model_weight_file={tmp_path}", f"--save_file={tmp_path / name}")
-        assert done.status == 0, done.err
-    with h5py.File(tmp_path / "one.h5") as one, h5py.File(tmp_path / "two.h5") as two:
+def test_two_processes_write_what_one_does(extract, trained, tiny_flags, tmp_path):
+    script = write_small_script(tmp_path / "extract.py", "extract.py")
+    launch = ("launch.py", "--nproc=2", f"--log_dir={tmp_path / 'logs'}", script, *tiny_flags, "--amp=O0")
+    flags = (f"--model_weight_file={trained}", f"--save_file={tmp_path / 'two.h5'}")
+    assert_done(run_script(*launch, *flags, environment=PROGRAM_PATH))
+    with h5py.File(extract()) as one, h5py.File(tmp_path / "two.h5") as two:
         np.testing.assert_allclose(one["global"][()], two["global"][()], rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(one["image_name"][()], two["image_name"][()])
 

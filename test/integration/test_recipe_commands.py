@@ -3,24 +3,13 @@
 import json
 
 import h5py
-import pytest
 from conftest import assert_refused, score_lines
 
 STRONG = ("--recipe=strong", "--last_stride=2")  # the small trunk has no last stage
 
 
-@pytest.fixture
-def train(command, tiny_flags, small_trunk):
-    def run(folder, *flags, status=0):
-        done = command("train.py", *tiny_flags, "--total_epochs=1", "--seed=3", f"--exp_dir={folder}", *flags)
-        assert done.status == status, done.err
-        return done
-
-    return run
-
-
 def test_a_strong_run_is_tested_again_as_it_was_trained(command, train, tiny_data, tmp_path):
-    done = train(tmp_path / "run", *STRONG, "--pooling=gem", "--test_distance=cosine")
+    done = train(*STRONG, "--pooling=gem", "--test_distance=cosine")
     (said,) = [line for line in done.out.splitlines() if line.startswith("recipe strong")]
     assert "bnneck: False -> True" in said
     assert "lr_decay_type: exp -> cosine" in said
@@ -33,7 +22,7 @@ def test_a_strong_run_is_tested_again_as_it_was_trained(command, train, tiny_dat
 
 
 def test_flags_of_the_test_change_its_features_or_scores(command, train, tiny_data, tmp_path):
-    train(tmp_path / "run", *STRONG)
+    train(*STRONG)
     found = []
     for flag in ("--workers=0", "--flip_test=false", "--test_distance=cosine", "--feature_after_bn=true"):
         weights = (f"--data_path={tiny_data}", f"--model_weight_file={tmp_path / 'run'}", "--workers=0")
@@ -47,24 +36,24 @@ def test_flags_of_the_test_change_its_features_or_scores(command, train, tiny_da
 
 
 def test_each_of_two_models_is_evaluated_and_saved(train, tmp_path):
-    done = train(tmp_path, "--num_models=2", "-gdmlw", "1", "-idlw", "1", "-pmlw", "1")
+    done = train("--num_models=2", "-gdmlw", "1", "-idlw", "1", "-pmlw", "1")
     assert done.out.index("Model 2 of 2") < done.out.index("Model 1 of 2")
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(results["models"]) == 2
     assert results["global"] == results["models"][0]["global"]
     assert results["models"][0]["global"] != results["models"][1]["global"]
 
 
 def test_models_that_start_alike_are_noticed(train, tmp_path):
-    train(tmp_path / "first")
+    train(folder="first")
     mutual = ("--num_models=2", "-gdmlw", "1", f"--pretrained={tmp_path / 'first' / 'model.safetensors'}")
-    assert "stay equal" in train(tmp_path / "alike", *mutual).out
+    assert "stay equal" in train(*mutual, folder="alike").out
     results = json.loads((tmp_path / "alike" / "results.json").read_text())
     assert results["models"][0]["global"] == results["models"][1]["global"]
-    assert "stay equal" not in train(tmp_path / "apart", *mutual, "-idlw", "1").out
+    assert "stay equal" not in train(*mutual, "-idlw", "1", folder="apart").out
 
 
 def test_several_devices_are_refused_on_a_cpu_before_anything_is_renamed(train, tmp_path):
     (tmp_path / "ckpt.pth").write_bytes(b"an earlier run's")
-    assert_refused(train(tmp_path, "--num_models=2", "--npu=0,1", "-gdmlw", "1", status=2), "--npu")
+    assert_refused(train("--num_models=2", "--npu=0,1", "-gdmlw", "1", folder="", status=2), "--npu")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pth"]

@@ -24,18 +24,6 @@ def own_data(tiny_data, tmp_path):
     return shutil.copytree(tiny_data, tmp_path / "own_data")
 
 
-@pytest.fixture
-def train(command, tiny_flags, tmp_path, small_trunk):
-    """Run train.py for an epoch, with the folder `run` or the one given; flags that follow count."""
-
-    def run(*flags, folder="run", status=0):
-        done = command("train.py", *tiny_flags, "--total_epochs=1", f"--exp_dir={tmp_path / folder}", *flags)
-        assert done.status == status, done.err
-        return done
-
-    return run
-
-
 def edit_partitions(data, **changes):
     path = data / "partitions.pkl"
     write_partitions(path, Partitions(**{**vars(read_partitions(path)), **changes}))

@@ -8,14 +8,13 @@ import sys
 
 import pytest
 import torch
-from conftest import PROGRAM_PATH, ROOT, TINY, assert_refused
+from conftest import PROGRAM_PATH, ROOT, TINY, assert_refused, write_small_script
 from wrapper_case import Case, assert_nothing_happened, final_figures
 
 from aligned_reid.data import make_synthetic
 
 FLAGS = [*TINY, "--total_epochs=1", "--seed=1"]
 ON_NPU = [flag for flag in FLAGS if flag != "--device=cpu"]  # npu is the wrappers' default
-SCRIPT = "import conftest, runpy\nconftest.use_small_trunk()\nrunpy.run_path({!r}, run_name='__main__')\n"
 
 
 @pytest.fixture
@@ -23,8 +22,8 @@ def real(tmp_path, tiny_data):
     """The wrappers with the project's own scripts, and their logs apart from the project's."""
     case = Case(tmp_path)
     (case.project / "script").mkdir()
-    for name in ("script/launch.py", "script/train.py"):
-        (case.project / name).write_text(SCRIPT.format(str(ROOT / name)))
+    for name in ("launch.py", "train.py"):
+        write_small_script(case.project / "script" / name, name)
     case.environment |= PROGRAM_PATH | {"PYTHON": sys.executable}
     case.data = f"--data_path={tiny_data}"
     return case
