@@ -52,21 +52,16 @@ class LargeSet(NamedTuple):
         """Queries of the first table, gallery images of all."""
         query = np.flatnonzero(tables[0].marks == QUERY)
         galleries = [(table, np.flatnonzero(table.marks == GALLERY)) for table in tables]
-        galleries = [(table, rows) for table, rows in galleries if len(rows)]
+        used = [(tables[0], query), *((table, rows) for table, rows in galleries if len(rows))]
 
         def pieces(name: str) -> list[Piece]:
-            parts = [
-                Piece(to_tensor(getattr(table, name)), rows, normalize_feature)
-                for table, rows in [(tables[0], query), *galleries]
-            ]
+            parts = [Piece(to_tensor(getattr(table, name)), rows, normalize_feature) for table, rows in used]
             return [Piece(parts[0].get(slice(0, len(query)))), *parts[1:]]
 
         def labels(name: str) -> Indices:
-            return np.concatenate([getattr(table, name)[rows] for table, rows in galleries])
+            return np.concatenate([getattr(table, name)[rows] for table, rows in used[1:]])
 
-        files = [
-            (os.path.realpath(table.source), os.stat(table.source).st_mtime_ns, len(rows)) for table, rows in galleries
-        ]
+        files = [(os.path.realpath(table.source), os.stat(table.source).st_mtime_ns, len(rows)) for table, rows in used]
         return cls(
             tables[0].person_ids[query],
             tables[0].cameras[query],
@@ -74,7 +69,7 @@ class LargeSet(NamedTuple):
             labels("cameras"),
             pieces("global_feat"),
             pieces("local_feat") if local else [],
-            blake2b(json.dumps([files, normalize_feature, len(query)]).encode(), digest_size=16).hexdigest(),
+            blake2b(json.dumps([files, normalize_feature]).encode(), digest_size=16).hexdigest(),
         )
 
 

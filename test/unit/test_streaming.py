@@ -1,5 +1,7 @@
 """Streamed scores are those of whole matrices, over several files, and re-ranking resumes after an interruption."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -117,3 +119,19 @@ def test_re_ranking_resumes_with_the_scores_of_the_matrix(tables, tmp_path, monk
         added = interrupt(patch, after=None)
         re_rank_streamed(data, 8, 3, 0.4, state)
     assert added[0] == 1  # other settings: from the beginning
+
+
+def test_re_ranking_starts_again_if_the_file_with_the_queries_was_replaced(tables, tmp_path, monkeypatch):
+    for name, value in {"TILE": 40, "UNIT": 16, "SECONDS_BETWEEN_SAVES": -1}.items():
+        monkeypatch.setattr(neighbours, name, value)
+    tables[0].marks[tables[0].marks == 1] = 2  # no gallery images
+    state = tmp_path / "state.npz"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, after=3)
+        re_rank_streamed(LargeSet.of(tables, normalize_feature=False, local=False), 9, 3, 0.4, state)
+    tables[0].global_feat[:] *= 3
+    os.utime(tables[0].source, ns=(0, 0))
+    data = LargeSet.of(tables, normalize_feature=False, local=False)
+    found = re_rank_streamed(data, 9, 3, 0.4, state)["global_re_ranked"]
+    expected = re_rank_streamed(data, 9, 3, 0.4, tmp_path / "new.npz")["global_re_ranked"]
+    np.testing.assert_array_equal(found.ap, expected.ap)
