@@ -90,7 +90,8 @@ def find_neighbours(
             add_block(distances, found, blocks[: number + 1], final)
             bar.update(int(work[number]))
             if state and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                save(state, key, found, number + 1)
+                with replacing(state) as file:
+                    np.savez(file, key=np.array(key), num_blocks=np.array(number + 1), **vars(found))
                 saved = time.monotonic()
     return found
 
@@ -133,12 +134,6 @@ def units_of(block: slice) -> list[slice]:
 def transposed(source: Float32s) -> Float32s:
     """A contiguous copy by torch, which works tile by tile where numpy works row by row."""
     return torch.from_numpy(source).t().contiguous().numpy()
-
-
-def save(state: Path, key: str, found: Neighbours, num_blocks: int) -> None:
-    """Write the lists as they are after `num_blocks` blocks, atomically."""
-    with replacing(state) as file:
-        np.savez(file, key=np.array(key), num_blocks=np.array(num_blocks), **vars(found))
 
 
 def restore(state: Path, key: str, found: Neighbours) -> int:

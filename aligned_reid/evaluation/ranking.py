@@ -153,7 +153,8 @@ class BlockRanker:
         check_finite(block, first)
         query, ranks = self._match_ranks(block, first)
         num_matches = np.bincount(query, minlength=len(block))
-        position = position_in_query(query, num_matches)
+        firsts = np.cumsum(num_matches) - num_matches
+        position = np.arange(len(query)) - firsts[query]  # 0 for each query's first match, 1 for its second, ...
         scores = average_precisions(query, ranks, position, num_matches)
         if self.single_gallery_shot:
             hits = self._single_shot_hits(block, first, np.flatnonzero(num_matches))
@@ -235,11 +236,6 @@ def check_finite(block: NDArray[Any], first: int) -> None:
                 f"rank: the distances of query {first + row} (counted from 0) hold NaN or infinity; "
                 "check the features of this query, and of the gallery if it is not the only one"
             )
-
-
-def position_in_query(query: Indices, num_matches: Indices) -> Indices:
-    """[matches], 0 for each query's first match, 1 for its second, ..."""
-    return np.arange(len(query)) - (np.cumsum(num_matches) - num_matches)[query]
 
 
 def average_precisions(
