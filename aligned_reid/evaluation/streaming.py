@@ -96,11 +96,11 @@ def re_rank_streamed(data: LargeSet, k1: int, k2: int, lambda_value: float, stat
     """`rank` of the global distances that `re_rank_features` returns, without a matrix.
 
     Finding the nearest images of every image is nearly all of the work, and grows with the square of their number.
-    The file `state` keeps the progress: an interrupted call on the same data resumes.
+    The file `state` keeps the progress: an interrupted call on the same data, for lists of the same length, resumes.
     """
     features = FeatureDistances(data.global_pieces)
     length = list_length(features.num_images, k1, k2)
-    neighbours = find_neighbours(features, length, state=state, key=f"{data.key} {k1} {k2} {lambda_value}")
+    neighbours = find_neighbours(features, length, state=state, key=f"{data.key} {length}")
     re_ranker = ReRanker(features.num_query, neighbours, features.entries, k1, k2, lambda_value)
 
     def distances(first: int, last: int) -> Iterable[tuple[str, Float32s]]:

@@ -114,11 +114,12 @@ def test_re_ranking_resumes_with_the_scores_of_the_matrix(tables, tmp_path, monk
         np.testing.assert_allclose(found.ap, whole.ap, atol=1e-6)
         np.testing.assert_array_equal(found.cmc, whole.cmc)
         assert not list(tmp_path.glob("state*"))
-    state.write_bytes(kept)
-    with monkeypatch.context() as patch:
-        added = interrupt(patch, after=None)
-        re_rank_streamed(data, 8, 3, 0.4, state)
-    assert added[0] == 1  # other settings: from the beginning
+    for k1, lambda_value, first_block in ((9, 0.3, 4), (8, 0.4, 1)):  # the weight does not affect the neighbours
+        state.write_bytes(kept)
+        with monkeypatch.context() as patch:
+            added = interrupt(patch, after=None)
+            re_rank_streamed(data, k1, 3, lambda_value, state)
+        assert added[0] == first_block
 
 
 def test_re_ranking_starts_again_if_the_file_with_the_queries_was_replaced(tables, tmp_path, monkeypatch):
