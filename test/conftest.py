@@ -208,8 +208,9 @@ def run_script(name, *arguments, **options):
 
 def write_small_script(path, name):
     """A program that is script/<name> with the small trunk; it needs PROGRAM_PATH."""
-    script = f"runpy.run_path({str(ROOT / 'script' / name)!r}, run_name='__main__')"
-    path.write_text(f"import conftest, runpy\nconftest.use_small_trunk()\n{script}\n")
+    script = str(ROOT / "script" / name)
+    code = f"exec(open({script!r}).read(), {{'__name__': '__main__', '__file__': {script!r}}})"  # as if it stood here
+    path.write_text(f"import conftest\nconftest.use_small_trunk()\n{code}\n")
     return path
 
 

@@ -85,8 +85,10 @@ def main() -> None:
     options, name = parse_arguments(), program_name()
     is_command = options.command[0] in COMMANDS
     has_agent = options.nproc * options.nnodes > 1 or options.max_restarts  # a single process checks its input itself
-    checkout = Path(__file__).resolve().parents[2]
-    if options.command[0] == "train" or Path(options.command[0]).resolve() == checkout / "script" / "train.py":
+    is_train = options.command[0] == "train"
+    if Path(sys.argv[0]).name == "launch.py":  # a user's own train.py may take any arguments
+        is_train |= Path(options.command[0]).absolute() == Path(sys.argv[0]).absolute().with_name("train.py")
+    if is_train:
         # errors from here on are reported in the name of train.py or aligned-reid train
         sys.argv = ["aligned-reid train" if is_command else options.command[0], *options.command[1:]]
         if options.check == "only" or (has_agent and options.check == "true"):

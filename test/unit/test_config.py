@@ -95,7 +95,7 @@ def test_flags_give_values(text):
         ("--amp apex --accumulate 2", "--amp O1"),
         ("--dataset a+b", "prepare_joined.py"),
         ("stray", "stray"),
-        ([""], "unrecognized"),
+        ("''", "unrecognized"),
         *((f"--{name}=1", "was removed") for name in REMOVED),
     ],
 )
