@@ -37,7 +37,8 @@ class Learner:
         """The model as it runs: compiled if asked for, and data parallel in several processes."""
         network = self.accelerator.compile(self.model)
         if self.world.size > 1:
-            network = DistributedDataParallel(network)
+            device = self.accelerator.device
+            network = DistributedDataParallel(network, device_ids=None if device.type == "cpu" else [device])
         return network
 
     def start_epoch(self, epoch: int) -> None:
