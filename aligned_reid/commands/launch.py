@@ -50,6 +50,7 @@ def parse_arguments() -> Namespace:
         (options.nproc >= 1, "--nproc is at least 1"),
         (0 <= options.node_rank < options.nnodes, "--node_rank counts from 0 to --nnodes - 1"),
         (options.max_restarts >= 0, "--max_restarts is 0 or more"),
+        (options.first_device >= 0, "--first_device is 0 or more"),
         (0 <= options.port < 65536, "--port is from 0 to 65535"),
         (options.nnodes == 1 or options.addr, "several machines need --addr (or MASTER_ADDR), the first one's address"),
         (not named or named[0] in COMMANDS or Path(named[0]).is_file(), f"there is no script {' '.join(named)}"),

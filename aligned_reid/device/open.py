@@ -35,7 +35,8 @@ def open_accelerator(device: str, index: int | None, local_rank: int, **modes: b
     kind = ACCELERATORS[name]
     index = local_rank if index is None else index
     if name == "cpu" and index > local_rank:
-        raise InputError(f"--npu {index}: only the CPU is available ({'; '.join(filter(None, reasons.values()))})")
+        reason = "; ".join(filter(None, reasons.values())) or "--device cpu"
+        raise InputError(f"--npu {index}: only the CPU is available ({reason})")
     if name != "cpu" and index >= kind.count():
         raise InputError(f"no device {name}:{index}: this machine has {kind.count()}, numbered from 0")
     if modes.get("apex"):
