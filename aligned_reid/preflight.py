@@ -119,9 +119,11 @@ def check_run_dir(folder: Path) -> None:
         raise InputError(f"--exp_dir {folder}: {existing} is not a folder that can be written to; choose another one")
 
 
-def check_save_file(file: Path, flag: str = "--save_file") -> None:
-    """Raise InputError unless a file can be written there."""
+def check_save_file(file: Path, flag: str, *endings: str) -> None:
+    """Raise InputError unless a file can be written there. The ending keeps weights and photos from being replaced."""
     if file.is_dir():
         raise InputError(f"{flag} {file} is a folder: name a file in it")
+    if file.suffix.lower() not in endings:
+        raise InputError(f"{flag} {file}: the name has to end in {' or '.join(endings)}")
     if not can_write(folder := file.absolute().parent):
         raise InputError(f"{flag} {file}: the folder {folder} does not exist or cannot be written to")

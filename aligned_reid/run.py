@@ -313,12 +313,12 @@ def run_extraction(
     world = read_world()
     log = log or Log(None, is_main=world.is_main)
     check_device_name(config.device)
+    check_save_file(save_file, "--save_file", ".h5", ".hdf5")
     if folder:
         images: TestImages = FolderImages(folder, config.resize_h_w, log)
     else:
         images, _ = open_images(config, reads_images=world.local_rank == 0)
     run_input = RunInput(images, None, read_start_weights(config, None))
-    check_save_file(save_file)
     (accelerator,) = open_devices(replace(config, npu=config.npu[:1]), world)
     lock = hold(save_file, "--save_file") if world.is_main else nullcontext()
     accelerator.prepare_group(config.timeout)

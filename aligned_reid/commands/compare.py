@@ -16,7 +16,7 @@ def main() -> None:
     from aligned_reid.preflight import check_save_file
 
     if arguments.save_file:
-        check_save_file(arguments.save_file)
+        check_save_file(arguments.save_file, "--save_file", ".png", ".svg")
     pair = open_model(arguments).compare(*arguments.photos)
     if arguments.save_file:
         pair.save(arguments.save_file)

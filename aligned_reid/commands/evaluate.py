@@ -57,7 +57,7 @@ def main() -> None:
     from aligned_reid.lock import hold
     from aligned_reid.preflight import check_save_file
 
-    check_save_file(arguments.save_file)
+    check_save_file(arguments.save_file, "--save_file", ".json")
     given = vars(arguments)
     options = {name: given[name] for name in ("re_ranked", "k1", "k2", "lambda_value", "multi_query_pool")}
     console = sys.stderr if arguments.json else sys.stdout

@@ -47,7 +47,7 @@ def main() -> None:
     from aligned_reid.weights import read_weight_file, settings_of
 
     check_packages(arguments.opset)
-    check_save_file(arguments.save_file)
+    check_save_file(arguments.save_file, "--save_file", ".onnx")
     content = read_weight_file(arguments.model_weight_file)
     trained = settings_of(content)
     size = arguments.resize_h_w or tuple(trained.get("resize_h_w", (256, 128)))

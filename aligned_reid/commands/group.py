@@ -47,7 +47,7 @@ def main() -> None:
 
     for flag in ("csv", "html"):
         if file := getattr(arguments, flag):
-            check_save_file(file, f"--{flag}")
+            check_save_file(file, f"--{flag}", f".{flag}")
     for flag in ("html", "copy_to"):  # both write images
         if target := getattr(arguments, flag):
             check_outside(target, arguments.folder, f"--{flag}")

@@ -32,7 +32,7 @@ def main() -> None:
     from aligned_reid.preflight import check_save_file
 
     if arguments.html:
-        check_save_file(arguments.html, "--html")
+        check_save_file(arguments.html, "--html", ".html")
     reid, bad = open_model(arguments), BadImages()
     gallery = Gallery.open(arguments.gallery, reid, note, bad)
     answers = gallery.search(arguments.photos, arguments.k, bad if len(arguments.photos) > 1 else None)

@@ -48,7 +48,7 @@ def test_safetensors_hold_what_export_and_extract_need(command, train, tiny_flag
     weights.write_bytes(weights.read_bytes()[:-1])
     for name, *flags in (
         ("export.py", graph),
-        ("extract.py", *tiny_flags, f"--save_file={tmp_path / 'new'}"),
+        ("extract.py", *tiny_flags, f"--save_file={tmp_path / 'new.h5'}"),
         ("train.py", *tiny_flags, "--only_test=true"),
     ):
         assert_refused(command(name, *flags, f"--model_weight_file={weights}"), f"{weights} is a damaged")
@@ -78,6 +78,7 @@ def test_a_whole_resnet50(command, tiny_data, tiny_flags, tmp_path):
         (("--resize_h_w=0,0",), "--resize_h_w"),
         (("--save_file={}",), "is a folder"),
         (("--save_file={}/none/model.onnx",), "does not exist"),
+        (("--save_file={}/weights.pth",), ".onnx"),
         (("--data_path=/none",), "/none"),
     ],
 )

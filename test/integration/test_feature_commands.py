@@ -168,7 +168,9 @@ def test_two_processes_write_what_one_does(extract, trained, tiny_flags, tmp_pat
         ("evaluate.py", "--features=apart.npz --lambda_value=2", "lambda_value"),
         ("evaluate.py", "--features=apart.npz --save_file=/none/results.json", "does not exist"),
         ("evaluate.py", "--features=apart.npz --use_local_distance=true", "no field local"),
+        ("evaluate.py", "--features=apart.npz --save_file=apart.npz", ".json"),
         ("extract.py", "--data_path=tiny", "--save_file"),
+        ("extract.py", "--data_path=tiny --save_file=f.pth --pretrained=none", ".h5"),
         ("extract.py", "--data_path=tiny --save_file=f.h5 --model_weight_file=/none", "no weight file"),
     ],
 )

@@ -98,6 +98,7 @@ def test_group_writes_a_table_and_copies(aligned_reid, photos, tmp_path):
         ("group", ["{photos}", "--html={photos}/groups.html"], "--html"),
         ("group", ["{photos}", "--threshold=nan"], "--threshold"),
         ("group", ["{photos}", "--csv={photos}"], "--csv"),
+        ("group", ["{photos}", "--csv={first}"], ".csv"),
         ("group", ["{photos}", "--device=tpu"], "tpu"),
     ],
 )
