@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def read_start_weights(config: Config, train: TrainImages | None) -> Any:
     if config.only_test:
         path = str(find_run(config, "--only_test true", "give --model_weight_file"))
         return check_trunk(read_weight_file(path), path)
-    AlignedReID(None, pretrained=config.pretrained)  # which refuses a file without a trunk
+    if config.pretrained != "none":
+        AlignedReID(None, pretrained=config.pretrained)  # which refuses a file without a trunk
     return None
 
 
@@ -117,6 +119,17 @@ def check_run_dir(folder: Path) -> None:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not can_write(existing):
         raise InputError(f"--exp_dir {folder}: {existing} is not a folder that can be written to; choose another one")
+
+
+def make_empty(folder: Path, flag: str, ours: str = "") -> None:
+    """Make a folder. Raises InputError if it cannot be made or holds files, unless one of them is `ours`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        present = os.listdir(folder)
+    except OSError as error:
+        raise InputError(f"{flag} {folder}: {error.strerror}; give a new folder") from error
+    if present and ours not in present:
+        raise InputError(f"{flag} {folder} holds other files; give a new folder")
 
 
 def check_save_file(file: Path, flag: str, *endings: str) -> None:

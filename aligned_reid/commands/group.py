@@ -43,7 +43,7 @@ def main() -> None:
     from aligned_reid.data.prepare.sources import shown
     from aligned_reid.files import write_file
     from aligned_reid.inference import Gallery
-    from aligned_reid.preflight import check_save_file
+    from aligned_reid.preflight import check_save_file, make_empty
 
     for flag in ("csv", "html"):
         if file := getattr(arguments, flag):
@@ -52,7 +52,7 @@ def main() -> None:
         if target := getattr(arguments, flag):
             check_outside(target, arguments.folder, f"--{flag}")
     if arguments.copy_to:
-        make_empty(arguments.copy_to)
+        make_empty(arguments.copy_to, "--copy_to")
     bad = BadImages()
     gallery = Gallery.open(arguments.folder, open_model(arguments), note, bad)
     groups = gallery.group(arguments.threshold)
@@ -88,16 +88,6 @@ def check_outside(target: Path, source: Path, flag: str) -> None:
     """Raise InputError if the target is in the source, whose photos would then include what is written."""
     if source.resolve() in target.resolve().parents:
         raise InputError(f"{flag} {target} is inside {source}: choose a place outside it")
-
-
-def make_empty(folder: Path) -> None:
-    """Make the folder of --copy_to. Raises InputError if it cannot be made or is not empty."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise InputError(f"--copy_to {folder} is not an empty folder: name a new one")
-    except OSError as error:
-        raise InputError(f"--copy_to {folder}: {error.strerror}; name a new folder") from error
 
 
 def copy_groups(groups: Sequence[Group], source: Path, target: Path) -> None:

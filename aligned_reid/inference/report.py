@@ -36,6 +36,7 @@ from aligned_reid.inference.charts import cmc_chart, histogram_chart, roc_chart,
 from aligned_reid.inference.findings import Findings, Split, find
 from aligned_reid.inference.grid import Grid, make_grid, pairs_of
 from aligned_reid.inference.html import data_uri, thumbnail, write_page
+from aligned_reid.preflight import make_empty
 from aligned_reid.run import CONFIG_NAME, run_extraction
 from aligned_reid.weights import CHECKPOINT_NAME, SAFETENSORS_NAME, digest_of, read_weight_file
 
@@ -78,7 +79,7 @@ def write_report(
     out_dir holds anything but an earlier report.
     """
     out_dir = Path(out_dir)
-    make_out_dir(out_dir)
+    make_empty(out_dir, "--out", ours=PAGE_NAME)  # else images/ of a data set could be overwritten
     test = open_test(Path(source), data_path, device, log)
     check_size(test, re_ranked)
     findings = find(test.features, test.split, EvaluationSettings(re_ranked=re_ranked), log)
@@ -97,16 +98,6 @@ def write_report(
         raise InputError(f"cannot write {error.filename or out_dir}: {error.strerror}") from error
     write_page(out_dir / PAGE_NAME, "report.html", inlined=inlined, **page_values(test, findings, queries))
     return out_dir / PAGE_NAME
-
-
-def make_out_dir(folder: Path) -> None:
-    """Raise InputError unless the folder is new, empty or an earlier report: images/ of a data set stays as it is."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (folder / PAGE_NAME).is_file():
-            raise InputError(f"--out {folder} holds other files; give a new folder")
-    except OSError as error:
-        raise InputError(f"--out {folder}: {error.strerror}; give a new folder") from error
 
 
 def open_test(source: Path, data_path: str | Path | None, device: str, log: Callable[[str], None]) -> Test:
