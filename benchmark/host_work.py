@@ -86,7 +86,6 @@ class Ours:
         loss, figures = self.objective(features, batch.labels.to(self.accelerator.device, non_blocking=True))
         loss.backward()
         self.meters.update(figures)
-        self.meters.means()
         self.throughput.add(len(batch.labels))
 
 

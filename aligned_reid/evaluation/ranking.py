@@ -129,9 +129,8 @@ class BlockRanker:
         compiled("count_ranks", dist.dtype.name)  # before threads ask for it
 
         def rank_block(begin: int) -> RankedRows:
-            block = np.require(
-                dist[begin : begin + QUERIES_PER_BLOCK], requirements=("C", "W")
-            )  # a mapped file is read-only
+            # Kernels take no read-only array, such as a mapped file.
+            block = np.require(dist[begin : begin + QUERIES_PER_BLOCK], requirements=("C", "W"))
             return self._rank_block(block, first_query + begin)
 
         return join_rows(in_threads(rank_block, range(0, len(dist), QUERIES_PER_BLOCK)))

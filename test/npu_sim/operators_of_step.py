@@ -13,7 +13,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-STEP = 3  # counted from 0, in the first epoch, after the first steps' allocations
+STEP = 4  # counted from 0: after the first steps' allocations, and within an epoch
 OWN = re.compile(r"^\s*- (?:func: )?(\w+)", re.MULTILINE)
 COPY = re.compile(r"aten::_copy_from(\[(\w+) to (\w+)\])?$")  # torch's copy_, as a device sees it
 
