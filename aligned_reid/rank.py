@@ -54,14 +54,14 @@ def main(log_dir: str, first_device: str, mistake: str, *command: str) -> None:
         runpy.run_path(command[0], run_name="__main__")
     except BaseException as error:
         status = error.code if isinstance(error, SystemExit) else 1
+        cause = error.__context__ or error
+        if mistake and status == 2:  # first: ranks that lose this one end in errors soon, and the agent stops all
+            line = f"rank {os.environ['RANK']} ended with status 2: {type(cause).__name__}: {cause}"
+            Path(mistake).write_text(line, errors="backslashreplace")
         if mistake and status:
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-            cause = error.__context__ or error
             get_error_handler().record_exception(cause)
-            if status == 2:
-                line = f"rank {os.environ['RANK']} ended with status 2: {type(cause).__name__}: {cause}"
-                Path(mistake).write_text(line, errors="backslashreplace")
         raise
 
 
