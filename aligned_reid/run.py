@@ -80,16 +80,7 @@ def open_devices(config: Config, world: World) -> list[Accelerator]:
     Raises InputError if one cannot be used as asked.
     """
     accelerators = [
-        open_accelerator(
-            config.device,
-            index,
-            world.local_rank,
-            mixed_precision=config.amp in ("O1", "apex"),
-            apex=config.amp == "apex",
-            tf32=config.amp == "tf32",
-            deterministic=config.deterministic,
-            compiled=config.compile,
-        )
+        open_accelerator(config, index, world.local_rank)
         for index in reversed(config.npu or (None,))  # the first one last: it stays the current device
     ]
     return accelerators[::-1]

@@ -74,7 +74,7 @@ class Ours:
     def __init__(self, images: TrainImages, sampler: IdentityBatchSampler) -> None:
         loader = make_loader(images, sampler, workers=0, pin_memory=False)
         self.batches = itertools.chain.from_iterable(itertools.repeat(loader))
-        self.accelerator = Accelerator(mixed_precision=False)
+        self.accelerator = Accelerator(Config(amp="O0"))
         self.objective, self.meters, self.throughput = Objective(Config()), Meters(), Throughput(self.accelerator)
         self.throughput.start_epoch()
 

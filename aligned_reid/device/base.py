@@ -7,32 +7,22 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from aligned_reid.config import Config
 from aligned_reid.device.cpu import cpu_has_bfloat16, keep_freed_memory
 from aligned_reid.device.scaler import LossScaler
 
-ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
-
-
-@dataclass(frozen=True)
-class Modes:
-    """How a device computes."""
-
-    mixed_precision: bool = True  # in 16 bit, if the device supports it
-    apex: bool = False  # Huawei's apex casts instead of torch.autocast
-    tf32: bool = False  # convolutions may round their float32 input to TF32 or HF32; matrix products never do
-    deterministic: bool = False
-    compiled: bool = False
-
 
 class Accelerator:
-    """A device and what is specific to it."""
+    """A device and what is specific to it, computing as --amp, --deterministic and --compile say.
+
+    With --amp tf32 convolutions may round their float32 input to TF32 or HF32; matrix products never do.
+    """
 
     name = "cpu"
     backend = "gloo"  # of the process group
@@ -44,13 +34,11 @@ class Accelerator:
     passed_over = ""  # why --device auto did not choose a faster kind of device
     wrong_half = ""  # the 16-bit type that failed the precision check, and the layer
 
-    def __init__(self, index: int = 0, **modes: bool) -> None:
-        """modes: the fields of Modes."""
-        self.index = index
-        self.modes = Modes(**modes)
+    def __init__(self, config: Config, index: int = 0) -> None:
+        self.config, self.index = config, index
         self.device = self.find_device()
-        self.half: torch.dtype | None = self.find_half() if self.modes.mixed_precision else None
-        if self.modes.deterministic:
+        self.half: torch.dtype | None = self.find_half() if config.amp in ("O1", "apex") else None
+        if config.deterministic:
             self.make_deterministic()
         self.select()
 
@@ -94,7 +82,7 @@ class Accelerator:
 
     def compile(self, network: nn.Module, *, inference: bool = False) -> nn.Module:
         """`network`, compiled if the run asks for it; with `inference` its weights are frozen into the graph."""
-        if not self.modes.compiled:
+        if not self.config.compile:
             return network
         options: Any = {"freezing": True} if inference and self.compile_backend == "inductor" else None
         compiled: Any = torch.compile(network, backend=self.compile_backend, dynamic=False, options=options)
@@ -111,23 +99,18 @@ class Accelerator:
         """The context of the losses, whose inputs are float32 already; apex would cast them again."""
         return contextlib.nullcontext()
 
-    def prepare(
-        self, model: nn.Module, lr: float, weight_decay: float, scale: float | None, *, decay_norms: bool = True
-    ) -> tuple[torch.optim.Optimizer, LossScaler]:
-        """The optimizer of `model` and its loss scaler, made before the model is wrapped for data parallel training.
+    def prepare(self, model: nn.Module, config: Config) -> tuple[torch.optim.Optimizer, LossScaler]:
+        """The optimizer of `model` and its loss scaler, made before the model is wrapped for data parallel training."""
+        parameters = trained_parameters(model, config.decay_norms)
+        optimizer = self.adam(parameters, lr=config.base_lr, weight_decay=config.weight_decay)
+        return optimizer, self.loss_scaler(config.loss_scale)
 
-        scale: static loss scale; None: dynamic. decay_norms: whether weight decay applies to norms and biases too.
-        """
-        return self.adam(trained_parameters(model, decay_norms), lr, weight_decay), self.loss_scaler(scale)
-
-    def adam(self, parameters: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def adam(self, parameters: list[Any], **options: float) -> torch.optim.Optimizer:
         """torch's Adam, fused if this version of torch supports that on the device (CPU: torch >= 2.4)."""
-        options: Any = {"lr": lr, "weight_decay": weight_decay, **ADAM}
-        parameters = list(parameters)
         try:
-            return torch.optim.Adam(parameters, fused=True, **options)
+            return torch.optim.Adam(parameters, fused=True, **options)  # type: ignore[arg-type]
         except RuntimeError:
-            return torch.optim.Adam(parameters, **options)
+            return torch.optim.Adam(parameters, **options)  # type: ignore[arg-type]
 
     def loss_scaler(self, scale: float | None) -> LossScaler:
         """scale: static loss scale; None: dynamic. bfloat16 and float32 need no scaling, so theirs is 1."""
@@ -176,11 +159,11 @@ class Accelerator:
         """The log's line about the device, its precision and its modes."""
         precision = name_of(self.half or torch.float32) + (f": {self.wrong_half}" if self.wrong_half else "")
         modes = {
-            f"{self.tf32_name} convolutions": self.modes.tf32,
-            "deterministic": self.modes.deterministic,
-            f"compiled by {self.compile_backend}": self.modes.compiled,
+            f"{self.tf32_name} convolutions": self.config.amp == "tf32",
+            "deterministic": self.config.deterministic,
+            f"compiled by {self.compile_backend}": self.config.compile,
         }
-        engine = " by apex" if self.modes.apex and self.half else ""
+        engine = " by apex" if self.config.amp == "apex" and self.half else ""
         parts = [precision + engine, *(mode for mode, on in modes.items() if on), f"torch {torch.__version__}"]
         return f"{self.name} ({self.model_name()}), {', '.join(parts)}"
 

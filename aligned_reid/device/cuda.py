@@ -44,7 +44,7 @@ class Cuda(Accelerator):
 
     def select(self) -> None:
         self.api.set_device(self.index)
-        torch.backends.cudnn.allow_tf32 = self.modes.tf32  # torch's default is True
+        torch.backends.cudnn.allow_tf32 = self.config.amp == "tf32"  # torch's default is True
         torch.backends.cuda.matmul.allow_tf32 = False
 
     def make_deterministic(self) -> None:

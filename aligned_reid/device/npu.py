@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aligned_reid.device.base import ADAM, Accelerator, trained_parameters
+from aligned_reid.config import Config
+from aligned_reid.device.base import Accelerator, trained_parameters
 from aligned_reid.device.cuda import Cuda
 from aligned_reid.device.scaler import LossScaler
 
@@ -52,7 +53,7 @@ class Npu(Cuda):
     def select(self) -> None:
         self.api.set_device(self.index)
         self.api.set_compile_mode(jit_compile=False)  # use precompiled kernels instead of compiling each new shape
-        self.api.conv.allow_hf32 = self.modes.tf32  # torch_npu's default is True
+        self.api.conv.allow_hf32 = self.config.amp == "tf32"  # torch_npu's default is True
         self.api.matmul.allow_hf32 = False
 
     def make_deterministic(self) -> None:
@@ -66,9 +67,8 @@ class Npu(Cuda):
         """
         return self.api.amp.GradScaler(**options)
 
-    def adam(self, parameters: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        optimizers = importlib.import_module("torch_npu").optim
-        return optimizers.NpuFusedAdam(list(parameters), lr=lr, weight_decay=weight_decay, **ADAM)
+    def adam(self, parameters: list[Any], **options: float) -> torch.optim.Optimizer:
+        return importlib.import_module("torch_npu").optim.NpuFusedAdam(parameters, **options)
 
     @contextlib.contextmanager
     def trace(self, folder: Path) -> Iterator[None]:
@@ -85,17 +85,15 @@ class Npu(Cuda):
     def full_precision(self) -> contextlib.AbstractContextManager[Any]:
         return self.apex_amp.disable_casts() if self.apex_amp else contextlib.nullcontext()
 
-    def prepare(
-        self, model: nn.Module, lr: float, weight_decay: float, scale: float | None, *, decay_norms: bool = True
-    ) -> tuple[torch.optim.Optimizer, LossScaler]:
-        if not self.modes.apex or self.half is None:
-            return super().prepare(model, lr, weight_decay, scale, decay_norms=decay_norms)
+    def prepare(self, model: nn.Module, config: Config) -> tuple[torch.optim.Optimizer, LossScaler]:
+        if config.amp != "apex" or self.half is None:
+            return super().prepare(model, config)
         self.apex_amp = importlib.import_module("apex.amp")
         optimizers = importlib.import_module("apex.optimizers")
-        parameters = trained_parameters(model, decay_norms)
-        optimizer = optimizers.NpuFusedAdam(parameters, lr=lr, weight_decay=weight_decay, **ADAM)
-        loss_scale = "dynamic" if scale is None else scale
-        options = {"opt_level": "O1", "loss_scale": loss_scale, "combine_grad": True}
+        parameters = trained_parameters(model, config.decay_norms)
+        optimizer = optimizers.NpuFusedAdam(parameters, lr=config.base_lr, weight_decay=config.weight_decay)
+        scale = config.loss_scale
+        options = {"opt_level": "O1", "loss_scale": "dynamic" if scale is None else scale, "combine_grad": True}
         _, optimizer = self.apex_amp.initialize(model, optimizer, **options)
         return optimizer, ApexScaler(self.apex_amp, optimizer, scale)
 

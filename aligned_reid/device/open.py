@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aligned_reid.config import Config
 from aligned_reid.device.base import Accelerator
 from aligned_reid.device.cuda import Cuda
 from aligned_reid.device.npu import Npu, first_line, why_no_apex
@@ -17,12 +18,12 @@ def check_device_name(device: str) -> None:
         raise InputError(f"--device {device}: unknown kind of device; choose auto, {', '.join(ACCELERATORS)}")
 
 
-def open_accelerator(device: str, index: int | None, local_rank: int, **modes: bool) -> Accelerator:
-    """The accelerator that --device and --npu name; "auto" takes the first available of npu, cuda, cpu.
+def open_accelerator(config: Config, index: int | None, local_rank: int) -> Accelerator:
+    """The device of the kind --device, number `index` (None: the process's local rank).
 
-    index: device index; None: the process's local rank. modes: the fields of Modes. Raises InputError with the reason
-    if it cannot be used.
+    "auto" takes the first available of npu, cuda, cpu. Raises InputError with the reason if it cannot be used.
     """
+    device = config.device
     check_device_name(device)
     kinds = list(ACCELERATORS) if device == "auto" else [device]
     reasons: dict[str, str] = {}
@@ -39,16 +40,16 @@ def open_accelerator(device: str, index: int | None, local_rank: int, **modes: b
         raise InputError(f"--npu {index}: only the CPU is available ({reason})")
     if name != "cpu" and index >= kind.count():
         raise InputError(f"no device {name}:{index}: this machine has {kind.count()}, numbered from 0")
-    if modes.get("apex"):
+    if config.amp == "apex":
         reason = why_no_apex() if name == "npu" else f"it is for NPUs, and the device is {name}"
         if reason:
             raise InputError(f"--amp apex: {reason}; use --amp O1")
-    if modes.get("tf32") and not kind.tf32_name:
+    if config.amp == "tf32" and not kind.tf32_name:
         raise InputError(f"--amp tf32: {name} has no reduced float32 (TF32 is CUDA's, HF32 the NPU's)")
-    if modes.get("compiled") and (reason := kind.why_not_compilable()):
+    if config.compile and (reason := kind.why_not_compilable()):
         raise InputError(f"--compile true: {reason}")
     try:
-        accelerator = kind(index, **modes)
+        accelerator = kind(config, index)
     except RuntimeError as error:
         raise InputError(
             f"device {name}:{index} cannot be used ({first_line(error)}): another process may hold it; "

@@ -104,7 +104,7 @@ def run_network(network: nn.Module, images: Tensor, accelerator: Accelerator, fl
         means = [(one.float() + other.float()) / 2 for one, other in zip(features[:2], mirrored[:2], strict=True)]
         return Features(means[0], means[1], None)
     num_images = len(images)
-    if accelerator.modes.compiled and num_images < BATCH_SIZE:
+    if accelerator.config.compile and num_images < BATCH_SIZE:
         images = torch.cat([images, images.new_zeros((BATCH_SIZE - num_images, *images.shape[1:]))])
     with accelerator.autocast():
         features = network(normalize_images(images, accelerator.memory_format))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aligned_reid.config import Config
 from aligned_reid.data.transforms import normalize_images
 from aligned_reid.device import find_wrong_layer, open_accelerator
 from aligned_reid.errors import InputError
@@ -31,7 +32,7 @@ class TorchNetwork:
         if index and not index.isdecimal():
             raise InputError(f"device {device}: give its number, such as {kind}:0")
         self.size, self.local, self.flip = size, local, flip
-        self.accelerator = open_accelerator(kind, int(index) if index else None, 0)
+        self.accelerator = open_accelerator(Config(device=kind), int(index) if index else None, 0)
         self.model = inference_copy(model).to(self.accelerator.device)
         self.model = self.model.to(memory_format=self.accelerator.memory_format)
         if self.accelerator.half and (wrong := find_wrong_layer(self.model, size, self.accelerator, backward=False)):

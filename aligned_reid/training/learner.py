@@ -28,9 +28,7 @@ class Learner:
         self.model = model.to(accelerator.device).to(memory_format=accelerator.memory_format)
         num_classes = model.fc.out_features if model.fc is not None else 0
         self.objective = Objective(config, world, num_classes).to(accelerator.device)
-        self.optimizer, self.scaler = accelerator.prepare(
-            self.model, config.base_lr, config.weight_decay, config.loss_scale, decay_norms=config.decay_norms
-        )
+        self.optimizer, self.scaler = accelerator.prepare(self.model, config)
         self.network = self.wrap()
 
     def wrap(self) -> nn.Module:

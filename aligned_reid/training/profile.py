@@ -51,7 +51,7 @@ class StepProfile:
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         eager = contextlib.nullcontext()
-        if self.accelerator.modes.compiled and hasattr(torch.compiler, "set_stance"):  # torch >= 2.6
+        if self.accelerator.config.compile and hasattr(torch.compiler, "set_stance"):  # torch >= 2.6
             eager = torch.compiler.set_stance("force_eager")  # a compiled kernel does not say what it computes
         with eager, FlopCounterMode(display=False) as products, OperatorBytes() as traffic:
             yield

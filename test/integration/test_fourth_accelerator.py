@@ -5,6 +5,7 @@ import json
 import torch
 from conftest import assert_refused
 
+from aligned_reid.config import Config
 from aligned_reid.device import ACCELERATORS, Accelerator, open_accelerator
 
 
@@ -36,7 +37,7 @@ def test_it_trains_evaluates_and_its_weights_are_the_cpus(command, tiny_flags, t
     monkeypatch.setattr(Loopback, "waits", 0)
     kinds = {"loopback": Loopback, **ACCELERATORS}  # first: auto takes it
     monkeypatch.setattr("aligned_reid.device.open.ACCELERATORS", kinds)
-    assert open_accelerator("auto", None, 0, mixed_precision=True).name == "loopback"
+    assert open_accelerator(Config(), None, 0).name == "loopback"
     flags = ("train.py", *tiny_flags, "--device=loopback", "--total_epochs=2", f"--exp_dir={tmp_path / 'run'}")
     assert_refused(command(*flags, "--npu=2"), "no device loopback:2: this machine has 2")
     done = command(*flags, "--npu=1")

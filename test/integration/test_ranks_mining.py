@@ -18,9 +18,9 @@ NUM_IDS, NUM_IMAGES = 32, 4
 def learn(world, dtype):
     """Gradients and figures of a rank's share of one batch, statistics of batch norms frozen."""
     torch.manual_seed(0)
-    config = Config(l_loss_weight=0.7, id_loss_weight=0.3, cross_rank_mining=True, normalize_feature=True)
+    config = Config(amp="O0", l_loss_weight=0.7, id_loss_weight=0.3, cross_rank_mining=True, normalize_feature=True)
     network = AlignedReID(NUM_IDS, pretrained="none").to(dtype)
-    learner = Learner(config, network, Accelerator(mixed_precision=False), world)
+    learner = Learner(config, network, Accelerator(config), world)
     learner.network.eval()
     images = torch.randn(NUM_IDS, NUM_IMAGES, 3, 64, 32, dtype=dtype)
     images += torch.randn(NUM_IDS, 1, 3, 64, 32, dtype=dtype)  # what an identity's images have in common

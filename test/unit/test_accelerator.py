@@ -1,16 +1,19 @@
 import importlib
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import refusal
 
+from aligned_reid.config import Config
 from aligned_reid.device import Accelerator, open_accelerator
 from aligned_reid.device.base import trained_parameters
 from aligned_reid.device.npu import Npu, import_torch_npu, why_no_apex
 from aligned_reid.model import AlignedReID
 
+PLAIN = Config(device="cpu", amp="O0")
 needs_cpu_scaler = pytest.mark.skipif(
     not hasattr(torch.amp, "GradScaler"), reason="torch < 2.3 has no GradScaler for the CPU"
 )
@@ -27,11 +30,11 @@ def fake_cuda(monkeypatch):
 def test_auto_falls_back_to_the_cpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_npu", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    accelerator = open_accelerator("auto", None, 0)
+    accelerator = open_accelerator(Config(), None, 0)
     assert accelerator.device == torch.device("cpu")
     assert "no npu: torch_npu is not installed; no cuda: " in accelerator.passed_over
     for device, index, reason in (("cuda", None, "CUDA"), ("npu", None, "torch_npu"), ("auto", 9, "--npu 9")):
-        assert reason in refusal(open_accelerator, device, index, 0)
+        assert reason in refusal(open_accelerator, Config(device=device), index, 0)
 
 
 FAILURES = {
@@ -52,9 +55,9 @@ def test_the_reason_of_a_failed_torch_npu_import_is_reported(tmp_path, monkeypat
 
 def test_mixed_precision_needs_hardware_support(monkeypatch):
     layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
-    for has, wanted, expected in ((True, True, "bfloat16"), (True, False, "float32"), (False, True, "float32")):
+    for has, amp, expected in ((True, "O1", "bfloat16"), (True, "O0", "float32"), (False, "O1", "float32")):
         monkeypatch.setattr("aligned_reid.device.base.cpu_has_bfloat16", lambda has=has: has)
-        accelerator = Accelerator(mixed_precision=wanted)
+        accelerator = Accelerator(Config(amp=amp))
         assert f", {expected}, torch" in accelerator.describe()
         with accelerator.autocast():
             assert layer(x).dtype is getattr(torch, expected)
@@ -64,8 +67,8 @@ def test_mixed_precision_needs_hardware_support(monkeypatch):
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), -float("inf")])
 def test_a_gradient_that_is_not_finite_skips_the_step(bad):
     good, broken = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
-    accelerator = Accelerator(mixed_precision=False)
-    optimizer, scaler = accelerator.adam([good, broken], lr=1.0, weight_decay=0.0), accelerator.loss_scaler(128.0)
+    accelerator = Accelerator(Config(amp="O0"))
+    optimizer, scaler = accelerator.adam([good, broken], lr=1.0), accelerator.loss_scaler(128.0)
     scaler.backward((good + broken * torch.tensor([1.0, bad])).sum())
     assert scaler.step(optimizer) is True
     assert torch.equal(good.detach(), torch.zeros(2))
@@ -79,7 +82,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(bad):
 @needs_cpu_scaler
 @pytest.mark.parametrize("static", [128.0, None])
 def test_an_overflow_lowers_a_dynamic_scale_only(static):
-    accelerator = Accelerator()
+    accelerator = Accelerator(Config())
     accelerator.half = torch.float16
     scaler = accelerator.loss_scaler(static)
     start = scaler.current
@@ -135,10 +138,10 @@ def undo_deterministic():
 
 
 def test_modes_are_applied_and_described(undo_deterministic):
-    plain = open_accelerator("cpu", None, 0, mixed_precision=False)
+    plain = open_accelerator(PLAIN, None, 0)
     assert not torch.are_deterministic_algorithms_enabled()
     assert plain.compile(network := torch.nn.Linear(2, 2)) is network
-    modes = open_accelerator("cpu", None, 0, mixed_precision=False, deterministic=True, compiled=True)
+    modes = open_accelerator(replace(PLAIN, deterministic=True, compile=True), None, 0)
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
     assert "float32, deterministic, compiled by inductor, torch" in modes.describe()
@@ -146,25 +149,26 @@ def test_modes_are_applied_and_described(undo_deterministic):
 
 
 def test_a_cuda_index_out_of_range_and_apex_elsewhere_are_refused(fake_cuda):
-    assert "has 2" in refusal(open_accelerator, "cuda", 9, 0)
-    assert "--amp apex" in refusal(open_accelerator, "cpu", None, 0, apex=True)
+    assert "has 2" in refusal(open_accelerator, Config(device="cuda"), 9, 0)
+    assert "--amp apex" in refusal(open_accelerator, replace(PLAIN, amp="apex"), None, 0)
 
 
-@pytest.mark.parametrize("tf32", [False, True])
-def test_tf32_applies_to_convolutions_only(monkeypatch, fake_cuda, tf32):
+@pytest.mark.parametrize("amp", ["O0", "tf32"])
+def test_tf32_applies_to_convolutions_only(monkeypatch, fake_cuda, amp):
+    tf32 = amp == "tf32"
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
-    gpu = open_accelerator("cuda", 0, 0, mixed_precision=False, tf32=tf32)
+    gpu = open_accelerator(Config(device="cuda", amp=amp), 0, 0)
     assert torch.backends.cudnn.allow_tf32 is tf32
     assert torch.backends.cuda.matmul.allow_tf32 is False  # distances are matrix products
     assert ("float32, TF32 convolutions" in gpu.describe()) is tf32
-    assert "--amp tf32" in refusal(open_accelerator, "cpu", None, 0, tf32=True)
+    assert "--amp tf32" in refusal(open_accelerator, replace(PLAIN, amp="tf32"), None, 0)
 
 
 def test_compiling_needs_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert "--compile true" in refusal(open_accelerator, "cpu", None, 0, compiled=True)
-    open_accelerator("cpu", None, 0)
+    assert "--compile true" in refusal(open_accelerator, replace(PLAIN, compile=True), None, 0)
+    open_accelerator(PLAIN, None, 0)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def open_as_rank(rank: int, port: int, data: ReidData, folder: Path) -> None:
     open_group(world, "gloo")
     images = TrainImages(data, "trainval", SIZE)
     log = Log(folder if rank == 0 else None, is_main=rank == 0)
-    run.open_image_cache(Config(exp_dir=str(folder)), world, Accelerator(mixed_precision=False), images, log)
+    run.open_image_cache(Config(exp_dir=str(folder)), world, Accelerator(Config(amp="O0")), images, log)
     np.save(folder / f"rank{rank}.npy", np.stack([images.read(index) for index in range(len(images))]))
     close_group()
 

@@ -37,7 +37,8 @@ HERE = {"num_processes": 2, "device": "cpu"}
 def make_checkpoints(folder, **settings):
     """The checkpoints of a small model."""
     torch.manual_seed(0)
-    config, accelerator = Config(**settings), Accelerator(mixed_precision=False)
+    config = Config(amp="O0", **settings)
+    accelerator = Accelerator(config)
     model = AlignedReID(None, pretrained="none", bnneck=config.bnneck)
     return Checkpoints(folder, [Learner(config, model, accelerator, World())], accelerator, {}, {})
 
@@ -152,13 +153,13 @@ def test_set_aside_never_overwrites(tmp_path):
 
 
 def test_states_of_another_device_are_skipped_or_adapted_and_those_of_other_parameters_refused():
-    states = random_states(Accelerator())
+    accelerator = Accelerator(Config(amp="O0"))
+    states = random_states(accelerator)
     states["device"] = torch.ones(16, dtype=torch.uint8)
-    set_random_states(states, Accelerator())
+    set_random_states(states, accelerator)
     assert torch.equal(torch.get_rng_state(), states["torch"])
     parameter = torch.nn.Parameter(torch.ones(3))
-    accelerator = Accelerator(mixed_precision=False)
-    optimizer = accelerator.adam([parameter], 0.1, 0.0)
+    optimizer = accelerator.adam([parameter], lr=0.1)
     state = {"step": 7, "exp_avg": torch.full((3,), 0.5), "exp_avg_sq": torch.full((3,), 0.25)}
     theirs = {"state": {0: state}, "param_groups": [{"lr": 9.0, "betas": (0.5, 0.5), "params": [0]}]}
     accelerator.load_optimizer(optimizer, theirs)
@@ -233,7 +234,7 @@ def test_a_run_resumes_from_the_previous_checkpoint_and_adds_to_its_seconds(tiny
 
 @pytest.mark.parametrize("job", [{"token": "a"}, {"token": "b"}, {"token": "a", "name": ""}, {}, None])
 def test_a_restart_resumes_its_own_launch_only(tiny_data, tmp_path, job):
-    config, accelerator = tiny_config(tiny_data, tmp_path), Accelerator(mixed_precision=False)
+    config, accelerator = tiny_config(tiny_data, tmp_path), Accelerator(Config(amp="O0"))
     world = World(job={"token": "a"})
     assert not resume_after_restart(config, world, accelerator).resume  # no checkpoint yet
     checkpoints = make_checkpoints(tmp_path)

@@ -87,7 +87,7 @@ def test_explicit_flags_win_and_another_image_size_is_logged():
 
 def test_mirror_averaging_is_the_mean_with_the_mirror_image(tiny_data, small_trunk):
     images = TestImages(open_data(tiny_data), size=(64, 32))
-    model, accelerator = AlignedReID(None, pretrained="none").eval(), Accelerator(mixed_precision=False)
+    model, accelerator = AlignedReID(None, pretrained="none").eval(), Accelerator(Config(amp="O0"))
     flipped = extract_features(model, images, accelerator, World(), local=True, workers=0, flip=True)
     pixels = torch.stack([torch.from_numpy(images[index][0]) for index in range(len(images))])
     with torch.inference_mode():

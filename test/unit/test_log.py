@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 
+from aligned_reid.config import Config
 from aligned_reid.device import Accelerator
 from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
 
@@ -45,11 +46,11 @@ def run_epoch(throughput, clock, durations, images=10):
 
 
 def test_throughput_leaves_out_the_first_two_steps_of_the_process(clock):
-    throughput = Throughput(Accelerator())
+    throughput = Throughput(Accelerator(Config()))
     assert run_epoch(throughput, clock, [50, 30, 1, 1, 1]) == (83, 30 / 3)
     assert run_epoch(throughput, clock, [2, 2, 2]) == (6, 30 / 6)
     assert (throughput.images, throughput.seconds) == (60, 9)
-    throughput = Throughput(Accelerator())  # an epoch of such steps only counts them
+    throughput = Throughput(Accelerator(Config()))  # an epoch of such steps only counts them
     assert run_epoch(throughput, clock, [4, 4]) == (8, 20 / 8)
     assert run_epoch(throughput, clock, [1, 1]) == (2, 20 / 2)
 

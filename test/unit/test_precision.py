@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import make_small_trunk, tiny_config
 
+from aligned_reid.config import Config
 from aligned_reid.device import Accelerator, find_wrong_layer
 from aligned_reid.model import AlignedReID
 from aligned_reid.run import run, run_extraction
@@ -41,7 +42,7 @@ def spoil(layer, fault):
 @pytest.fixture
 def cpu():
     """A CPU that computes in bfloat16, whether it has units for that or not."""
-    accelerator = Accelerator()
+    accelerator = Accelerator(Config())
     accelerator.half = torch.bfloat16
     return accelerator
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from aligned_reid.config import Config
 from aligned_reid.device import Accelerator
 from aligned_reid.training.log import Throughput
 from aligned_reid.training.profile import StepProfile
@@ -17,7 +18,7 @@ def profile_steps(tmp_path):
 
     def run(num_steps, num_batches):
         lines = []
-        profile = StepProfile(num_steps, Accelerator(mixed_precision=False), tmp_path / "profile", lines.append)
+        profile = StepProfile(num_steps, Accelerator(Config(amp="O0")), tmp_path / "profile", lines.append)
         weight = torch.zeros(8, 16, requires_grad=True)
         seen = 0
         for batch in profile.steps(torch.ones(num_batches, 4, 8)):

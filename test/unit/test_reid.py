@@ -28,7 +28,7 @@ def photos(tiny_data):
 def test_features_equal_those_of_extraction(tiny_data, tiny_run, flip):
     images = TestImages(open_data(tiny_data), size=(64, 32))
     model, _ = open_model(read_weight_file(tiny_run / "model.safetensors"), "w", need_local=True)
-    accelerator = open_accelerator("cpu", None, 0)
+    accelerator = open_accelerator(Config(device="cpu"), None, 0)
     expected = extract_features(model, images, accelerator, World(), local=True, workers=0, flip=flip)
     reid = ReID.from_pretrained(tiny_run, "cpu", flip_test=flip)
     found = reid([f"{images.images_dir}/{name}" for name in images.image_names])

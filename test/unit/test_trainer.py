@@ -56,7 +56,7 @@ def make_trainer(tiny_data, folder, before=None, after_epoch=None, **settings):
     sampler = Sampler(images.person_ids, config.ids_per_batch, config.ims_per_id, False, config.seed)
     sampler.before = before
     models = [AlignedReID(images.num_classes, pretrained="none") for _ in range(config.num_models)]
-    devices = [Accelerator(mixed_precision=False)]
+    devices = [Accelerator(config)]
     return Trainer(config, models, images, sampler, devices, World(), Lines(), folder, after_epoch=after_epoch)
 
 
