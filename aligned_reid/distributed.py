@@ -7,9 +7,9 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -32,7 +32,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on this machine
-    job: Mapping[str, str] = field(default_factory=dict, compare=False)  # identifies the launch; set by open_group
+    job: str = ""  # identifies the launch, if a launcher may restart it; set by process_group
 
     @property
     def is_main(self) -> bool:
@@ -54,60 +54,53 @@ def read_world() -> World:
 
 @contextmanager
 def process_group(world: World, backend: str, address: str = "", timeout: float = 600.0) -> Iterator[World]:
-    """The process group while the block runs; see `open_group`.
-
-    Raises RunStopped, with the ranks that did not answer, if a collective times out.
-    """
-    world, store = open_group(world, backend, address, timeout)
-    try:
-        yield world
-    except RuntimeError as error:
-        if store is None or isinstance(error, RunStopped) or not TIMED_OUT.search(str(error)):
-            raise
-        raise RunStopped(describe_timeout(store, world, timeout)) from error
-    finally:
-        close_group()
-
-
-def open_group(
-    world: World, backend: str, address: str = "", timeout: float = 600.0
-) -> tuple[World, dist.Store | None]:
-    """Join the process group; returns the world with its `job`, and the ranks' store. A single process has neither.
+    """The process group while the block runs, which gets the world with its `job`. A single process has neither.
 
     address: of the first machine; default: MASTER_ADDR, which torchrun sets. timeout: seconds that a collective waits
-    for a rank. Raises InputError for a port that is none, RunStopped if ranks are missing.
+    for a rank. Raises InputError for an invalid port; RunStopped if ranks are missing or, with the ranks that did not
+    answer, if a collective times out.
     """
     is_launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if world.size == 1 and not is_launched:
-        return world, None
+        yield world
+        return
+    patience = MEETING_SHARE * timeout
+    store, token = open_store(world, address, is_launched, patience)
+    store = meet(store, world, patience)
+    limit = timedelta(seconds=timeout)
+    try:
+        if world.size > 1:
+            dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
+        yield replace(world, job=token if is_launched else "")
+    except RuntimeError as error:
+        if isinstance(error, RunStopped) or not TIMED_OUT.search(str(error)):
+            raise
+        raise RunStopped(describe_timeout(store, world, timeout)) from error
+    finally:
+        if is_grouped():  # if it outlived the interpreter, its threads would abort the process
+            dist.destroy_process_group()
+            gc.collect()  # a data parallel model in a reference cycle still holds the group
+
+
+def open_store(world: World, address: str, is_launched: bool, patience: float) -> tuple[dist.Store, str]:
+    """The store of the launcher, which lasts over restarts, or of rank 0 if there is none; and the launch's token."""
     port = os.environ.setdefault("MASTER_PORT", "29500")
     if not port.isdecimal() or int(port) > 65535:
         raise InputError(f"MASTER_PORT is {port!r}, not a whole number from 0 to 65535")
     if address:
         os.environ["MASTER_ADDR"] = address
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    patience = MEETING_SHARE * timeout
     try:
-        store: dist.Store = dist.TCPStore(  # the launcher's, which lasts over restarts; without one, rank 0's
+        store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(port),
             is_master=world.is_main and not is_launched,
             timeout=timedelta(seconds=patience),
             wait_for_workers=False,
         )
-        token = store.compare_set("aligned_reid/launch", "", secrets.token_hex(16)).decode()
+        return store, store.compare_set("aligned_reid/launch", "", secrets.token_hex(16)).decode()
     except RuntimeError as error:
         raise RunStopped(f"rank {world.rank} found no other process within {patience:g} s: {error}") from error
-    store = meet(store, world, patience)
-    if world.size > 1:
-        limit = timedelta(seconds=timeout)
-        try:
-            dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
-        except RuntimeError as error:
-            if not TIMED_OUT.search(str(error)):
-                raise
-            raise RunStopped(describe_timeout(store, world, timeout)) from error
-    return replace(world, job={"token": token} if is_launched else {}), store
 
 
 def meet(store: dist.Store, world: World, patience: float) -> dist.Store:
@@ -143,20 +136,8 @@ def describe_timeout(store: dist.Store, world: World, timeout: float) -> str:
     return f"no answer from {silent}: rank {world.rank} waited {timeout:g} s (--timeout)"
 
 
-def close_group() -> None:
-    """Leave the process group; if it outlived the interpreter, its threads would abort the process."""
-    if is_grouped():
-        dist.destroy_process_group()
-        gc.collect()  # a data parallel model in a reference cycle still holds the group
-
-
 def is_grouped() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def group_size() -> int:
-    """The number of processes of the run."""
-    return dist.get_world_size() if is_grouped() else 1
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -186,12 +167,12 @@ def gather_with_own(own: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def from_rank(rank: int, read: Callable[[], Any], device: torch.device) -> Any:
-    """What `read` returns on `rank`, on all ranks. Its tensors have to be on the CPU; `device` is the backend's."""
+def from_main(read: Callable[[], Any], device: torch.device) -> Any:
+    """What `read` returns on rank 0, on all ranks. Its tensors have to be on the CPU; `device` is the backend's."""
     if not is_grouped():
         return read()
-    objects = [read() if dist.get_rank() == rank else None]
-    dist.broadcast_object_list(objects, src=rank, device=device)
+    objects = [read() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(objects, src=0, device=device)
     return objects[0]
 
 

@@ -21,7 +21,7 @@ from aligned_reid.data.dataset import FolderImages, TestImages, TrainImages
 from aligned_reid.data.identities import describe_overlap, identity_record
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.device import Accelerator, check_device_name, find_wrong_layer, open_accelerator
-from aligned_reid.distributed import World, from_rank, process_group, read_world
+from aligned_reid.distributed import World, from_main, process_group, read_world
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.best import Best
 from aligned_reid.evaluation.evaluate import evaluate_models, load_for_test, settle_test
@@ -69,7 +69,7 @@ def run(config: Config) -> dict[str, Any]:
         with run_folder(config, world) as log:
             if config.only_test:
                 config = settle_test(config, run_input.weights, log)
-            settle_precision(config, accelerator, run_input)
+            settle_precision(config, accelerator, run_input.train)
             log_settings(config, world, accelerator, run_input, log)
             return train_and_evaluate(config, world, accelerators, run_input, log)
 
@@ -100,7 +100,7 @@ def resume_after_restart(config: Config, world: World, accelerator: Accelerator)
         except InputError:  # there is no checkpoint
             return False
 
-    return replace(config, resume=from_rank(0, is_restart, accelerator.device))
+    return replace(config, resume=from_main(is_restart, accelerator.device))
 
 
 @contextmanager
@@ -132,14 +132,13 @@ def settle_seed(config: Config, world: World, accelerator: Accelerator) -> Confi
             return int(read_last_good(config.run_dir).content["sampler"]["seed"])
         return secrets.randbelow(2**31)
 
-    seed = from_rank(0, choose, accelerator.device) if config.seed is None else config.seed
+    seed = from_main(choose, accelerator.device) if config.seed is None else config.seed
     torch.manual_seed(seed)
     return replace(config, seed=seed)
 
 
-def settle_precision(config: Config, accelerator: Accelerator, run_input: RunInput) -> None:
+def settle_precision(config: Config, accelerator: Accelerator, train: TrainImages | None) -> None:
     """Make the device compute in float32 if its 16-bit type is wrong for the run's network; rank 0 checks for all."""
-    train = run_input.train
 
     def check() -> str:
         if accelerator.half is None:
@@ -151,7 +150,7 @@ def settle_precision(config: Config, accelerator: Accelerator, run_input: RunInp
         network = network.to(accelerator.device).to(memory_format=accelerator.memory_format)
         return find_wrong_layer(network, config.resize_h_w, accelerator, backward=train is not None)
 
-    if where := from_rank(0, check, accelerator.device):
+    if where := from_main(check, accelerator.device):
         accelerator.distrust_half(where)
 
 
@@ -184,10 +183,9 @@ def train_and_evaluate(
             log(overlap)
     else:
         trainer, best = train(config, world, accelerators, run_input, log)
-        models, local = trainer.tested_models(), config.l_loss_weight > 0
+        local = config.l_loss_weight > 0 if config.use_local_distance is None else config.use_local_distance
+        models = trainer.tested_models()
         training = {**trainer.results(), "best": best.record}
-    if config.use_local_distance is not None:
-        local = config.use_local_distance
     start = time.monotonic()
     scores = evaluate_models(models, run_input.test, config, world, accelerator, log, local=local)
     if not world.is_main:
@@ -243,9 +241,8 @@ def train(
         accelerators,
         world,
         log,
-        config.run_dir,
         trained_on=trained_on,
-        after_epoch=best.after_epoch if config.eval_every else None,
+        after_epoch=best.after_epoch,
     )
     if not config.resume and start_alike(models):  # once the trainer has frozen the heads that have no loss
         log("the models start with equal trainable weights and stay equal: -idlw or -llw gives each a head")
@@ -283,7 +280,7 @@ def start_alike(models: Sequence[AlignedReID]) -> bool:
 def open_image_cache(config: Config, world: World, accelerator: Accelerator, images: TrainImages, log: Log) -> None:
     """Read training images from their cache. Rank 0 comes first and builds it if necessary."""
     folders = [Path(images.images_dir).parent / "cache", config.run_dir / "cache"]
-    from_rank(0, lambda: images.open_cache(folders, log), accelerator.device)
+    from_main(lambda: images.open_cache(folders, log), accelerator.device)
     if not world.is_main:
         images.open_cache(folders, log)
 
@@ -309,20 +306,18 @@ def run_extraction(
         images: TestImages = FolderImages(folder, config.resize_h_w, log)
     else:
         images, _ = open_images(config, reads_images=world.local_rank == 0)
-    run_input = RunInput(images, None, read_start_weights(config, None))
+    weights = read_start_weights(config, None)
     (accelerator,) = open_devices(replace(config, npu=config.npu[:1]), world)
     lock = hold(save_file, "--save_file") if world.is_main else nullcontext()
     accelerator.prepare_group(config.timeout)
     with lock, process_group(world, accelerator.backend, config.addr, config.timeout):
-        config = settle_test(config, run_input.weights, log)
-        settle_precision(config, accelerator, run_input)
+        config = settle_test(config, weights, log)
+        settle_precision(config, accelerator, None)
         log(f"device {accelerator.describe()}")
         images = images.at_size(config.resize_h_w)
-        model, local = load_for_test(config, run_input.weights, log)
-        if config.use_local_distance is not None:
-            local = config.use_local_distance
+        model, local = load_for_test(config, weights, log)
         writer = open_writer(save_file, config, model, images, accelerator, local) if world.is_main else None
-        start = from_rank(0, lambda: writer.num_done if writer else 0, accelerator.device)
+        start = from_main(lambda: writer.num_done if writer else 0, accelerator.device)
         if start:
             log(f"{start:,} of {len(images):,} images are in {save_file}.part already")
         blocks = feature_blocks(

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from aligned_reid.config import Config
 from aligned_reid.data import TrainImages, open_data
 from aligned_reid.data.loader import num_processors
 from aligned_reid.data.sampler import IdentityBatchSampler
-from aligned_reid.distributed import World, close_group, open_group, read_world
+from aligned_reid.distributed import World, process_group, read_world
 from aligned_reid.model import AlignedReID
 from aligned_reid.run import open_devices
 from aligned_reid.training.learner import Learner
@@ -47,7 +48,6 @@ def our_block(config: Config, steps: int, cache_folder: Path) -> Block:
     """Train `steps` timed steps after an untimed one; the process may be a rank."""
     world = read_world()
     (accelerator,) = open_devices(config, world)
-    open_group(world, accelerator.backend)
     images = TrainImages(open_data(config.data_path), size=config.resize_h_w)
     if config.cache:
         images.open_cache([cache_folder], lambda line: None)
@@ -56,11 +56,10 @@ def our_block(config: Config, steps: int, cache_folder: Path) -> Block:
     sampler = IdentityBatchSampler(images.person_ids, *batches, world.rank, num_shards=shards)
     model = AlignedReID(images.num_classes, pretrained="none")
     log = Log(None, is_main=False)
-    with tempfile.TemporaryDirectory() as folder:
-        run = (config, [model], images, sampler, [accelerator], world, log, Path(folder))
-        trainer = TimedTrainer(steps + 1, *run)
+    with tempfile.TemporaryDirectory() as folder, process_group(world, accelerator.backend):
+        config = replace(config, exp_dir=folder)
+        trainer = TimedTrainer(steps + 1, config, [model], images, sampler, [accelerator], world, log)
         trainer.train_epoch(1)
-    close_group()
     return Block(trainer.step_seconds[1:], peak_memory(), accelerator.describe())
 
 

@@ -47,13 +47,17 @@ def settle_test(config: Config, content: Any, log: Callable[[str], None]) -> Con
 
 
 def load_for_test(config: Config, content: Any, log: Callable[[str], None]) -> tuple[AlignedReID, bool]:
-    """The model in a weight file's `content`, and whether its local branch was trained (file or flags say so)."""
+    """The model in a weight file's `content`, and whether to evaluate local distance.
+
+    The default is whether the local branch was trained, as the file or the flags say.
+    """
     source = config.model_weight_file or str(config.run_dir)
-    trained = config.l_loss_weight > 0 or settings_of(content).get("l_loss_weight", 0.0) > 0
-    need_local = trained if config.use_local_distance is None else config.use_local_distance
-    model, report = open_model(content, source, need_local=need_local, settings=config.to_dict())
+    local = config.use_local_distance
+    if local is None:
+        local = config.l_loss_weight > 0 or settings_of(content).get("l_loss_weight", 0.0) > 0
+    model, report = open_model(content, source, need_local=local, settings=config.to_dict())
     log(report)
-    return model, trained
+    return model, local
 
 
 def evaluation_settings(config: Config, *, re_ranked: bool = True) -> EvaluationSettings:

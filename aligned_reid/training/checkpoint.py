@@ -11,7 +11,7 @@ import torch
 
 from aligned_reid.config import Config
 from aligned_reid.device import Accelerator
-from aligned_reid.distributed import from_rank, group_size
+from aligned_reid.distributed import World, from_main
 from aligned_reid.errors import InputError
 from aligned_reid.files import replacing
 from aligned_reid.flags import TRAINING
@@ -26,17 +26,14 @@ class Checkpoints:
     """Writes and reads the checkpoint of one run folder."""
 
     def __init__(
-        self,
-        folder: Path,
-        learners: Sequence[Learner],
-        accelerator: Accelerator,
-        job: dict[str, str],
-        trained_on: dict[str, list[str]],
+        self, config: Config, learners: Sequence[Learner], world: World, trained_on: dict[str, list[str]]
     ) -> None:
-        """job: identifies the launch, see distributed.World. trained_on: see data.identities."""
-        self.path = folder / CHECKPOINT_NAME
-        self.learners, self.accelerator = learners, accelerator
-        self.job, self.trained_on = job, trained_on
+        """trained_on: see data.identities."""
+        self.config, self.learners, self.world, self.trained_on = config, learners, world, trained_on
+        self.accelerator = learners[0].accelerator
+        self.path = config.run_dir / CHECKPOINT_NAME
+        # What a resumed run must have in common with the interrupted one to end with the same bits.
+        self.made_on = {"num_processes": world.size, "device": self.accelerator.device.type}
         self.newest_is_good = True  # a damaged file must not replace the one before it
         self.last_end, self.last_duration = -float("inf"), 0.0
 
@@ -44,9 +41,7 @@ class Checkpoints:
         """Whether writing now keeps to WRITING_SHARE: short epochs are not all followed by a checkpoint."""
         return time.monotonic() - self.last_end >= self.last_duration / WRITING_SHARE
 
-    def save(
-        self, epoch: int, config: Config, step: int = 0, meters: dict[str, Any] | None = None, seconds: float = 0.0
-    ) -> None:
+    def save(self, epoch: int, step: int = 0, meters: dict[str, Any] | None = None, seconds: float = 0.0) -> None:
         """Write the state after `epoch` and `step` steps of the next, whose sums are `meters`; it took `seconds`.
 
         The previous file stays as ckpt.previous.pth. Raises OSError if writing fails; then the previous file is intact.
@@ -56,15 +51,15 @@ class Checkpoints:
             "format": FORMAT,
             **on_host(self.learners[0].state_dict()),
             "other_models": [on_host(learner.state_dict()) for learner in self.learners[1:]],
-            "sampler": {"seed": config.seed, "epoch": epoch},
+            "sampler": {"seed": self.config.seed, "epoch": epoch},
             "epoch": epoch,
             "step": step,
             "meters": on_host(meters),
             "train_seconds": seconds,
             "random": random_states(self.accelerator),
-            "config": config.to_dict(),
-            "made_on": self.made_on(),
-            "job": self.job,
+            "config": self.config.to_dict(),
+            "made_on": self.made_on,
+            "job": self.world.job,
             "trained_on": self.trained_on,
         }
         write_checkpoint(self.path, content, self.path.with_name(PREVIOUS_NAME) if self.newest_is_good else None)
@@ -72,17 +67,13 @@ class Checkpoints:
         self.last_end = time.monotonic()
         self.last_duration = self.last_end - start
 
-    def made_on(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the interrupted one to end with the same bits."""
-        return {"num_processes": group_size(), "device": self.accelerator.device.type}
-
-    def load(self, config: Config) -> LastGood:
+    def load(self) -> LastGood:
         """Restore model, optimizer, scaler and random states from the last good file, and return it.
 
         Rank 0 reads it and sends it to the others, whose machines need not see its folder. Raises InputError if there
-        is none, or if it is of another model than `config` gives.
+        is none, or if it is of another model than the run's settings give.
         """
-        last: LastGood = from_rank(0, lambda: read_last_good(self.path.parent), self.accelerator.device)
+        last: LastGood = from_main(lambda: read_last_good(self.path.parent), self.accelerator.device)
         content = last.content
         self.newest_is_good = not last.damage
         try:
@@ -92,7 +83,7 @@ class Checkpoints:
             for learner, state in zip(self.learners, states, strict=True):
                 learner.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError) as error:
-            changed = config.differences(content.get("config", {}), TRAINING)
+            changed = self.config.differences(content.get("config", {}), TRAINING)
             reason = "; ".join(changed) or " ".join(str(error).split())[:160]
             raise InputError(
                 f"{last.path} is of another model or other losses than the flags give ({reason}): repeat that run's "
@@ -183,7 +174,7 @@ def set_random_states(states: dict[str, Any], accelerator: Accelerator) -> None:
 def describe_resume(config: Config, last: LastGood, made_on: dict[str, Any]) -> list[str]:
     """Lines for the log: what the run resumes from, and what may make it end differently.
 
-    made_on: this run's processes and device, see `Checkpoints.made_on`.
+    made_on: this run's processes and device, see `Checkpoints`.
     """
     lines = [f"{last.damage}: the checkpoint before it is used"] if last.damage else []
     step = last.content.get("step", 0)

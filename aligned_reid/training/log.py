@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,6 @@ from torch import Tensor
 from aligned_reid.device import Accelerator
 from aligned_reid.distributed import sum_over_ranks
 
-# Of all ranks together: only rank 0 prints it, so that log files can be added up.
-FPS_OF_ALL = re.compile(r", FPS [^,]+, ids/s [^,]+")
 RANK_LOG = "ALIGNED_REID_RANK_LOG"  # set by rank.py
 
 
@@ -38,7 +35,7 @@ class Log:
     def __call__(self, line: str = "") -> None:
         if not self.prints:
             return
-        print(line if self.is_main else FPS_OF_ALL.sub("", line), flush=True)
+        print(line, flush=True)
         if self.file:
             self.file.write(line + "\n")
             self.file.flush()
@@ -129,9 +126,11 @@ class Throughput:
         return now - self.epoch_start, images / (now - start)
 
 
-def format_epoch(epoch: int, seconds: float, fps: float, ids_per_second: float, means: Mapping[str, float]) -> str:
-    """The reference's line of an epoch, with throughput; tools read its fields by position."""
-    parts = [f"Ep {epoch}", f"{seconds:.2f}s", f"FPS {fps:.2f}", f"ids/s {ids_per_second:.2f}"]
+def format_epoch(epoch: int, seconds: float, fps: float | None, ims_per_id: int, means: Mapping[str, float]) -> str:
+    """The reference's line of an epoch, with images and identities per second; tools read its fields by position."""
+    parts = [f"Ep {epoch}", f"{seconds:.2f}s"]
+    if fps is not None:
+        parts += [f"FPS {fps:.2f}", f"ids/s {fps / ims_per_id:.2f}"]
     for name, value in means.items():
         is_share = name.partition(".")[0] in ("gp", "gm", "lp", "lm")
         parts.append(f"{name} {value:.2%}" if is_share else f"{name} {value:.4f}")

@@ -7,7 +7,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +47,6 @@ class Trainer:
         accelerators: Sequence[Accelerator],
         world: World,
         log: Log,
-        folder: Path,
         *,
         trained_on: dict[str, list[str]] | None = None,
         after_epoch: Callable[[AlignedReID, int], None] | None = None,
@@ -66,8 +64,10 @@ class Trainer:
         self.start = time.monotonic()
         self.stop = StopSignals()
         self.collapse = CollapseGuard(config)
-        self.profile = StepProfile(config.profile if world.is_main else 0, self.accelerator, folder / "profile", log)
-        self.checkpoints = Checkpoints(folder, self.learners, self.accelerator, dict(world.job), trained_on or {})
+        self.profile = StepProfile(
+            config.profile if world.is_main else 0, self.accelerator, config.run_dir / "profile", log
+        )
+        self.checkpoints = Checkpoints(config, self.learners, world, trained_on or {})
         self.loader = make_loader(
             images,
             sampler,
@@ -199,7 +199,8 @@ class Trainer:
         seconds, fps = self.throughput.end_epoch()
         means = self.meters.means()
         self.check_ranks(epoch)
-        self.log(format_epoch(epoch, seconds, fps, fps / self.config.ims_per_id, means))
+        # Only rank 0 prints the rates, which are of all ranks, so that their log files can be added up.
+        self.log(format_epoch(epoch, seconds, fps if self.world.is_main else None, self.config.ims_per_id, means))
         rate = self.learners[0].optimizer.param_groups[0]["lr"]
         self.log.scalars(means | {"learning_rate": rate, "images_per_second": fps}, epoch)
         for sign in self.collapse.find(epoch, means, self.steps_per_epoch, self.num_skipped):
@@ -225,17 +226,17 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint; on a full or read-only disk the run ends and the previous checkpoint stays."""
         with self.explaining_full_disk():
-            self.checkpoints.save(self.epoch, self.config, self.step, self.meters.state_dict(), self.seconds)
+            self.checkpoints.save(self.epoch, self.step, self.meters.state_dict(), self.seconds)
 
     def resume(self) -> None:
         """Continue from the run folder's checkpoint."""
-        last = self.checkpoints.load(self.config)
+        last = self.checkpoints.load()
         self.epoch = last.content["epoch"]
         self.start -= last.content.get("train_seconds", 0.0)
         self.step = first_step(last.content, self.config, self.world.size, self.steps_per_epoch)
         if self.step:
             self.meters.load_state_dict(last.content["meters"], self.accelerator.device)
-        for line in describe_resume(self.config, last, self.checkpoints.made_on()):
+        for line in describe_resume(self.config, last, self.checkpoints.made_on):
             self.log(line)
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ from conftest import PROGRAM_PATH, assert_done, run_script, use_small_trunk
 
 from aligned_reid.config import Config
 from aligned_reid.device import Accelerator
-from aligned_reid.distributed import World, close_group, open_group, read_world
+from aligned_reid.distributed import World, process_group, read_world
 from aligned_reid.model import AlignedReID
 from aligned_reid.training.learner import Learner
 
@@ -52,11 +52,10 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path, small_trunk):
 def main():
     use_small_trunk()
     world = read_world()
-    open_group(world, "gloo")
-    learned = {dtype: learn(world, dtype) for dtype in (torch.float32, torch.float64)}
+    with process_group(world, "gloo"):
+        learned = {dtype: learn(world, dtype) for dtype in (torch.float32, torch.float64)}
     if world.is_main:
         torch.save(learned, sys.argv[1])
-    close_group()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from aligned_reid.data.loader import make_loader
 from aligned_reid.data.sampler import SampleRequest
 from aligned_reid.data.transforms import decode_image, resize_image
 from aligned_reid.device import Accelerator
-from aligned_reid.distributed import World, close_group, open_group
+from aligned_reid.distributed import World, process_group
 from aligned_reid.launcher import free_port
 from aligned_reid.training.log import Log
 
@@ -170,12 +170,11 @@ def test_workers_get_its_name_only_and_none_is_started_if_images_are_only_copied
 def open_as_rank(rank: int, port: int, data: ReidData, folder: Path) -> None:
     os.environ["MASTER_PORT"] = str(port)
     world = World(rank, 2, rank)
-    open_group(world, "gloo")
     images = TrainImages(data, "trainval", SIZE)
     log = Log(folder if rank == 0 else None, is_main=rank == 0)
-    run.open_image_cache(Config(exp_dir=str(folder)), world, Accelerator(Config(amp="O0")), images, log)
+    with process_group(world, "gloo"):
+        run.open_image_cache(Config(exp_dir=str(folder)), world, Accelerator(Config(amp="O0")), images, log)
     np.save(folder / f"rank{rank}.npy", np.stack([images.read(index) for index in range(len(images))]))
-    close_group()
 
 
 @pytest.mark.slow

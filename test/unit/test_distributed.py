@@ -128,8 +128,8 @@ def test_ranks_that_no_launcher_started_find_each_other(monkeypatch):
     program = (
         "import sys; from aligned_reid.distributed import *\n"
         "with process_group(read_world(), 'gloo', timeout=20) as world:\n"
-        "    value = from_rank(1, lambda: {'a': torch.ones(2), 'b': [world.rank]}, torch.device('cpu'))\n"
-        "    assert value['b'] == [1] and value['a'].sum() == 2 and not world.job\n"
+        "    value = from_main(lambda: {'a': torch.ones(2), 'b': [world.rank]}, torch.device('cpu'))\n"
+        "    assert value['b'] == [0] and value['a'].sum() == 2 and not world.job\n"
     )
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": port}
     command = [sys.executable, "-c", program]

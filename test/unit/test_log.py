@@ -15,7 +15,7 @@ from aligned_reid.training.log import Log, Meters, Throughput, format_epoch
 
 def test_tools_read_the_epoch_line_by_position():
     means = {"gp": 0.8731, "gm": 0.6211, "gd_ap": 1.25, "gd_an": 2.5, "gL": 0.1234, "loss": 0.1234}
-    line = format_epoch(12, 27.03, 118.2, 29.55, means)
+    line = format_epoch(12, 27.03, 118.2, 4, means)
     assert line == (
         "Ep 12, 27.03s, FPS 118.20, ids/s 29.55, gp 87.31%, gm 62.11%, "
         "gd_ap 1.2500, gd_an 2.5000, gL 0.1234, loss 0.1234"
@@ -76,7 +76,7 @@ def test_other_ranks_print_only_if_the_launcher_gives_each_a_log_file(tmp_path, 
     if has_own_file:
         monkeypatch.setenv("ALIGNED_REID_RANK_LOG", "1")
     log = Log(tmp_path, is_main=False)
-    log(format_epoch(1, 27.0, 118.2, 29.6, {"loss": 0.5}))
+    log(format_epoch(1, 27.0, None, 4, {"loss": 0.5}))
     log.scalars({"loss": 0.5}, 1)
     log.close()
     assert capsys.readouterr().out == ("Ep 1, 27.00s, loss 0.5000\n" if has_own_file else "")

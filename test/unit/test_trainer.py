@@ -57,7 +57,7 @@ def make_trainer(tiny_data, folder, before=None, after_epoch=None, **settings):
     sampler.before = before
     models = [AlignedReID(images.num_classes, pretrained="none") for _ in range(config.num_models)]
     devices = [Accelerator(config)]
-    return Trainer(config, models, images, sampler, devices, World(), Lines(), folder, after_epoch=after_epoch)
+    return Trainer(config, models, images, sampler, devices, World(), Lines(), after_epoch=after_epoch)
 
 
 def trained(tiny_data, folder, **settings):
