@@ -126,7 +126,7 @@ def test_settings_survive_json_and_show_differences():
 FLAGS_GIVEN = "-gm none --loss_scale dynamic --npu 1 --seed 4 --use_local_distance true --resize_h_w 128,64"
 
 
-@pytest.mark.parametrize("text", ["", FLAGS_GIVEN, "--recipe=strong --total_epochs=7"])
+@pytest.mark.parametrize("text", ["", FLAGS_GIVEN, "--recipe=strong --total_epochs=7", "--base_lr=0.000123456789"])
 def test_settings_written_as_flags_give_the_same_settings(text):
     config = parse(text)
     assert Config.from_arguments(config.to_flags()) == config
