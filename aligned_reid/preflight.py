@@ -39,13 +39,14 @@ class RunInput:
 def check_input(config: Config, *, has_run_dir: bool = True, reads_images: bool = True) -> RunInput:
     """Check all that a run reads and writes, without a device, and return what it starts from. Raises InputError.
 
-    has_run_dir: whether the checkpoint to resume from has to be on this machine; only rank 0 reads it.
+    has_run_dir: whether the run folder is on this machine; only rank 0 reads the checkpoint in it, and writes.
     reads_images: whether to decode every image; one process of a machine is enough.
     """
     check_device_name(config.device)
     test, train = open_images(config, reads_images)
     weights = read_start_weights(config, train) if has_run_dir or not config.resume else None
-    check_run_dir(config.run_dir)
+    if has_run_dir:
+        check_run_dir(config.run_dir)
     return RunInput(test, train, weights)
 
 

@@ -216,6 +216,9 @@ def test_only_rank_0_needs_the_run_folder(tiny_data, tmp_path):
     message = refusal(check_input, config)
     assert "--resume" in message and "ckpt.pth" in message
     assert check_input(config, has_run_dir=False).weights is None
+    nowhere = tiny_config(tiny_data, "/dev/null/run")
+    assert "--exp_dir" in refusal(check_input, nowhere)
+    check_input(nowhere, has_run_dir=False)
 
 
 def test_a_run_resumes_from_the_previous_checkpoint_and_adds_to_its_seconds(tiny_data, tmp_path):
