@@ -14,17 +14,12 @@ from aligned_reid.data.dataset import TestImages, TrainImages, open_data
 from aligned_reid.data.identities import check_identities
 from aligned_reid.data.sampler import IdentityBatchSampler
 from aligned_reid.device import check_device_name
+from aligned_reid.distributed import World
 from aligned_reid.errors import InputError
 from aligned_reid.files import can_write
 from aligned_reid.model import AlignedReID, make_trunk
 from aligned_reid.training.checkpoint import read_last_good
-from aligned_reid.weights import (
-    CHECKPOINT_NAME,
-    PREVIOUS_NAME,
-    find_state_dict,
-    load_trunk,
-    read_weight_file,
-)
+from aligned_reid.weights import CHECKPOINT_NAME, PREVIOUS_NAME, find_state_dict, load_trunk, read_weight_file
 
 
 @dataclass(frozen=True)
@@ -33,25 +28,24 @@ class RunInput:
 
     test: TestImages
     train: TrainImages | None  # None if nothing is trained
-    weights: Any = None  # content of the weight file to start or test from
+    weights: Any  # content of the weight file to start or test from
 
 
-def check_input(config: Config, *, has_run_dir: bool = True, reads_images: bool = True) -> RunInput:
-    """Check all that a run reads and writes, without a device, and return what it starts from. Raises InputError.
+def check_input(config: Config, world: World) -> RunInput:
+    """Check all that a process reads and writes, without a device, and return what it starts from.
 
-    has_run_dir: whether the run folder is on this machine; only rank 0 reads the checkpoint in it, and writes.
-    reads_images: whether to decode every image; one process of a machine is enough.
+    Only rank 0 needs the run folder: it reads the checkpoint to resume from, and writes. Raises InputError.
     """
     check_device_name(config.device)
-    test, train = open_images(config, reads_images)
-    weights = read_start_weights(config, train) if has_run_dir or not config.resume else None
-    if has_run_dir:
+    test, train = open_images(config, world)
+    weights = read_start_weights(config, train) if world.is_main or not config.resume else None
+    if world.is_main:
         check_run_dir(config.run_dir)
     return RunInput(test, train, weights)
 
 
-def open_images(config: Config, reads_images: bool) -> tuple[TestImages, TrainImages | None]:
-    """The images to test and to train on."""
+def open_images(config: Config, world: World) -> tuple[TestImages, TrainImages | None]:
+    """The images to test and to train on. One process of a machine decodes each of them once, to find damaged ones."""
     if not config.data_path:
         raise InputError(
             f"no --data_path: give a prepared data set ({command_line('prepare market1501')} prepares Market-1501, "
@@ -77,7 +71,7 @@ def open_images(config: Config, reads_images: bool) -> tuple[TestImages, TrainIm
         check_protocol(test.person_ids, test.cameras, test.marks)
     except InputError as error:
         raise InputError(f"{error} ({config.data_path})") from error
-    if reads_images:
+    if world.local_rank == 0:
         check_images(data, [*(train.image_names if train else []), *test.image_names])
     return test, train
 

@@ -55,7 +55,7 @@ def run(config: Config) -> dict[str, Any]:
     the run cannot continue.
     """
     world = read_world()
-    run_input = check_input(config, has_run_dir=world.is_main, reads_images=world.local_rank == 0)
+    run_input = check_input(config, world)
     accelerators = open_devices(config, world)
     accelerator = accelerators[0]
     accelerator.prepare_group(config.timeout)
@@ -65,7 +65,7 @@ def run(config: Config) -> dict[str, Any]:
     lock = hold(config.run_dir, "--exp_dir") if world.is_main else nullcontext()
     with lock, group as world:
         config = resume_after_restart(config, world, accelerator)
-        config = settle_seed(config, world, accelerator)
+        config = settle_seed(config, accelerator)
         with run_folder(config, world) as log:
             if config.only_test:
                 config = settle_test(config, run_input.weights, log)
@@ -124,7 +124,7 @@ def run_folder(config: Config, world: World) -> Iterator[Log]:
         log.close()
 
 
-def settle_seed(config: Config, world: World, accelerator: Accelerator) -> Config:
+def settle_seed(config: Config, accelerator: Accelerator) -> Config:
     """The config with a seed that all ranks share: as given, as in the resumed run, or drawn by rank 0."""
 
     def choose() -> int:
@@ -305,7 +305,7 @@ def run_extraction(
     if folder:
         images: TestImages = FolderImages(folder, config.resize_h_w, log)
     else:
-        images, _ = open_images(config, reads_images=world.local_rank == 0)
+        images, _ = open_images(config, world)
     weights = read_start_weights(config, None)
     (accelerator,) = open_devices(replace(config, npu=config.npu[:1]), world)
     lock = hold(save_file, "--save_file") if world.is_main else nullcontext()

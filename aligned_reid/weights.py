@@ -31,12 +31,12 @@ METADATA = ("config", "trained_on", "verification")  # what a safetensors file o
 IMAGENET_URL = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
 
 STATE_DICT_KEYS = ("model", "state_dict", "state_dicts", "model_state_dict", "net")
+ARCHIVE = "is an archive, not the weights: unpack it and use the file inside"
 # First bytes of files that users mistake for weight files: what the file is, and what to do.
 OTHER_FORMATS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the weights: run `git lfs pull` in its repository",
     b"<": "is a web page, not the weights: open the link in a browser and download the file itself",
-    **dict.fromkeys((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!"), "is compressed: unpack it first"),
-    b"\x89HDF": "is an HDF5 file, not one of torch: convert it in the project that wrote it",
+    **dict.fromkeys((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!"), ARCHIVE),
     b"\x08": "looks like an ONNX graph: use the weight file that it was exported from",
 }
 # Classes of settings and scores in checkpoints of other projects; skipped when reading, without calling their code.
@@ -88,11 +88,8 @@ def check_torch_file(file: Path, head: bytes) -> None:
 
     torch.load does not compare checksums. Files written by torch before 1.6 are not zip archives and have none.
     """
-    if not head:
-        raise InputError(f"{file} is empty: download or copy it again")
     if head[257:262] == b"ustar":
-        advice = "unpack it first; if torch 0.1 wrote it, save its tensors again with a newer torch"
-        raise InputError(f"{file} is a tar archive: {advice}")
+        raise InputError(f"{file} {ARCHIVE}")
     text = head.lstrip(b"\xef\xbb\xbf \r\n\t")
     for start, description in OTHER_FORMATS.items():
         if text.startswith(start):
@@ -110,7 +107,7 @@ def check_torch_file(file: Path, head: bytes) -> None:
     if "constants.pkl" in names:
         raise InputError(f"{file} is a TorchScript program: save its tensors by torch.save(model.state_dict(), ...)")
     if "data.pkl" not in names:
-        raise InputError(f"{file} is a zip archive, not written by torch.save: unpack it and use the file inside")
+        raise InputError(f"{file} {ARCHIVE}")
 
 
 def read_torch_file(file: Path) -> Any:

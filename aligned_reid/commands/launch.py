@@ -71,7 +71,7 @@ def check_input(config: Config, options: Namespace) -> None:
     from aligned_reid.distributed import World
     from aligned_reid.run import open_devices
 
-    preflight.check_input(config, has_run_dir=options.node_rank == 0)
+    preflight.check_input(config, World(rank=options.node_rank))
     if options.node_rank == 0:
         with hold(config.run_dir, "--exp_dir"):  # it is free
             pass

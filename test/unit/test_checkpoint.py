@@ -213,12 +213,12 @@ def test_another_number_of_batches_per_step_keeps_the_share_of_the_epoch(before,
 
 def test_only_rank_0_needs_the_run_folder(tiny_data, tmp_path):
     config = tiny_config(tiny_data, tmp_path, resume=True)
-    message = refusal(check_input, config)
+    message = refusal(check_input, config, World())
     assert "--resume" in message and "ckpt.pth" in message
-    assert check_input(config, has_run_dir=False).weights is None
+    assert check_input(config, World(1, 2)).weights is None
     nowhere = tiny_config(tiny_data, "/dev/null/run")
-    assert "--exp_dir" in refusal(check_input, nowhere)
-    check_input(nowhere, has_run_dir=False)
+    assert "--exp_dir" in refusal(check_input, nowhere, World())
+    check_input(nowhere, World(1, 2))
 
 
 def test_a_run_resumes_from_the_previous_checkpoint_and_adds_to_its_seconds(tiny_data, tmp_path):
