@@ -40,8 +40,8 @@ class LossScaler:
         return {"scale": self.current, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a dynamic scale, also one saved on another kind of device; a static scale is the run's own."""
-        if self.static is None:
-            own, saved = self.scaler.state_dict(), state.get("scaler") or {}
+        """Restore a dynamic scale, also one saved on another kind of device; a static scale is its run's own."""
+        own, saved = self.scaler.state_dict(), state.get("scaler") or {}
+        if self.static is None and saved.get("growth_interval") != self.NEVER:
             self.scaler.load_state_dict({name: saved.get(name, value) for name, value in own.items()})
             self.current = float(self.scaler.get_scale())

@@ -105,6 +105,19 @@ def test_an_overflow_lowers_a_dynamic_scale_only(static):
     assert restored.current == scaler.current
 
 
+@needs_cpu_scaler
+@pytest.mark.parametrize("half", [torch.float16, None])
+def test_a_dynamic_scale_does_not_continue_a_static_one(half):
+    accelerator = Accelerator(PLAIN)
+    accelerator.half = half
+    static = accelerator.loss_scaler(128.0)
+    accelerator.half = torch.float16
+    dynamic = accelerator.loss_scaler(None)
+    before = dynamic.state_dict()
+    dynamic.load_state_dict(static.state_dict())
+    assert dynamic.state_dict() == before
+
+
 APEXES = {
     "PyPI's": ("", "another project of that name"),
     "NVIDIA's": ("def initialize(models, optimizers=None, opt_level='O1', loss_scale=None): ...", "NVIDIA's"),
