@@ -195,7 +195,8 @@ class OnnxFeatures:
 
         model = source if isinstance(source, bytes) else str(source)
         self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-        self.batch_size: int | str = self.session.get_inputs()[0].shape[0]  # a name if it accepts any number
+        size = self.session.get_inputs()[0].shape[0]
+        self.batch_size = size if isinstance(size, int) else None  # None: it accepts any number
         self.takes_uint8 = self.session.get_inputs()[0].type == "tensor(uint8)"
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
@@ -203,18 +204,16 @@ class OnnxFeatures:
 
     def embed(self, pixels: Tensor) -> list[Tensor]:
         """The outputs for uint8 images [N, H, W, 3], RGB; padded to the batch size of a graph that has a fixed one."""
-        size = self.batch_size if isinstance(self.batch_size, int) else max(1, len(pixels))
         parts = []
-        for batch in pixels.split(size):
-            blank = pixels.new_zeros((size - len(batch) if isinstance(self.batch_size, int) else 0, *pixels.shape[1:]))
-            padded = torch.cat([batch, blank])
+        for batch in pixels.split(self.batch_size or max(1, len(pixels))):
+            num_missing = (self.batch_size or len(batch)) - len(batch)
+            padded = torch.cat([batch, batch.new_zeros((num_missing, *batch.shape[1:]))])
             inputs = padded if self.takes_uint8 else to_float_images(padded)
             parts.append([torch.from_numpy(output[: len(batch)]) for output in self(inputs.numpy())])
         return [torch.cat(blocks) for blocks in zip(*parts, strict=True)]
 
     def extract(self, images: TestImages, workers: int = 0) -> FeatureSet:
         """Features of all `images`."""
-        batch_size = self.batch_size if isinstance(self.batch_size, int) else 32
-        batches = make_loader(images, batch_size=batch_size, workers=workers)
+        batches = make_loader(images, batch_size=self.batch_size or 32, workers=workers)
         outputs = [torch.cat(blocks) for blocks in zip(*(self.embed(batch.images) for batch in batches), strict=True)]
         return FeatureSet(outputs[0], outputs[1] if len(outputs) > 1 else None)

@@ -106,17 +106,18 @@ def read_last_good(folder: Path) -> LastGood:
 
     Raises InputError if neither can be resumed from.
     """
-    newest, previous = folder / CHECKPOINT_NAME, folder / PREVIOUS_NAME
-    try:
-        return LastGood(as_run(read_weight_file(newest), newest), newest, "")
-    except InputError as error:
-        damage = str(error).split("; the one before it")[0]
-        if not previous.is_file():
-            raise
-    try:
-        return LastGood(as_run(read_weight_file(previous), previous), previous, damage)
-    except InputError as error:
-        raise InputError(f"no checkpoint to resume from: {damage}; {error}") from error
+    damage: list[str] = []
+    for path in (folder / CHECKPOINT_NAME, folder / PREVIOUS_NAME):
+        if damage and not path.is_file():
+            break
+        try:
+            content = read_weight_file(path)
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise InputError(f"{path} holds no run to resume: use it as --model_weight_file")
+            return LastGood(content, path, "; ".join(damage))
+        except InputError as error:
+            damage.append(str(error).split("; the one before it")[0])
+    raise InputError(f"no checkpoint to resume from: {'; '.join(damage)}")
 
 
 def on_host(value: Any) -> Any:
@@ -128,13 +129,6 @@ def on_host(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(on_host(one) for one in value)
     return value
-
-
-def as_run(content: Any, path: Path) -> dict[str, Any]:
-    """The content of a checkpoint that this library wrote. Raises InputError for any other file."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path} holds no run to resume: use it as --model_weight_file")
-    return content
 
 
 def write_checkpoint(path: Path, content: Any, keep: Path | None = None) -> None:

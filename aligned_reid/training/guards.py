@@ -52,20 +52,18 @@ class CollapseGuard:
                 f"{num_skipped} of {num_steps} steps were skipped for gradients that are not finite; usual causes: too "
                 "high a loss scale (--loss_scale dynamic) or learning rate (--base_lr)"
             )
-        for name, loss in means.items():
-            kind, _, model = name.partition(".")
-            if kind in ("gL", "lL"):
-                sign = self.sign_of(kind[0], f".{model}" if model else "", means, loss)
-                if sign:
-                    signs[name] = sign + (f" of model {model}" if model else "") + f"; {USUAL_CAUSE}"
+        for name in means:
+            kind, dot, model = name.partition(".")
+            if kind in ("gL", "lL") and (sign := self.sign_of(kind[0], dot + model, means)):
+                signs[name] = sign + (f" of model {model}" if model else "") + f"; {USUAL_CAUSE}"
         started = [sign for sign in signs if sign not in self.reported]
         self.reported = set(signs)
         return [f"epoch {epoch}: collapse: {signs[sign]}" for sign in started]
 
-    def sign_of(self, branch: str, suffix: str, means: Mapping[str, float], loss: float) -> str:
-        """What is wrong with a branch, "g" or "l"; empty if nothing is."""
+    def sign_of(self, branch: str, suffix: str, means: Mapping[str, float]) -> str:
+        """What is wrong with a branch, "g" or "l", of the model that `suffix` names; empty if nothing is."""
         name = {"g": "global", "l": "local"}[branch]
-        dist_ap, dist_an = means[f"{branch}d_ap{suffix}"], means[f"{branch}d_an{suffix}"]
+        dist_ap, dist_an, loss = (means[f"{branch}{one}{suffix}"] for one in ("d_ap", "d_an", "L"))
         if dist_ap < NO_SPREAD and dist_an < NO_SPREAD:
             return f"the {name} features have no spread (mean distances {dist_ap:.2g} and {dist_an:.2g})"
         margin = self.margins[branch]

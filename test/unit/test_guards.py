@@ -24,7 +24,7 @@ def batches():
     yield 2
 for batch in end_if_hung(batches(), {timeout}):
     {step}
-time.sleep(1.5)
+time.sleep({timeout} + 0.5)
 print("end after", batch)
 """
     start = time.monotonic()
@@ -43,7 +43,7 @@ def test_a_hang_ends_the_process_and_shows_where(loading, step, limit):
 
 
 def test_slow_steps_and_the_time_after_the_last_one_are_no_hang():
-    done, _ = run_batches("time.sleep(0.3)", "time.sleep(0.7)")
+    done, _ = run_batches("time.sleep(0.3)", "time.sleep(2.5 if batch == 1 else 0)", timeout=2)
     assert (done.returncode, done.stdout) == (0, "end after 2\n"), done.stderr
 
 
