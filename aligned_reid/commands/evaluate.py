@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--multi_query_pool", choices=["average", "max"], default="", help="also evaluate pooled queries (default: no)")
     arguments = parser.parse_args()
     if arguments.save_file is None:
-        arguments.save_file = arguments.features.with_suffix(".results.json")
+        arguments.save_file = arguments.features.parent / f"{arguments.features.stem}.results.json"
     return arguments
 
 
