@@ -235,25 +235,26 @@ class FeatureWriter:
         """labels: person_id, camera, mark, each [N]; shapes: of one image's global and, if wanted, local feature."""
         self.path, self.part = path, path.with_name(path.name + ".part")
         made = json.dumps(dict(made_by), sort_keys=True)
-        self.num_done = self.find_done(made, image_names, shapes)
+        fields = {name: np.asarray(values, np.int64) for name, values in labels.items()}
+        fields["image_name"] = np.array([os.fsencode(name) for name in image_names])
+        self.num_done = self.find_done(made, fields, shapes)
         if self.num_done:
             return
         with h5py.File(self.part, "w") as file:
             for name, shape in shapes.items():
                 file.create_dataset(name, (len(image_names), *shape), np.float32)
-            for name, values in labels.items():
-                file[name] = np.asarray(values, np.int64)
-            file["image_name"] = np.array([os.fsencode(name) for name in image_names])
+            for name, values in fields.items():
+                file[name] = values
             file.attrs[MADE_BY] = np.bytes_(made.encode())  # a str is stored in a heap, whose damage hangs HDF5
             file.attrs[DONE] = 0
 
-    def find_done(self, made: str, image_names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def find_done(self, made: str, fields: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> int:
         """How many rows an interrupted run with the same model, settings and images has written; else 0."""
         try:
             with h5py.File(self.part, "r") as file:
-                same_names = [as_text(name) for name in file["image_name"]] == list(image_names)
-                same_shapes = all(file[name].shape[1:] == shape for name, shape in shapes.items())
-                same = as_text(file.attrs[MADE_BY]) == made and same_names and same_shapes
+                same = as_text(file.attrs[MADE_BY]) == made and set(file) == {*fields, *shapes}
+                same = same and all(np.array_equal(file[name], values) for name, values in fields.items())
+                same = same and all(file[name].shape[1:] == shape for name, shape in shapes.items())
                 return int(file.attrs[DONE]) if same else 0
         except Exception:  # damaged in any way
             return 0

@@ -242,8 +242,8 @@ FEATS = {name: FIELDS[name] for name in ("global", "local")}
 LABELS = {name: FIELDS[name] for name in ("person_id", "camera", "mark")}
 
 
-def make_writer(path, made_by=MADE_BY, names=FIELDS["image_name"]):
-    return FeatureWriter(path, list(names), LABELS, made_by, {name: feat.shape[1:] for name, feat in FEATS.items()})
+def make_writer(path, made_by=MADE_BY, names=FIELDS["image_name"], labels=LABELS, feats=FEATS):
+    return FeatureWriter(path, list(names), labels, made_by, {name: feat.shape[1:] for name, feat in feats.items()})
 
 
 def test_an_interrupted_writer_resumes(tmp_path):
@@ -265,9 +265,22 @@ def test_an_interrupted_writer_resumes(tmp_path):
     assert not (tmp_path / "features.h5.part").exists()
 
 
+def test_an_interrupted_writer_resumes_with_names_that_are_not_utf_8(tmp_path):
+    names = [f"image_{row}\udcff.jpg" for row in range(NUM)]
+    make_writer(tmp_path / "features.h5", names=names).write(0, {name: feat[:3] for name, feat in FEATS.items()})
+    assert make_writer(tmp_path / "features.h5", names=names).num_done == 3
+
+
 def test_a_part_of_another_model_or_data_set_and_a_cut_one_are_replaced(tmp_path):
     part = tmp_path / "features.h5.part"
-    for change in ({"made_by": {"weights": "def"}}, {"names": [f"other_{row}.jpg" for row in range(NUM)]}, {}):
+    for change in (
+        {"made_by": {"weights": "def"}},
+        {"names": [f"other_{row}.jpg" for row in range(NUM)]},
+        {"labels": LABELS | {"mark": 1 - LABELS["mark"]}},
+        {"labels": {name: LABELS[name] for name in ("person_id", "camera")}},
+        {"feats": {"global": FEATS["global"]}},  # its local features would stay without the images to come
+        {},
+    ):
         make_writer(tmp_path / "features.h5").write(0, FEATS)
         if not change:
             part.write_bytes(part.read_bytes()[:700])
