@@ -65,8 +65,9 @@ def evaluate_files(
         what = "query (mark 0)" if num_query == 0 else "gallery image (mark 1)"
         raise InputError(f"{first.source} has no {what}; both are needed")
     log(f"{num_query:,} query, {num_gallery:,} gallery images, {'global and local' if local else 'global'} features")
-    # Two query x gallery matrices and, to re-rank local distances, the gallery's own.
-    matrices = 4 * num_gallery * (2 * num_query + (num_gallery if local and settings.re_ranked else 0))
+    # Two query x gallery matrices and, to re-rank local distances, those among queries and among gallery images.
+    among = num_query**2 + num_gallery**2 if local and settings.re_ranked else 0
+    matrices = 4 * (2 * num_query * num_gallery + among)
     feats = [first.global_feat] + ([first.local_feat] if local and first.local_feat is not None else [])
     image_bytes = 4 * sum(feat[0].size for feat in feats)
     copies = FEATURE_COPIES * image_bytes * sum(map(len, tables))

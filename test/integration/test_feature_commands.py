@@ -144,6 +144,15 @@ def test_junk_queries_are_left_out_and_distractors_count(evaluate, tmp_path):
     assert (results["num_query"], results["num_gallery"], results["global"]["cmc1"]) == (5, 12, 0)
 
 
+def test_queries_too_many_for_their_own_distances_are_streamed(evaluate, tmp_path, monkeypatch):
+    num = 102
+    fields = {"global": np.eye(num, 4) + 1, "local": np.ones((num, 2, 3)), "person_id": np.zeros(num)}
+    np.savez(tmp_path / "a.npz", **fields, camera=np.arange(num), mark=np.arange(num) < 2)  # two gallery images
+    monkeypatch.setattr(saved, "MATRIX_BYTES", 4 * 100 * 100)
+    assert "streamed" in evaluate(tmp_path / "a.npz")[0]
+    assert "streamed" not in evaluate(tmp_path / "a.npz", "--re_ranked=false")[0]
+
+
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(extract, trained, tiny_flags, tmp_path):
     script = write_small_script(tmp_path / "extract.py", "extract.py")
