@@ -66,7 +66,7 @@ class Best:
             return
         settings = evaluation_settings(self.config, re_ranked=False)
         measured = evaluate_features(features, self.images, lambda line: None, settings, self.config.dataset_name)
-        scores = {"rank1": measured["global"]["cmc1"] or 0.0, "mAP": measured["global"]["mAP"] or 0.0}
+        scores = {"rank1": measured["global"]["cmc1"], "mAP": measured["global"]["mAP"]}
         if self.record is None or scores["rank1"] > self.record["rank1"]:
             content = {
                 "model": on_host(model.state_dict()),

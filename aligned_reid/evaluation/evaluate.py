@@ -13,13 +13,13 @@ from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.extract import extract_features
-from aligned_reid.evaluation.protocol import EvaluationSettings, evaluate_features
+from aligned_reid.evaluation.protocol import TITLES, EvaluationSettings, evaluate_features
 from aligned_reid.flags import TEST, format_value
 from aligned_reid.model import AlignedReID, open_model
 from aligned_reid.training.log import Log
 from aligned_reid.weights import settings_of
 
-SCORE_NAMES = ("global", "global_re_ranked", "local", "local_re_ranked", "global_local", "global_local_re_ranked")
+SCORE_NAMES = tuple(reversed(TITLES))  # in results.json
 
 
 def settle_test(config: Config, content: Any, log: Callable[[str], None]) -> Config:

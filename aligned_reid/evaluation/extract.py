@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,11 @@ class FeatureSet(NamedTuple):
 
     global_feat: Tensor  # [N, 2048]
     local_feat: Tensor | None  # [N, H, local_channels]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> FeatureSet:
+        """`function` of each tensor."""
+        local_feat = None if self.local_feat is None else function(self.local_feat)
+        return FeatureSet(function(self.global_feat), local_feat)
 
 
 def extract_features(

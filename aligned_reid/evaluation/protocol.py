@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,10 +35,7 @@ TITLES = {
     "global": "Global distance",
 }
 DEFINITION = "average precision by the trapezoid rule, as in the Market-1501 benchmark"
-POOLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "average": lambda feat: feat.mean(dim=0),
-    "max": lambda feat: feat.amax(dim=0),
-}
+POOLS: dict[str, Callable[..., Tensor]] = {"average": torch.mean, "max": torch.amax}
 
 Scores = dict[str, dict[str, Any]]
 
@@ -85,7 +81,7 @@ def evaluate_features(
     match in the gallery.
     """
     if settings.normalize_feature:
-        features = FeatureSet(*(feat if feat is None else normalize(feat) for feat in features))  # type: ignore[arg-type]
+        features = features.map(normalize)
     query, gallery = (np.flatnonzero(labels.marks == mark) for mark in (QUERY, GALLERY))
     ids, cameras = labels.person_ids, labels.cameras
     queries = {"": select(features, query)}
@@ -97,17 +93,17 @@ def evaluate_features(
     counts: dict[str, Counts] = {}
     for suffix, query_features in queries.items():
         for name, dist in distances(query_features, gallery_features, settings):
+            name += suffix
             ranking = rank(dist, *pair_labels)
-            if name in VERIFIED and not suffix:
+            if name in VERIFIED:
                 counts[name] = count_pairs(dist, *pair_labels)
-                log_verification(name, counts[name], log)
-            scores[name + suffix] = log_scores(name + suffix, ranking, log, settings)
+            scores[name] = log_scores(name, ranking, log, settings, counts.get(name))
     return {**scores, "verification": verification_record(counts, measured_on)}
 
 
 def select(features: FeatureSet, rows: np.ndarray) -> FeatureSet:
     index = torch.from_numpy(rows).to(features.global_feat.device)
-    return FeatureSet(*(feat if feat is None else feat.index_select(0, index) for feat in features))  # type: ignore[arg-type]
+    return features.map(lambda feat: feat.index_select(0, index))
 
 
 def pool_queries(features: FeatureSet, labels: Labels, pool: str) -> FeatureSet:
@@ -124,9 +120,9 @@ def pool_queries(features: FeatureSet, labels: Labels, pool: str) -> FeatureSet:
 
     def pooled(feat: Tensor) -> Tensor:
         host = feat.cpu()
-        return torch.stack([POOLS[pool](host[group]) for group in groups]).to(feat.device)
+        return torch.stack([POOLS[pool](host[group], dim=0) for group in groups]).to(feat.device)
 
-    return FeatureSet(*(feat if feat is None else pooled(feat) for feat in features))  # type: ignore[arg-type]
+    return features.map(pooled)
 
 
 def distances(query: FeatureSet, gallery: FeatureSet, settings: EvaluationSettings) -> Iterator[tuple[str, np.ndarray]]:
@@ -153,25 +149,29 @@ def distances(query: FeatureSet, gallery: FeatureSet, settings: EvaluationSettin
     yield "global", global_q_g
 
 
-def log_verification(name: str, counts: Counts, log: Callable[[str], None]) -> None:
-    """Log error rates and thresholds of the distance `name` on one line."""
-    log(f"{TITLES[name]}, pairs under different cameras: {describe_curve(verification_curve(counts))}")
-
-
 def log_scores(
-    name: str, ranking: Ranking, log: Callable[[str], None], settings: EvaluationSettings
-) -> dict[str, float | None]:
-    """Log the heading of the distance `name` and its scores; returns them as in results.json, null if undefined.
+    name: str,
+    ranking: Ranking,
+    log: Callable[[str], None],
+    settings: EvaluationSettings,
+    counts: Counts | None = None,
+) -> dict[str, Any]:
+    """Log the heading of the distance `name` and its scores; returns them as in results.json.
 
-    The 4th blank-separated field of the scores' line is rank@1: tools parse it.
+    counts: the pairs by distance, to log verification first. The 4th blank-separated field of the scores' line is
+    rank@1: tools parse it.
     """
     values = {
         "mAP": ranking.mean_ap,
         "mAP_step": ranking.mean_ap_step,
         "mINP": ranking.mean_inp,
-        **{f"cmc{k}": ranking.cmc[k - 1] if k <= len(ranking.cmc) else math.nan for k in (1, 5, 10)},
+        **{f"cmc{k}": float(ranking.cmc[k - 1]) for k in (1, 5, 10)},
     }
-    pooled = f", multi-query ({settings.multi_query_pool})" if name.endswith("_multi_query") else ""
-    log(f"{TITLES[name.removesuffix('_multi_query')]}{pooled} ({DEFINITION})")
+    title = TITLES[name.removesuffix("_multi_query")]
+    if name.endswith("_multi_query"):
+        title += f", multi-query ({settings.multi_query_pool})"
+    if counts is not None:
+        log(f"{title}, pairs under different cameras: {describe_curve(verification_curve(counts))}")
+    log(f"{title} ({DEFINITION})")
     log(", ".join(f"[{one}: {values[one]:5.2%}]" for one in ("mAP", "cmc1", "cmc5", "cmc10")))
-    return {one: float(value) if math.isfinite(value) else None for one, value in values.items()}
+    return values

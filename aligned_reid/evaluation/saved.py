@@ -24,7 +24,6 @@ from aligned_reid.evaluation.protocol import (
     Scores,
     evaluate_features,
     log_scores,
-    log_verification,
 )
 from aligned_reid.evaluation.re_ranking import check_settings
 from aligned_reid.evaluation.streaming import LargeSet, rank_streamed, re_rank_streamed
@@ -149,11 +148,7 @@ def evaluate_streamed(
     log("too many images for memory, so distances are streamed" + (f": {', '.join(omitted)}" if omitted else ""))
     data = LargeSet.of(tables, normalize_feature=settings.normalize_feature, local=local)
     rankings, counts = rank_streamed(data)
-    scores: Scores = {}
-    for name, ranking in rankings.items():
-        if name in counts:
-            log_verification(name, counts[name], log)
-        scores[name] = log_scores(name, ranking, log, settings)
+    scores = {name: log_scores(name, ranking, log, settings, counts.get(name)) for name, ranking in rankings.items()}
     if settings.re_ranked:
         re_ranked = re_rank_streamed(data, settings.k1, settings.k2, settings.lambda_value, state)
         scores |= {name: log_scores(name, ranking, log, settings) for name, ranking in re_ranked.items()}
