@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "test" / "golden"
 PROGRAM_PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'test'}"}  # for tests' programs, which import this file
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job and its children ignore it
+PATIENCE = 300  # seconds for a process that imports torch, on a machine that is busy with much else
 TINY = ("--pretrained=none", "--resize_h_w=64,32", "--ids_per_batch=4", "--ims_per_id=2", "--workers=0", "--device=cpu")
 
 
@@ -193,7 +194,7 @@ def score_lines(text):
     return [line for line in text.splitlines() if "cmc1" in line or "Market-1501 benchmark" in line]
 
 
-def run_program(*command, cwd=None, environment=None, timeout=300):
+def run_program(*command, cwd=None, environment=None, timeout=PATIENCE):
     """Run a command in a new process, in whose environment torch may load its backends."""
     inherited = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
     options = {"cwd": cwd, "env": inherited | (environment or {}), "timeout": timeout}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 from aligned_reid.cli import expand_home
 
@@ -24,7 +24,9 @@ def main():
 
 run_command(main)
 """
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, check=False, timeout=60, **options)
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=False, timeout=PATIENCE, **options
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
@@ -77,11 +79,14 @@ def test_a_path_that_is_too_long_is_one_line():
 def test_only_a_second_ctrl_c_a_second_later_ends_a_command_that_saves():
     body = """from aligned_reid.stop import StopSignals
     import time
+    now = [50.0]
+    time.monotonic = lambda: now[0]
     with StopSignals():
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             os.kill(os.getpid(), number)
+            now[0] += 0.4
         print('saving', flush=True)
-        time.sleep(1.1)
+        now[0] += 0.3
         os.kill(os.getpid(), signal.SIGINT)
         print('not reached', flush=True)"""
     done = run_main(body, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))

@@ -11,7 +11,7 @@ from functools import cache
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, write_run
+from conftest import PATIENCE, ROOT, write_run
 
 from aligned_reid.commands import COMMANDS, prepare
 from aligned_reid.config import Config
@@ -130,7 +130,7 @@ def test_nothing_is_prepared_into_its_source():
 
 def test_the_ablation_page_has_the_table_of_its_results():
     command = [sys.executable, str(ROOT / "benchmark" / "ablation.py"), "--table"]
-    table = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    table = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
     assert table in PAGES["ablation.md"]
 
 

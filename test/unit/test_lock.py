@@ -21,7 +21,7 @@ with hold(Path(sys.argv[1]), "--exp_dir"):
     child = os.fork()
     if child:
         print(child, flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, contents, preparation_refusal
+from conftest import PATIENCE, ROOT, assert_refused, contents, preparation_refusal
 from PIL import Image
 
 from aligned_reid.data.partitions import build_partitions, read_partitions
@@ -142,7 +142,7 @@ def test_names_that_are_not_utf_8_are_prepared(raw, tmp_path):
     (raw / "bounding_box_test" / os.fsdecode(b"note.\xe9")).write_text("")
     save_dir = tmp_path / os.fsdecode(b"market_\xe9")
     command = [sys.executable, str(ROOT / "script" / SCRIPT), "--source", str(raw), "--save_dir", str(save_dir)]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True)
     assert os.fsencode(save_dir) in done.stdout.splitlines()[-1]
     new_names = pickle.loads((save_dir / "ori_to_new_im_name.pkl").read_bytes())
     assert (save_dir / "images" / new_names[f"bounding_box_test/{name}"]).is_file()
