@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "test" / "golden"
 PROGRAM_PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'test'}"}  # for tests' programs, which import this file
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job and its children ignore it
-PATIENCE = 300  # seconds for a process that imports torch, on a machine that is busy with much else
+PATIENCE = 600  # seconds for a process that imports torch, on a machine that is busy with much else
 TINY = ("--pretrained=none", "--resize_h_w=64,32", "--ids_per_batch=4", "--ims_per_id=2", "--workers=0", "--device=cpu")
 
 
@@ -188,6 +189,21 @@ def trained(train, tmp_path):
     """The folder of a run of one epoch with the local loss, in float32."""
     assert_done(train("--seed=1", "-llw=1", "--amp=O0", folder="trained"))
     return tmp_path / "trained"
+
+
+def is_alive(pid):
+    """Whether a process runs and is not a zombie, which stays if the container's first process does not wait for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.02)
 
 
 def score_lines(text):

@@ -1,6 +1,7 @@
 """Benchmarks of training run on a tiny data set and print their tables; what the figures are is for a quiet machine."""
 
 import importlib
+import math
 import sys
 
 import pytest
@@ -17,7 +18,10 @@ def rows_of(output):
 
 
 def numbers(row):
-    return [float(cell.rstrip("%").replace(",", "")) for cell in row]
+    """The figures of a row; on a busy machine any may be rounded to 0."""
+    found = [float(cell.rstrip("%").replace(",", "")) for cell in row]
+    assert all(0 <= value < math.inf for value in found), row
+    return found
 
 
 def output_of(name, *arguments, **options):
@@ -54,8 +58,8 @@ def test_training_has_a_row_for_each_side(tiny_data, run_here, small_trunk):
         "bare step, random images",
     ]
     for name, row in rows:
-        rate, _, to_published, of_bare, megabytes = numbers(row)
-        assert rate > 0 and to_published > 0 and of_bare > 0 and megabytes > 100, name
+        *_, megabytes = numbers(row)
+        assert megabytes > 100, name
     assert numbers(rows[0][1])[2] == 1.0
     assert numbers(rows[-1][1])[3] == 100.0
 
@@ -66,7 +70,7 @@ def test_scaling_compares_one_process_and_two(tiny_data):
     assert list(rows) == ["1 process", "2 processes", "2 processes, --cross_rank_mining true"]
     for device, *figures in rows.values():
         assert "threads" in device
-        assert min(numbers(figures)) > 0
+        assert len(numbers(figures)) == 4
     assert numbers(rows["1 process"][1:])[2] == 1.0
 
 
@@ -78,8 +82,7 @@ def test_feature_extraction_gives_the_published_features(run_here, monkeypatch):
     assert title[0] == "features of 8 images of 32 x 32"
     assert [name for name, _ in rows] == ["published", "ours"]
     for _, (device, *figures) in rows:
-        rate, to_published, megabytes, difference = numbers(figures)
-        assert min(rate, to_published, megabytes) > 0
+        *_, difference = numbers(figures)
         assert difference < (0.05 if "bfloat16" in device else 1e-4)
 
 
@@ -100,7 +103,7 @@ def test_rows_of_the_ablation_are_made_once(tiny_data, tmp_path):
     made = rows_of(output_of("ablation.py", *flags))
     heads, (padded, mirrored) = made.pop("row"), made.values()
     assert (padded[:3], mirrored[:3]) == (["padded crops", "7", "1"], ["mirror averaging at test", "8", "1"])
-    assert [row[heads.index("minutes of training")] for row in (padded, mirrored)] == ["0", "-"]
+    assert [row[heads.index("minutes of training")].isdigit() for row in (padded, mirrored)] == [True, False]
     written = results.read_text()
     assert len(written.splitlines()) == 2 and "--pad_crop=4" in written.splitlines()[1]
     (folder / "row08_seed1" / "ckpt.pth").unlink()  # which making it again would miss
@@ -119,7 +122,7 @@ def test_loading(tiny_data):
 def test_the_local_loss_is_the_published_one():
     """The benchmark ends with an error where the two losses differ."""
     rows = rows_of(output_of("local_loss.py", "--sizes=64", "--rounds=1"))
-    assert min(numbers(rows["64 images"])) > 0
+    assert len(numbers(rows["64 images"])) == 6
 
 
 def test_more_steps_than_an_epoch_has_are_refused(tiny_data, run_here, capsys):
@@ -132,4 +135,4 @@ def test_more_steps_than_an_epoch_has_are_refused(tiny_data, run_here, capsys):
 def test_search_finds_what_numpy_finds():
     rows = rows_of(output_of("search.py", "--galleries=300,700", "--queries=70", "--rounds=1"))
     assert list(rows) == ["gallery", "300", "700"]
-    assert all(value > 0 for value in numbers(rows["700"])[:4])
+    assert numbers(rows["700"])[0] == 70

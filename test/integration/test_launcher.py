@@ -7,12 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, assert_refused, run_program, run_script
+from conftest import PATIENCE, ROOT, assert_refused, is_alive, run_program, run_script, wait_for
 
 from aligned_reid.launcher import launch
 from aligned_reid.stop import StopSignals
@@ -181,21 +179,6 @@ def test_the_script_runs_as_python_would_run_it_with_the_users_number_of_threads
 
 
 # ---- signals
-
-
-def is_alive(pid):
-    """Whether a process runs and is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_for(condition):
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
+from conftest import wait_for
 
 from aligned_reid.data import TestImages, open_data
 from aligned_reid.evaluation.features import FeatureWriter
@@ -19,7 +20,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found; apt
 
 DRAWN = "document.querySelector('.row .hit')"
 NUM_QUERIES, NUM_IMAGES = 3368, 19281  # Market-1501's test
-WAIT = "new Promise((done) => setTimeout(done, 50))"
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,8 @@ def report(source, tiny_data):
     return write_report(source, source.parent / "report", data_path=tiny_data, log=lambda line: None)
 
 
-def wait_for(browser, condition):
-    for _ in range(100):
-        if browser.run(f"Boolean({condition})"):
-            return
-        browser.run(WAIT)
-    raise AssertionError(condition)
+def wait_until(browser, condition):
+    wait_for(lambda: browser.run(f"Boolean({condition})"))
 
 
 def open_page(browser, page):
@@ -65,7 +61,7 @@ def open_page(browser, page):
 def show_queries(browser):
     """Rows are drawn once they are near the window."""
     browser.run("document.getElementById('queries').scrollIntoView({behavior: 'instant'})")
-    wait_for(browser, DRAWN)
+    wait_until(browser, DRAWN)
 
 
 def first_query(browser):
@@ -78,7 +74,7 @@ def test_report_opens_from_the_disk_with_the_worst_query_first(browser, report):
     data = json.loads((report.parent / "data.js").read_text().removeprefix("showReport(").rstrip()[:-1])
     assert browser.run("document.querySelectorAll('.row').length") == len(data["queries"])
     assert first_query(browser)[0] == f"{min(data['orders'][0]['ap']) / 10:.1f}%"
-    wait_for(browser, "[...document.images].filter((one) => one.naturalWidth).length > 10")
+    wait_until(browser, "[...document.images].filter((one) => one.naturalWidth).length > 10")
     assert browser.problems == []
 
 
@@ -102,14 +98,14 @@ def test_an_image_opens_its_alignment_and_keys_move_on(browser, report):
     place = "[...document.activeElement.closest('.hits').children].indexOf(document.activeElement.parentNode)"
     assert browser.run(place) == 1
     browser.run("document.activeElement.click()")
-    wait_for(browser, "document.querySelectorAll('#pair rect').length === 64")
+    wait_until(browser, "document.querySelectorAll('#pair rect').length === 64")
     assert browser.run("document.querySelectorAll('#pair .link').length") == 15  # 8 + 8 - 1 pairs of stripes
     assert "Aligned distance" in browser.run("document.getElementById('alignment').textContent")
     title = browser.run("document.getElementById('detail-text').textContent")
     browser.press("ArrowLeft")
     assert browser.run("document.getElementById('detail-text').textContent") != title
     browser.press("Escape")
-    wait_for(browser, "!document.getElementById('detail').open")
+    wait_until(browser, "!document.getElementById('detail').open")
     assert browser.problems == []
 
 
@@ -118,7 +114,7 @@ def test_single_file_shows_alignments_too(browser, source, tiny_data, tmp_path):
     open_page(browser, page)
     show_queries(browser)
     browser.run(f"{DRAWN}.click()")
-    wait_for(browser, "document.querySelectorAll('#pair rect').length === 64")
+    wait_until(browser, "document.querySelectorAll('#pair rect').length === 64")
     assert browser.problems == []
 
 
@@ -132,7 +128,7 @@ def test_report_fits_a_phone(browser, report, dark):
     browser.resize(1280, 900)
 
 
-def test_a_whole_market1501_test_loads_in_two_seconds_and_scrolls(browser, report, tmp_path):
+def test_a_whole_market1501_test_draws_only_the_rows_near_the_window(browser, report, tmp_path):
     random = np.random.default_rng(1)
     order = json.loads((report.parent / "data.js").read_text().removeprefix("showReport(").rstrip()[:-1])["orders"][0]
     hits = [random.integers(NUM_QUERIES, NUM_IMAGES, 28).tolist() for _ in range(NUM_QUERIES)]
@@ -151,13 +147,12 @@ def test_a_whole_market1501_test_loads_in_two_seconds_and_scrolls(browser, repor
     page = tmp_path / "index.html"
     page.write_bytes(report.read_bytes())
     open_page(browser, page)
-    assert browser.run("performance.timing.loadEventEnd - performance.timing.navigationStart") < 2000
     assert first_query(browser)
     for share in (0.5, 1, 0.25):
         browser.run(f"scrollTo({{top: {share} * document.body.scrollHeight, behavior: 'instant'}})")
         middle = "document.elementFromPoint(600, 400).closest('.row')"
-        wait_for(browser, f"{middle} && {middle}.querySelector('.hit')")
-        assert browser.run("document.querySelectorAll('.hit').length") < 1000  # only rows near the window are drawn
+        wait_until(browser, f"{middle} && {middle}.querySelector('.hit')")
+        assert browser.run("document.querySelectorAll('.hit').length") < 1000
     assert browser.problems == []
 
 
@@ -182,6 +177,6 @@ def test_photos_with_hostile_names_are_harmless(browser, tmp_path):
         assert browser.run("document.querySelectorAll('[onerror], [onclick], script').length") == 0
         titles = browser.run("[...document.querySelectorAll('.hit')].map((one) => one.title).join('|')")
         assert "<img src=x" in titles and "{{ 7 * 7 }}" in titles and r"a\nb.jpg" in titles
-        wait_for(browser, "[...document.images].filter((one) => one.naturalWidth).length >= 5")
+        wait_until(browser, "[...document.images].filter((one) => one.naturalWidth).length >= 5")
         assert browser.problems == []
     assert base64.b64encode(b"\xff\xd8\xff").decode() in (tmp_path / "search.html").read_text()

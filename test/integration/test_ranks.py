@@ -5,12 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROGRAM_PATH, ROOT, TINY, same
+from conftest import PATIENCE, PROGRAM_PATH, ROOT, TINY, same
 
 from aligned_reid.launcher import free_port
 
@@ -22,6 +21,7 @@ LAUNCHERS = {
     "static": [*TORCHRUN, "--nnodes=1", "--master_port={port}"],
     "c10d": [*TORCHRUN, "--nnodes=1:2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:{port}"],
 }
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # launchers choose differently, and sums of other threads have other bits
 LAUNCHERS["c10d"] += ["--rdzv_conf=last_call_timeout=1"]
 
 
@@ -34,8 +34,8 @@ class Job:
     def start(self, launcher, fault, rank, step, *flags, **environment):
         settings = (f"--data_path={self.data}", *TINY, "--seed=1", "--amp=O0", f"--exp_dir={self.folder / 'run'}")
         program = [PROGRAM, fault, rank, step, self.folder, *settings, "--checkpoint_every_steps=1", *flags]
-        options = {"cwd": self.folder, "env": os.environ | PROGRAM_PATH | environment, "text": True}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        options = {"cwd": self.folder, "env": os.environ | PROGRAM_PATH | ONE_THREAD | environment}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(list(map(str, (*launcher, *program))), **options, **pipes)
 
     def run(self, launcher, *program, status=0):
@@ -57,7 +57,7 @@ class Job:
 def finish(process, status=0):
     """Standard output and error of a process that ends with `status`."""
     try:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.terminate()
     assert process.returncode == status, err
@@ -79,11 +79,11 @@ def whole(tiny_data, tmp_path_factory):
 
 def test_fps_counts_all_ranks_and_shows_a_slow_one(job):
     out, _ = job.run(LAUNCH, "stall", 1, 0, "--total_epochs=3")
-    rates = [float(rate) for rate in re.findall(r"^Ep .*FPS (\S+),", out, flags=re.MULTILINE)]
+    epochs = [list(map(float, pair)) for pair in re.findall(r"^Ep \d, (\S+)s, FPS (\S+),", out, flags=re.MULTILINE)]
     images = 2 * 4 * 2  # ranks, identities, images of each
-    assert len(rates) == 3
-    for rate in rates:
-        assert images / 2 / 0.5 < rate <= images / 0.5  # more than one rank's images alone would give
+    assert len(epochs) == 3 and all(rate <= images / 0.5 for _, rate in epochs)
+    for seconds, rate in epochs[1:]:  # the first leaves out two of its three steps
+        assert seconds * rate == pytest.approx(3 * images, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +98,8 @@ def test_fps_counts_all_ranks_and_shows_a_slow_one(job):
 )
 def test_a_rank_that_fails_ends_the_run_in_bounded_time(job, fault, status, word):
     launcher = [*LAUNCH, "--max_restarts=3"] if fault == "mistake" else LAUNCH
-    timeout = ("--timeout=4",) if "hang" in fault else ()
-    start = time.monotonic()
-    _, err = job.run(launcher, fault, 1, 4, "--total_epochs=50", *timeout, status=status)
-    assert time.monotonic() - start < 90
+    timeout = 20 if "hang" in fault else 3 * PATIENCE
+    _, err = job.run(launcher, fault, 1, 4, "--total_epochs=50", f"--timeout={timeout}", status=status)
     assert word in err.splitlines()[-1]
     assert job.attempts == 1
     if fault != "mistake":
@@ -141,7 +139,6 @@ def test_two_machines_restart_together(job, whole, rank):
     """Two launchers on this machine, with one rank each, play two machines."""
     program = ("kill", rank, 4, "--total_epochs=3", "--timeout=60")
     environment = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // 2))  # as `whole`'s
     launcher = [*LAUNCH, "--nproc=1", "--max_restarts=2"]
     for machine in [job.start([*launcher, f"--node_rank={n}"], *program, **environment) for n in range(2)]:
         finish(machine)

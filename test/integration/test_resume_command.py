@@ -6,12 +6,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROGRAM_PATH, TINY, same
+from conftest import PATIENCE, PROGRAM_PATH, TINY, is_alive, same, wait_for
 
 from aligned_reid.lock import hold
 
@@ -25,6 +24,14 @@ def epoch_lines(log):
         if match := re.match(r"Ep (\d+), .*?(gp .*)", line):
             assert found.setdefault(match[1], match[2]) == match[2]
     return found
+
+
+def members_of(group):
+    """The processes of a process group."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if int(stat.read_text().rsplit(")", 1)[1].split()[2]) == group:
+                yield int(stat.parent.name)
 
 
 @contextlib.contextmanager
@@ -46,7 +53,7 @@ def test_a_run_killed_at_random_steps_ends_bit_identical(tiny_data, tmp_path, ki
     with open(tmp_path / "output.txt", "w") as output:
         program = (FOLDER / "kill_and_resume.py", tiny_data, tmp_path, kills, ranks, workers)
         with process_group(*program, stdout=output, stderr=output, env=environment) as process:
-            status = process.wait(timeout=300)
+            status = process.wait(timeout=2 * PATIENCE)
     assert status == 0, (tmp_path / "output.txt").read_text()[-2000:]
     whole, killed = (torch.load(tmp_path / name / "ckpt.pth", weights_only=True) for name in ("whole", "killed"))
     assert whole["scaler"]["scale"] == killed["scaler"]["scale"]  # a static scale does not count steps over a resume
@@ -74,10 +81,10 @@ def training(data, folder, *flags):
 def test_a_signal_saves_first(tiny_data, tmp_path):
     with training(tiny_data, tmp_path) as process:
         process.terminate()
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     assert err.count("\n") == 1, err
-    found = re.search(rf"SIGTERM at step (\d+) of epoch (\d+); .*{tmp_path}/run/ckpt\.pth", err)
+    found = re.search(rf"SIGTERM at step (\d+) of epoch (\d+); .*{re.escape(str(tmp_path))}/run/ckpt\.pth", err)
     step, epoch = map(int, found.groups())
     saved = torch.load(tmp_path / "run" / "ckpt.pth", weights_only=True)
     assert (saved["step"], saved["epoch"]) == (step, epoch - 1)
@@ -90,10 +97,4 @@ def test_a_killed_run_leaves_no_process_behind(tiny_data, tmp_path):
         process.wait()
         with hold(tmp_path / "run", "--exp_dir"):  # free at once, though loading processes end later
             pass
-        for _ in range(300):
-            try:
-                os.killpg(process.pid, 0)
-            except ProcessLookupError:
-                return
-            time.sleep(0.1)
-        pytest.fail("processes of the killed run still exist after 30 seconds")
+        wait_for(lambda: not any(map(is_alive, members_of(process.pid))))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import PROGRAM_PATH, ROOT, TINY, assert_refused, write_small_script
+from conftest import PATIENCE, PROGRAM_PATH, ROOT, TINY, assert_refused, write_small_script
 from wrapper_case import Case, assert_nothing_happened, final_figures
 
 from aligned_reid.data import make_synthetic
@@ -111,7 +111,7 @@ def test_stop_a_training_of_two_processes(real):
     while not process.stdout.readline().startswith("Ep 2,"):
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     assert final_figures(out) == ("", "")
     stopped = re.search(r"SIGTERM at step (\d+) of epoch (\d+)", err)

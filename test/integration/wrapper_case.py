@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 
-from conftest import ROOT, Finished
+from conftest import PATIENCE, ROOT, Finished
 
 VARIABLES = re.compile(
     "ASCEND|RANK|PET_|NNODES|NODE_RANK|MASTER_|HCCL|etp_running_flag|TASK_QUEUE|COMBINED|CPU_AFF|PYTHON$|TORCH_DEVICE"
@@ -58,7 +58,7 @@ class Case:
     def run(self, wrapper, *options, **given):
         process = self.start(wrapper, *options, **given)
         try:
-            out, err = process.communicate(timeout=600)
+            out, err = process.communicate(timeout=2 * PATIENCE)
         finally:
             process.terminate()
         return Finished(process.returncode, out, err)

@@ -150,7 +150,8 @@ def undo_deterministic():
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def test_modes_are_applied_and_described(undo_deterministic):
+def test_modes_are_applied_and_described(undo_deterministic, monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable)  # in place of a compiler
     plain = open_accelerator(PLAIN, None, 0)
     assert not torch.are_deterministic_algorithms_enabled()
     assert plain.compile(network := torch.nn.Linear(2, 2)) is network

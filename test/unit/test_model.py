@@ -1,5 +1,6 @@
 """The model: shapes, heads, initial weights, and which parameters are trained."""
 
+import copy
 from collections import OrderedDict
 
 import pytest
@@ -73,6 +74,7 @@ def test_heads_that_no_loss_uses_get_no_gradient(small_trunk):
 
 @torch.no_grad()
 def test_folding_batch_norms_changes_only_rounding(model):
+    model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
