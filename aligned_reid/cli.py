@@ -129,7 +129,12 @@ def parse_ints(text: str) -> tuple[int, ...]:
 
 
 def expand_home(text: str) -> str:
-    """A path with a leading ~ or ~user expanded; shells do not expand it after `--flag=`."""
+    """A path with a leading ~ or ~user expanded; shells do not expand it after `--flag=`.
+
+    An empty path, such as a shell's unset variable, is refused: it would mean the current folder, or a flag's default.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; is a variable unset?")
     user = text.split("/")[0]
     home = os.path.expanduser(user)
     if user.startswith("~") and not (os.path.isabs(home) and os.path.isdir(home)):

@@ -44,6 +44,8 @@ def test_every_command_shows_its_help_in_both_ways(aligned_reid, name):
         (["prepare", "photo"], "aligned-reid prepare", "did you mean photos?"),
         (["train", "--worker=1"], "aligned-reid train", "--workers"),
         (["train", "--data_path=/nowhere"], "aligned-reid train", "/nowhere"),
+        (["train", "--data_path=x", "--model_weight_file="], "aligned-reid train", "empty"),
+        (["search", "a.jpg", "--model=x", "--gallery="], "aligned-reid search", "empty"),
         (["report", "/nowhere"], "aligned-reid report", "/nowhere"),
         (["prepare", "photos"], "aligned-reid prepare photos", "--source"),
         (["launch", "--nproc=2", "trian"], "aligned-reid launch", "trian"),
