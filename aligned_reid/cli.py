@@ -19,6 +19,7 @@ from aligned_reid.stop import StopSignals
 
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 FILE_LIMITS = (errno.EMFILE, errno.ENFILE)
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory")  # of a device, of the host
 READER_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
 
 
@@ -48,6 +49,11 @@ def report(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as error:
         number = signal.Signals(*error.args or [signal.SIGINT])
         complain(f"interrupted by {number.name}", 128 + number)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        reason = str(error).partition("\n")[0]
+        complain(f"stopped: out of memory ({reason}); smaller batches or images need less", 1)
     except OSError as error:
         if error.errno in FILE_LIMITS:
             complain(f"error: {error.strerror}: raise the limit (ulimit -n), or use fewer --workers", 2)

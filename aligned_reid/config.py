@@ -61,7 +61,7 @@ class Config:
         "data",
         (256, 128),
         "height,width of the model's input, in pixels",
-        allowed=Range(32),
+        allowed=Range(32, 10_000),
         affects=(TRAINING, TEST),
         common=True,
     )

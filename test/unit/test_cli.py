@@ -71,6 +71,21 @@ def test_too_many_open_files_is_one_line():
     assert b"ulimit -n" in done.stderr and b"Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "body",
+    ["import torch; torch.empty(2**60)", "import numpy; numpy.empty(2**50)", "raise RuntimeError('NPU out of memory')"],
+)
+def test_memory_that_is_short_is_one_line(body):
+    done = run_main(body)
+    assert done.returncode == 1
+    assert done.stderr.count(b"\n") == 1 and b"out of memory" in done.stderr
+
+
+def test_other_runtime_errors_keep_their_traceback():
+    done = run_main("raise RuntimeError('CUDA error: an illegal memory access was encountered')")
+    assert done.returncode == 1 and b"Traceback" in done.stderr
+
+
 def test_a_path_that_is_too_long_is_one_line():
     done = run_main("open('a' * 300)")
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"too long" in done.stderr

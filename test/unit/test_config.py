@@ -70,6 +70,7 @@ def test_flags_give_values(text):
         ("--resize_h_w __import__('os').system('true')", "whole numbers"),
         ("--resize_h_w 256", "height,width"),
         ("--resize_h_w 16,16", "32 or more"),
+        ("--resize_h_w 256000,128", "at most"),
         ("--ids_per_batch 1", "2 or more"),
         ("--ids_per_batch many", "whole number"),
         ("--lr_decay_type linear", "staircase"),
