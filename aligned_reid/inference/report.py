@@ -93,6 +93,7 @@ def write_report(
         if single_file:
             inlined = data_in_page(test, grid)
         else:
+            (out_dir / PAGE_NAME).touch()  # the same command can be repeated in the folder if this one is interrupted
             write_files(out_dir, test, grid)
     except OSError as error:
         raise InputError(f"cannot write {error.filename or out_dir}: {error.strerror}") from error

@@ -160,6 +160,14 @@ def test_report_of_a_run_extracts_once_and_shows_its_training(small_trunk, tiny_
     assert len(read_features(tmp_path / "run" / "features.h5")) == len(TestImages(open_data(other)))
 
 
+def test_a_report_that_failed_can_be_repeated_in_its_folder(features, tiny_data, tmp_path):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    lost = data / "images" / read_features(features).image_names[-1]
+    lost.unlink()
+    assert lost.name in refusal(write_report, features, tmp_path / "report", data_path=data)
+    assert write_report(features, tmp_path / "report", data_path=tiny_data).stat().st_size > 0
+
+
 def test_mistakes_are_one_line(features, tiny_data, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
