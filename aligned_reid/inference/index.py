@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -138,6 +140,10 @@ def append_rows(path: Path, digest: str, rows: Rows) -> None:
         "state": np.array(rows.states, np.int64),
         "global": rows.feat,
     }
+    # HDF5 crashes the process if it cannot write all. A chunk of each column may begin, and HDF5 adds its own records.
+    needed = 2**20 + sum(values.nbytes for values in columns.values()) + ROWS_PER_CHUNK * rows.feat[0].nbytes
+    if shutil.disk_usage(path.parent).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     with h5py.File(path, "a") as file:
         if DONE not in file.attrs:
             for name, values in columns.items():

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -138,6 +139,12 @@ def test_an_interrupted_index_keeps_what_is_done(reid, seen, photos, monkeypatch
         Gallery.open(photos, reid, on_error=interrupt)
     assert len(Gallery.open(photos, reid)) == 12
     assert seen[13:] == ["zz.jpg"]
+
+
+def test_an_index_without_room_on_the_disk_is_one_line(reid, photos, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
+    assert "No space" in refusal(Gallery.open, photos, reid)
+    assert not list((photos / ".aligned_reid").glob("*.h5"))
 
 
 def test_bad_and_other_files_are_reported_and_the_others_served(reid, photos):
