@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +29,9 @@ def replacing(path: Path, *, durable: bool = False, keep: Path | None = None) ->
         if keep is not None and path.is_file():
             _link_or_move(path, keep)
         temporary.replace(path)
-    except BaseException:  # also Ctrl-C
+    except BaseException as error:  # also Ctrl-C
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # writing to an open file does not name it
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
@@ -36,6 +40,12 @@ def replacing(path: Path, *, durable: bool = False, keep: Path | None = None) ->
 def write_file(path: Path, content: bytes) -> None:
     with replacing(path) as file:
         file.write(content)
+
+
+def check_room(path: Path, num_bytes: int) -> None:
+    """Raise OSError if the disk has no room for so many bytes in `path`; HDF5 crashes the process if it runs out."""
+    if shutil.disk_usage(path.parent).free < num_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def can_write(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from aligned_reid.evaluation.formats import (
     open_mat,
     open_npz,
 )
+from aligned_reid.files import check_room
 
 Array = NDArray[Any]
 READERS = {".h5": open_h5, ".hdf5": open_h5, ".npz": open_npz, ".mat": open_mat}
@@ -241,6 +243,7 @@ class FeatureWriter:
         if self.num_done:
             return
         with h5py.File(self.part, "w") as file:
+            check_room(path, 4 * len(image_names) * sum(math.prod(shape) for shape in shapes.values()))
             for name, shape in shapes.items():
                 file.create_dataset(name, (len(image_names), *shape), np.float32)
             for name, values in fields.items():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -17,6 +15,7 @@ from aligned_reid.data.prepare.sources import shown
 from aligned_reid.errors import InputError
 from aligned_reid.evaluation.extract import BATCH_SIZE
 from aligned_reid.evaluation.formats import DONE, MADE_BY
+from aligned_reid.files import check_room
 from aligned_reid.inference.reid import ReID
 from aligned_reid.lock import hold
 from aligned_reid.preflight import can_write
@@ -140,10 +139,8 @@ def append_rows(path: Path, digest: str, rows: Rows) -> None:
         "state": np.array(rows.states, np.int64),
         "global": rows.feat,
     }
-    # HDF5 crashes the process if it cannot write all. A chunk of each column may begin, and HDF5 adds its own records.
-    needed = 2**20 + sum(values.nbytes for values in columns.values()) + ROWS_PER_CHUNK * rows.feat[0].nbytes
-    if shutil.disk_usage(path.parent).free < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    # A chunk of each column may begin, and HDF5 adds records of its own.
+    check_room(path, 2**20 + sum(values.nbytes for values in columns.values()) + ROWS_PER_CHUNK * rows.feat[0].nbytes)
     with h5py.File(path, "a") as file:
         if DONE not in file.attrs:
             for name, values in columns.items():

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import zipfile
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -286,3 +287,11 @@ def test_a_part_of_another_model_or_data_set_and_a_cut_one_are_replaced(tmp_path
             part.write_bytes(part.read_bytes()[:700])
         assert make_writer(tmp_path / "features.h5", **change).num_done == 0
         part.unlink()
+
+
+def test_an_extraction_without_room_on_the_disk_ends_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match="f.h5"):
+        make_writer(tmp_path / "f.h5")
+    monkeypatch.undo()
+    assert make_writer(tmp_path / "f.h5").num_done == 0
