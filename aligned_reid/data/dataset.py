@@ -64,10 +64,10 @@ def open_data(data_path: str | Path, partition_file: str | Path | None = None) -
 
     Raises InputError if the folder does not exist, is not a prepared data set, or has a bad partition file.
     """
-    root = Path(data_path).expanduser()
+    # os.path, as methods of Path raise some errors, such as those of an unknown ~user and a name that is too long.
+    root = Path(os.path.expanduser(data_path))
     images_dir = root / "images"
-    partitions_path = Path(partition_file).expanduser() if partition_file else root / "partitions.pkl"
-    # os.path, as methods of Path raise some errors, such as that of a name that is too long.
+    partitions_path = Path(os.path.expanduser(partition_file)) if partition_file else root / "partitions.pkl"
     if not os.path.exists(root):
         raise InputError(f"--data_path {root} does not exist or is not accessible")
     if not images_dir.is_dir() or not os.path.isfile(partitions_path):

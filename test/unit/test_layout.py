@@ -106,8 +106,15 @@ def test_nothing_is_written_into_a_source(tmp_path):
     for save_dir in (source, source / "x", tmp_path / "set", tmp_path / "link" / "x"):
         assert "inside the source" in refusal(check_paths, source, save_dir)
     check_paths(source, tmp_path / "other")
-    for name in ("none", "n" * 300):
-        assert "does not exist" in refusal(check_paths, tmp_path / name, tmp_path / "other")
+    for name in (tmp_path / "none", tmp_path / ("n" * 300), "~nobody_of_this_name/set"):
+        assert "does not exist" in refusal(check_paths, name, tmp_path / "other")
+
+
+def test_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    _, save_dir = check_paths(tmp_path / "set", tmp_path / "loop")
+    assert "cannot write" in refusal(write_table, save_dir, TABLE, read)
 
 
 def test_sources_are_looked_for_two_folders_deep_and_images_under_other_endings(tmp_path):

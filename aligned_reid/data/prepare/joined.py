@@ -23,7 +23,7 @@ def prepare_joined(sources: Sequence[str | Path], save_dir: str | Path) -> Path:
     InputError if a source is not a prepared data set or is given twice, if two have the same name, if the numbers do
     not fit into image names, and if `save_dir` holds anything else.
     """
-    folders, save_dir = [Path(source).expanduser() for source in sources], Path(save_dir).expanduser()
+    folders, save_dir = [Path(os.path.expanduser(source)) for source in sources], Path(os.path.expanduser(save_dir))
     names = _check_sources(folders, save_dir)
     new_names: dict[str, str] = {}
     files: dict[str, Path] = {}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -96,9 +97,9 @@ def describe_division(photos: Sequence[Photo], with_cameras: bool) -> str:
 
 def _check(source: Path, save_dir: Path, photos: Sequence[Photo]) -> None:
     """Raise InputError unless one can train and test on the photos, and no photo would be overwritten."""
-    images_dir = (save_dir / IMAGES_NAME).resolve()
+    images_dir = os.path.realpath(save_dir / IMAGES_NAME)
     for photo in photos:
-        if photo.file.resolve().parent == images_dir:
+        if os.path.dirname(os.path.realpath(photo.file)) == images_dir:
             raise InputError(f"{photo.file} is where the new images will be; choose another --save_dir")
     persons, cameras = {photo.person for photo in photos}, {photo.camera for photo in photos}
     if len(persons) < 2:

@@ -14,11 +14,12 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".ti
 
 def check_paths(source: str | Path, save_dir: str | Path) -> tuple[Path, Path]:
     """Both paths, ~ expanded. Raises InputError unless the source exists and nothing would be written into it."""
-    source, save_dir = Path(source).expanduser(), Path(save_dir).expanduser()
+    source, save_dir = Path(os.path.expanduser(source)), Path(os.path.expanduser(save_dir))
     if not os.path.exists(source):
         raise InputError(f"--source {source} does not exist or is not accessible")
-    images_dir = (save_dir / "images").resolve()
-    if source.is_dir() and source.resolve() in (images_dir, *images_dir.parents):
+    # os.path, as Path's methods raise errors for an unknown ~user and for a link to itself.
+    images_dir = Path(os.path.realpath(save_dir / "images"))
+    if source.is_dir() and Path(os.path.realpath(source)) in (images_dir, *images_dir.parents):
         raise InputError(f"--save_dir {save_dir} is inside the source {source}; choose a folder outside it")
     return source, save_dir
 
