@@ -184,6 +184,18 @@ def test_damaged_zips_are_refused(raw, tmp_path):
     content[content.index(b"bounding_box_train/0002") + 50] ^= 0xFF
     source.write_bytes(content)
     assert "bounding_box_train/0002_c1s1_000451_03.jpg" in refusal(source, tmp_path / "market1501")
+    (raw / "å.txt").touch()
+    zip_of(raw)
+    source.write_bytes(source.read_bytes().replace("å".encode(), b"\xff\xff"))
+    assert "not a zip file" in refusal(source, tmp_path / "market1501")
+    assert find_raw_market1501(source) is None
+
+
+def test_a_number_that_is_too_long_for_a_name_is_refused(raw, tmp_path):
+    source = zip_of(raw)
+    with zipfile.ZipFile(source, "a") as archive:
+        archive.writestr(f"query/{'9' * 5000}_c1s1_000001_00.jpg", b"")
+    assert "not an image name" in refusal(source, tmp_path / "market1501")
 
 
 @pytest.mark.parametrize("folder", ["bounding_box_train", "bounding_box_test", "query"])

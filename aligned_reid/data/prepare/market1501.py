@@ -1,10 +1,8 @@
 """Preparing the original Market-1501 (Zheng et al., ICCV 2015), a zip file or a folder."""
 
-import lzma
 import os
 import re
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ TRAIN = "bounding_box_train"
 PARTS = {TRAIN: "trainval", "bounding_box_test": "gallery", "query": "query", "gt_bbox": "multi_query"}
 JUNK_ID = -1  # detections that fit no person well; the protocol ignores them. Distractors, id 0, are kept
 
-_ORIGINAL_NAME = re.compile(r"(-1|[0-9]+)_c([0-9]+)s[0-9]+_.*")
+_ORIGINAL_NAME = re.compile(r"(-1|[0-9]{1,8})_c([0-9]{1,4})s[0-9]+_.*")
 
 
 def prepare_market1501(source: str | Path, save_dir: str | Path, log: Callable[[str], None] = print) -> Path:
@@ -33,10 +31,10 @@ def prepare_market1501(source: str | Path, save_dir: str | Path, log: Callable[[
     source, save_dir = check_paths(source, save_dir)
     try:
         root = _find_root(source)
-    except zipfile.BadZipFile as error:
-        raise InputError(f"--source {source} is not a zip file, or is cut off; download it again") from error
     except OSError as error:
         raise InputError(f"cannot read --source {source}: {error.strerror}") from error
+    except Exception as error:  # zipfile raises errors of many types for damaged files
+        raise InputError(f"--source {source} is not a zip file, or is cut off; download it again") from error
     if root is None:
         raise InputError(
             f"--source {source} holds no {TRAIN}/; give the original Market-1501 zip, or the folder it unpacks to"
@@ -48,7 +46,7 @@ def find_raw_market1501(path: str | Path) -> Path | None:
     """The zip file or root folder of the original Market-1501 that the path is or contains, else None."""
     try:
         root = _find_root(Path(path))
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # zipfile raises errors of many types for other files
         return None
     return Path(path) if isinstance(root, zipfile.Path) else root
 
@@ -71,13 +69,12 @@ def _read(file: Path | zipfile.Path) -> bytes:
     if isinstance(file, Path):
         return read_as_jpeg(file)
     name = f"{file.at} in {file.root.filename}"
+    num_bytes = file.root.getinfo(file.at).file_size
+    check_num_bytes(name, num_bytes)
     try:
-        num_bytes = file.root.getinfo(file.at).file_size
-        check_num_bytes(name, num_bytes)
         with file.open("rb") as entry:
             content = entry.read(num_bytes + 1)
-    # zipfile raises RuntimeError for an encrypted entry, NotImplementedError for an unknown compression.
-    except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
+    except Exception as error:  # zipfile raises errors of many types for damaged and encrypted files
         raise InputError(f"{file.root.filename} is damaged at {file.at}; download it again") from error
     return as_jpeg(name, content)
 

@@ -17,7 +17,7 @@ from aligned_reid.errors import InputError
 TRAIN_LIST = "list_train.txt"
 IMAGE_FOLDERS = (("train", "test"), ("mask_train_v2", "mask_test_v2"))  # of versions 1 and 2
 
-_LINE = re.compile(r"(?P<path>(?:[^/\s]+/)*[0-9]+_[0-9]+_(?P<camera>[0-9]+)_[^/\s]*)\s+(?P<person>[0-9]{1,8})")
+_LINE = re.compile(r"(?P<path>(?:[^/\s]+/)*[0-9]+_[0-9]+_(?P<camera>[0-9]{1,4})_[^/\s]*)\s+(?P<person>[0-9]{1,8})")
 
 
 def prepare_msmt17(source: str | Path, save_dir: str | Path) -> Path:
