@@ -119,7 +119,7 @@ def make_loader(
     number of batches that the caller keeps at a time.
     """
     workers = min(workers, num_processors())
-    if images.cache is not None and images.cache.resized:
+    if images.cache is not None and images.cache.size:
         workers = 0
     context = None
     if workers > 0:
