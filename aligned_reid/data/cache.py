@@ -33,7 +33,6 @@ class ImageCache:
     """An open cache: `self[index]` is uint8 [h, w, 3], read-only, without a copy.
 
     size: (height, width) of the images, None if they have their original sizes.
-
     Only the file's name is sent to worker processes; each of them maps the file when it reads its first image.
     """
 

@@ -99,43 +99,42 @@ def split_train_val(
     Returns (train_im_names, val_query_im_names, val_gallery_im_names), each in shuffled order.
     """
     random_state = np.random.RandomState(seed)
-    names = np.array(image_names, dtype=str)
+    names = list(image_names)
     random_state.shuffle(names)
-    parsed = [parse_image_name(str(name)) for name in names]
-    cameras = np.array([image.camera for image in parsed], dtype=np.int64)
-    images_of: dict[int, list[int]] = {}
-    for index, image in enumerate(parsed):
-        images_of.setdefault(image.person_id, []).append(index)
-    ids = np.array(sorted(images_of), dtype=np.int64)
+    images_of: dict[int, list[str]] = {}
+    for name in names:
+        images_of.setdefault(parse_image_name(name).person_id, []).append(name)
+    ids = sorted(images_of)
     random_state.shuffle(ids)
 
-    query: list[int] = []
-    gallery: list[int] = []
+    query: set[str] = set()
+    gallery: set[str] = set()
     num_left = num_val_ids
-    for person_id in ids.tolist():
+    for person_id in ids:
         if num_left <= 0:
             break
-        id_query, id_gallery = _query_and_gallery(images_of[person_id], cameras)
+        id_query, id_gallery = _query_and_gallery(images_of[person_id])
         if id_query:
-            query += id_query
-            gallery += id_gallery
+            query.update(id_query)
+            gallery.update(id_gallery)
             num_left -= 1
-    train = sorted(set(range(len(names))) - {*query, *gallery})
-    return names[train].tolist(), names[sorted(query)].tolist(), names[sorted(gallery)].tolist()
+    train = [name for name in names if name not in query and name not in gallery]
+    return train, [name for name in names if name in query], [name for name in names if name in gallery]
 
 
-def _query_and_gallery(images: list[int], cameras: np.ndarray) -> tuple[list[int], list[int]]:
-    """Split one identity's images (indices into `cameras`): the first of each camera is a query, the rest gallery."""
-    first_of_camera: dict[int, int] = {}
-    for image in images:
-        first_of_camera.setdefault(int(cameras[image]), image)
+def _query_and_gallery(names: list[str]) -> tuple[list[str], list[str]]:
+    """Split one identity's images: the first of each camera is a query, the rest gallery."""
+    camera_of = {name: parse_image_name(name).camera for name in names}
+    first_of_camera: dict[int, str] = {}
+    for name in names:
+        first_of_camera.setdefault(camera_of[name], name)
     query = [first_of_camera[camera] for camera in sorted(first_of_camera)]
-    gallery = [image for image in images if image not in query]
+    gallery = [name for name in names if name not in query]
     # A query without a match moves to the gallery. The query after it is then skipped: the reference removes from the
     # list that it iterates over, and the published splits depend on that.
     position = 0
     while position < len(query):
-        if all(cameras[image] == cameras[query[position]] for image in gallery):
+        if all(camera_of[name] == camera_of[query[position]] for name in gallery):
             gallery.append(query.pop(position))
         position += 1
     return query, gallery
@@ -143,7 +142,7 @@ def _query_and_gallery(images: list[int], cameras: np.ndarray) -> tuple[list[int
 
 def write_partitions(path: str | Path, partitions: Partitions) -> None:
     """Write partitions.pkl atomically, in protocol 2, which Python 2 and the reference implementation can read."""
-    content = pickle.dumps({key: getattr(partitions, key) for key in _KEYS}, protocol=2)
+    content = pickle.dumps(vars(partitions), protocol=2)
     try:
         write_file(Path(path), content)
     except OSError as error:

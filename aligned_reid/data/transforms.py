@@ -151,15 +151,11 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def resize_into(slot: np.ndarray, image: np.ndarray, mirror: bool = False) -> None:
     """Write an image [h, w, 3], resized and then mirrored, into `slot` [height, width, 3], contiguous memory."""
-    if image.shape == slot.shape:
-        if mirror:
-            cv2.flip(image, 1, dst=slot)
-        else:
-            slot[:] = image
-    elif mirror:
-        cv2.flip(resize_image(image, slot.shape[:2]), 1, dst=slot)
+    height, width = slot.shape[:2]
+    if mirror:
+        cv2.flip(resize_image(image, (height, width)), 1, dst=slot)
     else:
-        cv2.resize(image, slot.shape[1::-1], dst=slot, interpolation=cv2.INTER_LINEAR)
+        cv2.resize(image, (width, height), dst=slot, interpolation=cv2.INTER_LINEAR)
 
 
 def normalize_images(images: Tensor, memory_format: torch.memory_format = torch.channels_last) -> Tensor:
