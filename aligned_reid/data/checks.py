@@ -30,11 +30,8 @@ def check_protocol(
     person_ids, cameras, marks: one per image, [N]. A query without such a match is not scored.
     """
     need = "each query person must also be in the gallery, seen by another camera"
-    queries: set[tuple[int, int]] = set()
-    gallery: set[tuple[int, int]] = set()
-    for person_id, camera, mark in zip(person_ids, cameras, marks, strict=True):
-        if mark in (QUERY, GALLERY):
-            (queries if mark == QUERY else gallery).add((int(person_id), int(camera)))
+    images = list(zip(person_ids, cameras, marks, strict=True))
+    queries, gallery = ({image[:2] for image in images if image[2] == mark} for mark in (QUERY, GALLERY))
     if not queries or not gallery:
         raise InputError(f"there are no {'gallery' if queries else 'query'} images in the test part: {need}")
     if len({camera for _, camera in queries | gallery}) == 1:

@@ -18,7 +18,7 @@ from typing import Any
 
 import cv2
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from aligned_reid.data.dataset import TestImages, TrainImages
 from aligned_reid.errors import InputError, RunStopped
@@ -133,7 +133,7 @@ def make_loader(
         context.set_forkserver_preload(["__main__", "aligned_reid.data.dataset"])
         _shorten_temp_dir()
     if batches is None:
-        batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
+        batches = BatchSampler(range(len(images)), batch_size, drop_last=False)
     return ImageLoader(
         images,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences will do

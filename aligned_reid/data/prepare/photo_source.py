@@ -37,7 +37,6 @@ _CONTENTS = ("JPEG", "PNG", "BMP", "WEBP")  # of files with other endings; raw p
 _CAMERA = re.compile(r"(?<![a-z0-9])(?:c|cam|camera)([0-9]+)(?=s[0-9]|[^a-z0-9]|$)", re.IGNORECASE)
 _CAMERA_NAME = re.compile(r"(?:(c|cam|camera)[ _-]?)?0*([0-9]+)(?:\.0*)?", re.IGNORECASE)
 _WHOLE_NUMBER = re.compile(r"^([0-9]+)\.0*$")
-_BEFORE_HEADER = re.compile(r'(?:"?sep=(.)"?[ \t]*\r?\n|[ ,;\t"]*\r?\n)*', re.IGNORECASE)  # as Excel writes them
 _LEADING_ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
 
 
@@ -260,18 +259,19 @@ def read_table(source: Path) -> list[Photo]:
 
 
 def _read_rows(source: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The columns' names in lower case, and the rows of a CSV file that are not empty, with their lines' numbers."""
+    """The columns' names in lower case, and the rows of a CSV file that are not empty, with their lines' numbers.
+
+    Spreadsheets write empty rows, and one with the separator (`sep=;`), before the columns' names.
+    """
     try:
         content = source.read_bytes()
         is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # "Unicode text" of spreadsheets
         text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
-        before = _BEFORE_HEADER.match(text)
-        assert before
-        num_skipped, text = text.count("\n", 0, before.end()), text[before.end() :]
-        separator = before[1] or max(",;\t", key=text.partition("\n")[0].count)
+        separator = max(",;\t", key=text.lstrip().partition("\n")[0].count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        header = [name.strip().lower() for name in next(reader, [])]
-        return header, [(num_skipped + reader.line_num, row) for row in reader if any(map(str.strip, row))]
+        rows = [(reader.line_num, row) for row in reader if "".join(row).strip() and not row[0].startswith("sep=")]
+        header = [name.strip().lower() for name in rows[0][1]] if rows else []
+        return header, rows[1:]
     except OSError as error:
         raise InputError(f"cannot read --source {source}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
