@@ -37,12 +37,12 @@ def check_identities(checkpoint: Mapping[str, Any], path: os.PathLike[str], imag
     if before is None:  # written by an older version
         return
     now = identities_of(images)
-    num_same = sum(one == other for one, other in zip(before, now, strict=False))
-    if not num_same == len(before) == len(now):
+    num_labels, num_same = max(len(before), len(now)), sum(map(str.__eq__, before, now))
+    if num_same < num_labels:
         raise InputError(
-            f"--resume true: {len(before) - num_same} of the {len(before)} identities in {path} are other persons in "
-            "the training data now, perhaps because it was prepared with another --seed: prepare it as before, or "
-            "start a new run with --model_weight_file instead of --resume"
+            f"--resume true: {num_labels - num_same} of the {num_labels} labels are other persons in the training data "
+            f"now than in {path}, perhaps because it was prepared with another --seed: prepare it as before, or start "
+            "a new run with --model_weight_file instead of --resume"
         )
 
 

@@ -52,6 +52,8 @@ def test_identities_follow_the_labels_and_not_the_numbers(data):
 def test_resuming_with_other_persons_under_the_labels_is_refused(data):
     content = {"trained_on": identity_record(TrainImages(open_data(data)), None)}
     check_identities(content, data / "ckpt.pth", TrainImages(open_data(data)))
+    fewer = {"trained_on": {"identities": content["trained_on"]["identities"][:-1]}}
+    assert "1 of the 12 " in refusal(check_identities, fewer, data / "ckpt.pth", TrainImages(open_data(data)))
     swap_labels(data)
     message = refusal(check_identities, content, data / "ckpt.pth", TrainImages(open_data(data)))
     assert "2 of the 12 " in message and "ckpt.pth" in message and "--model_weight_file" in message
