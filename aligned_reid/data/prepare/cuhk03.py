@@ -67,7 +67,7 @@ def read_protocol(path: Path) -> list[Row]:
     except Exception as error:  # scipy raises errors of many types for cut-off files
         raise InputError(f"{path} is damaged or not a MATLAB file; download it again") from error
     try:
-        cells = np.asarray(content["filelist"]).ravel()
+        cells = np.asarray(content.get("filelist", ())).ravel()
         names = [str(cell.ravel()[0]) if isinstance(cell, np.ndarray) and cell.size else str(cell) for cell in cells]
         persons, cameras = (_whole_numbers(content, name) for name in ("labels", "camId"))
         indices = {part: _whole_numbers(content, f"{part}_idx") for part in ("train", "gallery", "query")}
@@ -76,10 +76,8 @@ def read_protocol(path: Path) -> list[Row]:
         for part, rows in indices.items():
             if not rows or min(rows) < 1 or max(rows) > len(names):
                 raise ValueError(f"{part}_idx is empty or not within 1 to {len(names)}")
-    except KeyError as error:
-        raise InputError(f"{path} has no {error.args[0]}; it is not a file of the new protocol") from error
     except ValueError as error:
-        raise InputError(f"{path}: {error}; download it again") from error
+        raise InputError(f"{path} is not a file of the new protocol: {error}; download it again") from error
     table = [
         Row(names[row - 1], persons[row - 1], cameras[row - 1], "trainval" if part == "train" else part)
         for part, rows in indices.items()
@@ -93,7 +91,7 @@ def read_protocol(path: Path) -> list[Row]:
 
 
 def _whole_numbers(content: dict[str, Any], name: str) -> list[int]:
-    values = np.asarray(content[name]).ravel()
+    values = np.asarray(content.get(name)).ravel()
     if values.dtype.kind not in "iuf" or not ((values == np.floor(values)) & (values >= 0) & (values < 2**31)).all():
         raise ValueError(f"{name} is not a list of whole numbers")
     return [int(value) for value in values]
