@@ -1,6 +1,8 @@
 """Any image file as an upright JPEG: modes, orientation, and images that are refused."""
 
 import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -9,7 +11,7 @@ import simplejpeg
 from conftest import refusal
 from PIL import Image, ImageOps
 
-from aligned_reid.data.prepare.jpeg import encode_jpeg, read_as_jpeg
+from aligned_reid.data.prepare.jpeg import decode_upright, encode_jpeg, read_as_jpeg
 
 
 @pytest.fixture
@@ -33,6 +35,14 @@ def test_jpegs_without_a_valid_orientation_are_copied_whatever_their_name(pictur
         for exif in (b"", turned(1), turned(9), b"Exif\0\0broken"):
             Image.fromarray(picture).save(tmp_path / name, "JPEG", exif=exif)
             assert read_as_jpeg(tmp_path / name) == (tmp_path / name).read_bytes()
+
+
+def test_reading_in_threads_leaves_the_filters_of_warnings_alone(picture):
+    content = encode_jpeg(picture)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: decode_upright("a.jpg", content), range(1000)))
+    assert warnings.filters == before
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp", "webp"])

@@ -3,8 +3,6 @@
 import io
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,10 @@ from aligned_reid.errors import InputError
 
 _ORIENTATION = 0x0112  # EXIF tag
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow would run Ghostscript for others, such as EPS
+
+# PIL warns of damaged metadata, and of sizes that MAX_PIXELS limits. Images are read in threads, where catch_warnings
+# can leave all warnings of the process switched off.
+warnings.filterwarnings("ignore", module="PIL")
 
 
 def read_as_jpeg(path: Path) -> bytes:
@@ -45,7 +47,7 @@ def decode_upright(name: str | Path, content: bytes) -> np.ndarray:
         if not _is_turned(content):
             return pixels
     try:
-        with _open(content) as image:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             if math.prod(image.size) > MAX_PIXELS:
                 raise Image.DecompressionBombError
             return to_rgb(name, ImageOps.exif_transpose(image))
@@ -57,16 +59,10 @@ def decode_upright(name: str | Path, content: bytes) -> np.ndarray:
         raise InputError(f"image {name} is damaged or not a JPEG, PNG, BMP, WebP or TIFF file") from error
 
 
-@contextmanager
-def _open(content: bytes) -> Iterator[Image.Image]:
-    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-        yield image
-
-
 def _is_turned(jpeg: bytes) -> bool:
     """Whether EXIF says that the image must be turned or mirrored. Unreadable EXIF data is ignored."""
     try:
-        with _open(jpeg) as image:
+        with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as image:
             return image.getexif().get(_ORIENTATION) in range(2, 9)
     except Exception:  # Pillow raises errors of many types for broken files
         return False
