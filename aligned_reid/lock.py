@@ -14,7 +14,7 @@ from aligned_reid.errors import InputError
 LOCK_NAME = ".lock"  # in a folder; the lock of a file is .<name>.lock beside it
 
 _held: set[int] = set()  # descriptors; a forked child closes them, or it would keep the lock after its parent's death
-os.register_at_fork(after_in_child=lambda: list(map(os.close, _held)))
+os.register_at_fork(after_in_child=lambda: list(map(os.close, [_held.pop() for _ in range(len(_held))])))
 
 
 @contextmanager

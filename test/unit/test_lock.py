@@ -25,6 +25,22 @@ with hold(Path(sys.argv[1]), "--exp_dir"):
 """
 
 
+# Holds a lock in the parent of a process that opens a file under the number of the lock's, and has a child.
+GRANDPARENT = """
+import os, sys
+from pathlib import Path
+from aligned_reid.lock import hold
+with hold(Path(sys.argv[1]), "--exp_dir"):
+    if os.fork() == 0:
+        file = os.open(os.devnull, os.O_RDONLY)
+        if os.fork() == 0:
+            os.fstat(file)
+            os._exit(0)
+        os._exit(os.wait()[1] != 0)
+    sys.exit(os.wait()[1] != 0)
+"""
+
+
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds tmp_path, and the number of its child."""
@@ -43,6 +59,10 @@ def test_another_process_is_refused_until_the_holder_is_killed(tmp_path, holder)
     with hold(tmp_path, "--exp_dir"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_grandchild_keeps_the_files_of_its_parent(tmp_path):
+    subprocess.run([sys.executable, "-c", GRANDPARENT, str(tmp_path)], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("place", [".", "features.h5"])
