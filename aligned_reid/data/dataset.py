@@ -89,8 +89,6 @@ def _explain_unprepared(root: Path, partitions_path: Path) -> str:
         raw = find(root)
         if raw is not None:
             return f"--data_path {root} {what}; prepare it first: {prepare_command(kind, raw, flags)}"
-    if not root.is_dir():
-        return f"--data_path {root} is not a folder; give a prepared data set"
     if not (root / "images").is_dir():
         return f"--data_path {root} has no images/; give a prepared data set with images/ and partitions.pkl"
     if partitions_path.parent != root:
@@ -123,9 +121,7 @@ class _Images(Dataset[Any]):
         """The image from the cache if there is one, else from its file, uint8 [h, w, 3]."""
         return self.decode(index) if self.cache is None else self.cache[index]
 
-    def load(self, requests: Sequence[Any]) -> Any:
-        """A whole batch."""
-        raise NotImplementedError
+    load: Callable[[Sequence[Any]], Any]  # loads a whole batch; a method of each subclass
 
     def __getitems__(self, requests: Sequence[Any]) -> Any:
         # A worker would turn an exception into a traceback in a string, so the loader gets it as a value and raises it.
