@@ -52,6 +52,7 @@ def write_table(
     read: Callable[[str], bytes],
     num_val_ids: int = NUM_VAL_IDS,
     other_files: Mapping[str, bytes] | None = None,
+    counts: str = "",
 ) -> Path:
     """Write the data set of a table, whose rows give the order of images; see `write_folder`.
 
@@ -67,7 +68,7 @@ def write_table(
         num_images[person_id, camera] += 1
         parts[part].append(new_names[original])
     partitions = {PARTITIONS_NAME: build_partitions(**parts, num_val_ids=num_val_ids)}
-    return write_folder(save_dir, new_names, read, partitions, other_files)
+    return write_folder(save_dir, new_names, read, partitions, other_files, counts)
 
 
 def write_folder(
@@ -76,13 +77,14 @@ def write_folder(
     read: Callable[[str], bytes | Path],
     partitions: Mapping[str, Partitions],
     other_files: Mapping[str, bytes] | None = None,
+    counts: str = "",
 ) -> Path:
     """Write the images, the name map, `other_files` and then `partitions` into `save_dir`, and return it.
 
     new_names: original name -> name in images/. read: original name -> a JPEG file's content, or its path if it is to
-    be linked; called once for each image, in order. An interrupted call can be repeated: only missing and different
-    files are written. Raises InputError if `save_dir` holds another data set, is being written by another process or
-    cannot be written.
+    be linked; called once for each image, in order. counts: a line to print on stderr before the progress. An
+    interrupted call can be repeated: only missing and different files are written. Raises InputError if `save_dir`
+    holds another data set, is being written by another process or cannot be written.
     """
     images_dir = save_dir / IMAGES_NAME
     name_map = pickle.dumps(dict(new_names), protocol=2)
@@ -94,6 +96,8 @@ def write_folder(
                 (save_dir / PARTITIONS_NAME).unlink(missing_ok=True)
             for name, content in {**(other_files or {}), NAME_MAP: name_map}.items():
                 _write(save_dir / name, content)
+            if counts:
+                print(counts, file=sys.stderr, flush=True)
             for original in _show_progress(new_names):
                 _write(images_dir / new_names[original], read(original))
             for name, value in partitions.items():

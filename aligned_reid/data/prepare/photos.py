@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -59,13 +58,12 @@ def prepare_photos(
     if dry_run:
         log(counts)
         return save_dir
-    print(counts, file=sys.stderr, flush=True)
     files = {photo.original: photo.file for photo in photos}
     rows = [Row(photo.original, person_ids[photo.person], camera_ids[photo.camera], photo.part) for photo in photos]
     num_train_ids = len({row.person_id for row in rows if row.part == "trainval"})
     num_val_ids = math.ceil(num_train_ids * NUM_VAL_IDS / 751)  # Market-1501's share
     names = {"names.json": names_file(persons=person_ids, cameras=camera_ids if cameras == "known" else {})}
-    return write_table(save_dir, rows, lambda original: read_as_jpeg(files[original]), num_val_ids, names)
+    return write_table(save_dir, rows, lambda original: read_as_jpeg(files[original]), num_val_ids, names, counts)
 
 
 def names_file(**numbers: dict[str, int]) -> bytes:
