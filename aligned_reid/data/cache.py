@@ -1,8 +1,8 @@
-"""A cache of decoded images: one file, memory-mapped by all processes of a machine and reused by later runs.
+"""A cache of decoded images: one .npy file, memory-mapped by all processes of a machine and reused by later runs.
 
-`<name>.rgb` holds the pixels of all images one after the other, uint8. `<name>.json` holds the key (which images,
-decoded by which libraries) and each image's height and width; it is written last, so that an interrupted build leaves
-no cache that looks complete.
+`<name>.npy` holds the pixels of all images one after the other, uint8 [number of bytes]. `<name>.json` holds the key
+(which images, decoded by which libraries) and each image's height and width; it is written last, so that an interrupted
+build leaves no cache that looks complete.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -50,9 +50,9 @@ class ImageCache:
         """Views of the mapped file. Raises InputError if it is missing, damaged, or has another key."""
         try:
             index = json.loads(self.path.with_suffix(".json").read_bytes())
-            pixels = np.memmap(self.path, np.uint8, "r").view(np.ndarray)
+            pixels = np.load(self.path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
             ends = np.cumsum([3 * height * width for height, width in index["shapes"]])
-            if index["key"] != self.key or pixels.size != ends[-1]:
+            if index["key"] != self.key or pixels.dtype != np.uint8 or pixels.shape != (ends[-1],):
                 raise ValueError
             parts = np.split(pixels, ends[:-1])
             return [part.reshape(*shape, 3) for part, shape in zip(parts, index["shapes"], strict=True)]
@@ -82,7 +82,7 @@ def open_cache(
     key = _digest(json.dumps([size, simplejpeg.__version__, cv2.__version__, list(image_names), files]))
     kind = "original" if size is None else f"{size[0]}x{size[1]}"
     for folder in folders:
-        cache = ImageCache(folder / f"{kind}-{_digest('/'.join(image_names))[:12]}.rgb", key, size)
+        cache = ImageCache(folder / f"{kind}-{_digest('/'.join(image_names))[:12]}.npy", key, size)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with hold(cache.path, "--cache", wait=True):
@@ -108,14 +108,22 @@ def _build_unless_valid(cache: ImageCache, paths: Sequence[str], say: Callable[[
     start, index_path = time.monotonic(), cache.path.with_suffix(".json")
     shapes = []
     with replacing(cache.path) as file, ThreadPoolExecutor() as pool:  # decoding and resizing release Python's lock
+        _write_header(file, 0)
         for first in range(0, len(paths), IMAGES_AT_A_TIME):
             for image in pool.map(read, paths[first : first + IMAGES_AT_A_TIME]):
                 file.write(image.tobytes())
                 shapes.append(image.shape[:2])
+        file.seek(0)
+        _write_header(file, sum(3 * height * width for height, width in shapes))
         index_path.unlink(missing_ok=True)
     write_file(index_path, json.dumps({"key": cache.key, "shapes": shapes}).encode())
     megabytes, seconds = cache.path.stat().st_size / 1e6, time.monotonic() - start
     say(f"image cache {cache.path}: {len(paths):,} images, {megabytes:,.0f} MB, in {seconds:.1f}s")
+
+
+def _write_header(file: BinaryIO, num_bytes: int) -> None:
+    """The start of a .npy file; numpy leaves room for any number, so that it can be written again."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (num_bytes,)})
 
 
 def _digest(text: str) -> str:

@@ -91,7 +91,7 @@ def test_a_cache_beside_read_only_data_is_in_the_run_folder(train, own_data, tmp
     (own_data / "cache").touch()  # a folder cannot be made there
     done = train(f"--data_path={own_data}", "--cache=true")
     assert f"no image cache in {own_data / 'cache'}: " in done.out
-    assert list((tmp_path / "run" / "cache").glob("64x32-*.rgb"))
+    assert list((tmp_path / "run" / "cache").glob("64x32-*.npy"))
 
 
 @pytest.mark.parametrize(

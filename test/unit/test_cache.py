@@ -39,7 +39,7 @@ def open_train(data: ReidData, lines: list[str] | None = None, crop_prob: float 
 
 
 def cache_file(data: ReidData) -> Path:
-    (file,) = (data.root / "cache").glob("*.rgb")
+    (file,) = (data.root / "cache").glob("*.npy")
     return file
 
 
@@ -64,7 +64,7 @@ def test_it_is_built_once_for_each_size_and_list_of_images_and_logged(data):
     open_train(data, crop_prob=0.5)
     for images in (TrainImages(data, "train", SIZE), TrainImages(data, "trainval", (40, 24))):
         images.open_cache([data.root / "cache"], print)
-    names = sorted(path.name.split("-")[0] for path in (data.root / "cache").glob("*.rgb"))
+    names = sorted(path.name.split("-")[0] for path in (data.root / "cache").glob("*.npy"))
     assert names == ["40x24", "64x32", "64x32", "original"]
 
 
@@ -87,12 +87,14 @@ def test_a_stale_one_is_rebuilt(data, monkeypatch, change):
 DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "cut off": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "cut in the header": lambda path: os.truncate(path, 100),
+    "another array": lambda path: np.save(path.open("wb"), np.zeros(5, dtype=np.uint8)),
     "another file": lambda path: path.write_bytes(b"\xff" * 10_000),
     "a list": lambda path: path.write_bytes(b"[]"),
 }
 
 
-@pytest.mark.parametrize("suffix", [".rgb", ".json"])
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_one_is_rebuilt(data, damage, suffix):
     before = open_train(data).read(5).copy()
@@ -131,7 +133,7 @@ def test_files_of_a_killed_process_are_removed(data):
     path.with_suffix(".json").unlink()  # it was killed before the last step
     path.with_name(f".{path.name}.tmp").write_bytes(b"half")
     open_train(data)
-    assert sorted(file.suffix for file in path.parent.iterdir()) == [".json", ".rgb"]
+    assert sorted(file.suffix for file in path.parent.iterdir()) == [".json", ".npy"]
 
 
 def test_the_next_folder_is_used_if_one_is_not_writable(data, tmp_path):
