@@ -6,6 +6,7 @@ The base class is pickle's Python unpickler: the C one allocates its memo by the
 import io
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,13 @@ import numpy as np
 from aligned_reid.errors import InputError
 
 MAX_BYTES = 2**28  # enough for the partitions of three million images
-_Unpickler: Any = pickle._Unpickler
 
 
 def load_plain(path: str | Path) -> Any:
     """The value in a pickle of any protocol: containers, numbers, strings, and numpy arrays and scalars as these.
 
-    Arrays become lists without a shape, Python 2's strings str. Raises InputError if the file cannot be read, is too
-    large, cut off or not a pickle, or names anything else.
+    Tuples and numpy arrays become lists, arrays without their shape; Python 2's strings become str. Raises InputError
+    if the file cannot be read, is too large, cut off or not a pickle, or names anything else.
     """
     try:
         with open(path, "rb") as file:
@@ -38,28 +38,11 @@ def load_plain(path: str | Path) -> Any:
         raise InputError(f"{path} is cut off, or not a pickle of plain data; prepare the data again") from error
 
 
-class _PlainUnpickler(_Unpickler):
-    # A bytearray would be allocated at the length that the file declares.
-    dispatch = {**_Unpickler.dispatch, pickle.BYTEARRAY8[0]: _Unpickler.load_binbytes8}  # noqa: RUF012
+class _Array(list[Any]):
+    """A numpy array as a flat list, which is empty until the pickle sets its state."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a name of plain data, made anew each time, as a pickle can set attributes of it."""
-        stand_ins = {
-            "numpy.ndarray": _Array,  # only as an argument of _reconstruct
-            "numpy.dtype": _ElementType,
-            "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
-            "numpy.core.multiarray.scalar": lambda element_type, data: _elements(element_type, data)[0],
-            "numpy.core.numeric._frombuffer": lambda data, element_type, *_: _elements(element_type, data),
-            "_codecs.encode": lambda text, _: text.encode("latin1"),  # Python 3's bytes in protocol 2
-            "builtins.set": set,
-            "builtins.frozenset": frozenset,
-            "collections.OrderedDict": dict,
-        }
-        module = {"__builtin__": "builtins"}.get(module, module.replace("numpy._core.", "numpy.core."))
-        if f"{module}.{name}" not in stand_ins:
-            name = ascii(f"{module}.{name}")[1:-1][:80]  # from the file: no line breaks, no terminal codes
-            raise InputError(f"{name}, which is not plain data: nothing in it was run; use a file that you trust")
-        return stand_ins[f"{module}.{name}"]
+    def set_state(self, _version: Any, _shape: Any, element_type: Any, _is_fortran: Any, data: Any) -> None:
+        self[:] = _elements(element_type, data)
 
 
 class _ElementType:
@@ -68,16 +51,8 @@ class _ElementType:
     def __init__(self, code: str, *_: Any) -> None:
         self.code, self.order = code, "<"
 
-    def __setstate__(self, state: Any) -> None:
-        self.order = ">" if state[1] == ">" else "<"
-
-
-class _Array(list[Any]):
-    """A numpy array as a flat list, which is empty until the pickle sets its state."""
-
-    def __setstate__(self, state: Any) -> None:
-        _version, _shape, element_type, _is_fortran, data = state
-        self[:] = _elements(element_type, data)
+    def set_state(self, _version: Any, order: Any, *_: Any) -> None:
+        self.order = ">" if order == ">" else "<"
 
 
 def _elements(element_type: _ElementType, data: Any) -> list[Any]:
@@ -88,3 +63,54 @@ def _elements(element_type: _ElementType, data: Any) -> list[Any]:
         raise ValueError("not a type of plain elements")
     content = data.encode("latin1") if isinstance(data, str) else data
     return np.frombuffer(content, element_type.order + element_type.code).tolist()
+
+
+# Stand-ins for the names in pickles of plain data, called with the arguments in the file.
+_STAND_INS: dict[str, Callable[..., Any]] = {
+    "numpy.ndarray": _Array,  # only as an argument of _reconstruct
+    "numpy.dtype": _ElementType,
+    "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
+    "numpy.core.multiarray.scalar": lambda element_type, data: _elements(element_type, data)[0],
+    "numpy.core.numeric._frombuffer": lambda data, element_type, *_: _elements(element_type, data),
+    "_codecs.encode": lambda text, _: text.encode("latin1"),  # Python 3's bytes in protocol 2
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
+    "collections.OrderedDict": dict,
+}
+_Unpickler: Any = pickle._Unpickler
+
+
+def _load_list(length: int) -> Callable[[Any], None]:
+    """The method of an opcode that replaces the last values on the stack with a list of them."""
+
+    def load(unpickler: Any) -> None:
+        unpickler.stack[-length:] = [unpickler.stack[-length:]]
+
+    return load
+
+
+def _load_build(unpickler: Any) -> None:
+    """Set the state of an array or an element type; nothing else has the method."""
+    state = unpickler.stack.pop()
+    unpickler.stack[-1].set_state(*state)
+
+
+class _PlainUnpickler(_Unpickler):
+    dispatch = {  # noqa: RUF012  # opcode -> method
+        **_Unpickler.dispatch,
+        # Lists in place of tuples, as a key of nested tuples can take forever to hash.
+        pickle.EMPTY_TUPLE[0]: _Unpickler.load_empty_list,
+        pickle.TUPLE[0]: _Unpickler.load_list,
+        pickle.TUPLE1[0]: _load_list(1),
+        pickle.TUPLE2[0]: _load_list(2),
+        pickle.TUPLE3[0]: _load_list(3),
+        pickle.BUILD[0]: _load_build,
+        pickle.BYTEARRAY8[0]: _Unpickler.load_binbytes8,  # a bytearray would be allocated at the length declared
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = {"__builtin__": "builtins"}.get(module, module.replace("numpy._core.", "numpy.core."))
+        if f"{module}.{name}" not in _STAND_INS:
+            name = ascii(f"{module}.{name}")[1:-1][:80]  # from the file: no line breaks, no terminal codes
+            raise InputError(f"{name}, which is not plain data: nothing in it was run; use a file that you trust")
+        return _STAND_INS[f"{module}.{name}"]

@@ -122,7 +122,7 @@ def test_every_protocol_and_container_can_be_read(tmp_path, protocol):
     path = tmp_path / "partitions.pkl"
     path.write_bytes(pickle.dumps(value, protocol=protocol))
     assert read_partitions(path) == expected
-    extra = [b"bytes", {1, 2}, frozenset("ab"), 1.5, None, True, 0.5, b"x", 2**70, ()]
+    extra = [b"bytes", {1, 2}, frozenset("ab"), 1.5, None, True, 0.5, b"x", 2**70, []]
     assert load_plain(path)["extra"] == extra
 
 
@@ -207,10 +207,15 @@ TYPE = b"cnumpy\ndtype\nU\x02i8K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\
         b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"x.",
         b"\x80\x04\x8d" + struct.pack("<Q", 1 << 50) + b"x.",
         b"\x80\x02T\xff\xff\xff\x7fx.",
+        b"\x80\x02}" + b")" + b"2\x86" * 200 + b"K\x01s.",  # a key whose hash would take 2^200 steps
+        b"\x80\x04\x8f(" + b")" + b"2\x86" * 200 + b"\x90.",
+        b"\x80\x04(" + b")" + b"2\x86" * 200 + b"\x91.",
+        b"(" + b")" + b"2\x86" * 200 + b"K\x01d.",
+        b"c__builtin__\nset\n(]" + b")" + b"2\x86" * 200 + b"atR.",
         b"\x80\x02]" + b"2\x85" * 100_000 + b".",  # deeper than any recursion
     ],
 )
-def test_files_that_would_take_all_memory_are_refused(tmp_path, content):
+def test_files_that_would_take_forever_or_all_memory_are_refused(tmp_path, content):
     unreadable(tmp_path, content)
 
 
