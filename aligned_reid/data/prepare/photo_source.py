@@ -269,7 +269,9 @@ def _read_rows(source: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
         separator = max(",;\t", key=text.lstrip().partition("\n")[0].count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        rows = [(reader.line_num, row) for row in reader if "".join(row).strip() and not row[0].startswith("sep=")]
+        rows = [(reader.line_num, row) for row in reader if "".join(row).strip()]
+        if rows and rows[0][1][0].lower().startswith("sep="):
+            rows = rows[1:]
         header = [name.strip().lower() for name in rows[0][1]] if rows else []
         return header, rows[1:]
     except OSError as error:
