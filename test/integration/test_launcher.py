@@ -212,6 +212,18 @@ def test_ranks_get_the_signal_and_time_to_finish(launcher, tmp_path, name, ranks
     assert not any(map(is_alive, ranks))
 
 
+def test_a_signal_before_the_training_is_named(launcher, tmp_path):
+    process, _ = launcher(
+        f"sys.path.insert(0, {str(ROOT)!r})\nfrom aligned_reid.cli import run_command\n"
+        "def main():\n    print('ready', flush=True)\n    while True: time.sleep(0.05)\nrun_command(main)"
+    )
+    wait_for(lambda: read_log(tmp_path, 0) == read_log(tmp_path, 1) == "ready\n")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM" in err and "KeyboardInterrupt" not in err
+
+
 def test_a_closed_terminal_does_not_end_a_run_under_nohup(launcher, tmp_path):
     process, _ = launcher(until("hung up") + "print('done')", "nohup")
     process.send_signal(signal.SIGHUP)
