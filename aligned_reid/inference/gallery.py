@@ -125,7 +125,9 @@ class Gallery:
         """
         threshold = self.reid.threshold if threshold is None else threshold
         if threshold is None:
-            raise InputError("the weights have no threshold: evaluate them, or give one")
+            raise InputError(
+                "the weights have no threshold: test them on 1,000 pairs of strangers or more, or give a threshold"
+            )
         members: dict[int, list[Path]] = {}
         for name, label in zip(self.names, group_features(self.feat, threshold).tolist(), strict=True):
             members.setdefault(label, []).append(self.folder / name)

@@ -217,4 +217,4 @@ def test_groups_come_in_order_of_their_size_and_need_a_threshold(reid, photos, m
     assert len(gallery.group(threshold=10)) == 1 and len(gallery.group(threshold=1e-9)) == 12
 
     monkeypatch.setattr(reid, "verification", {})
-    assert "threshold" in refusal(gallery.group)
+    assert "1,000 pairs" in refusal(gallery.group)
