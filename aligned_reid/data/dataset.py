@@ -92,7 +92,7 @@ def _explain_unprepared(root: Path, partitions_path: Path) -> str:
     if not (root / "images").is_dir():
         return f"--data_path {root} has no images/; give a prepared data set with images/ and partitions.pkl"
     if partitions_path.parent != root:
-        return f"--partition_file {partitions_path} does not exist"
+        return f"--partition_file {partitions_path} is not a file"
     return f"--data_path {root} has no {partitions_path.name}; if its preparation was interrupted, run it again"
 
 

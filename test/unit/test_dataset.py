@@ -59,7 +59,8 @@ def test_opening_reads_the_partitions_and_another_file_replaces_them(data, tmp_p
     other = build_partitions(data.partitions.trainval_im_names[:8], [], [], num_val_ids=0)
     write_partitions(tmp_path / "other.pkl", other)
     assert open_data(data.root, tmp_path / "other.pkl").partitions == other
-    assert "does not exist" in refusal(open_data, data.root, tmp_path / "none.pkl")
+    for wrong in (tmp_path / "none.pkl", tmp_path):
+        assert "not a file" in refusal(open_data, data.root, wrong)
     (data.root / "Market-1501-v15.09.15" / "bounding_box_train").mkdir(parents=True)  # raw data beside it
     assert open_data(data.root).partitions == data.partitions
     (data.root / "partitions.pkl").unlink()
@@ -69,7 +70,7 @@ def test_opening_reads_the_partitions_and_another_file_replaces_them(data, tmp_p
 def test_unprepared_paths_are_refused(data, tmp_path):
     for name in ("none", "n" * 300):
         assert f"{tmp_path / name} does not exist" in refusal(open_data, tmp_path / name)
-    assert "does not exist" in refusal(open_data, data.root, tmp_path / ("n" * 300))
+    assert "not a file" in refusal(open_data, data.root, tmp_path / ("n" * 300))
     assert "does not exist" in refusal(open_data, "~nobody_of_this_name/set")
     for path in (data.root / "partitions.pkl", tmp_path):
         assert "has no images/" in refusal(open_data, path)
