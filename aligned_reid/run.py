@@ -111,7 +111,7 @@ def run_folder(config: Config, world: World) -> Iterator[Log]:
         earlier = [folder / RESULTS_NAME, folder / CONFIG_NAME]
         if not config.only_test:
             names = (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME, SAFETENSORS_NAME, "model.md", "log.txt", "tensorboard")
-            earlier += [folder / name for name in names]
+            earlier += [folder / "profile", *(folder / name for name in names)]
             earlier += [*sorted(folder.glob("model_?.safetensors")), *sorted(folder.glob("model_?.md"))]
         renamed = [path.name for path in map(set_aside, earlier) if path]
         write_json(folder / CONFIG_NAME, config.to_dict())  # of a resumed run: once it is known to fit
@@ -301,7 +301,8 @@ def run_extraction(
     world = read_world()
     log = log or Log(None, is_main=world.is_main)
     check_device_name(config.device)
-    check_save_file(save_file, "--save_file", ".h5", ".hdf5")
+    if world.is_main:
+        check_save_file(save_file, "--save_file", ".h5", ".hdf5")
     if folder:
         images: TestImages = FolderImages(folder, config.resize_h_w, log)
     else:

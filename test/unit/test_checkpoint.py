@@ -14,7 +14,7 @@ from aligned_reid.device import Accelerator
 from aligned_reid.distributed import World
 from aligned_reid.model import AlignedReID
 from aligned_reid.preflight import check_input
-from aligned_reid.run import resume_after_restart, run
+from aligned_reid.run import resume_after_restart, run, run_extraction, run_folder
 from aligned_reid.training.checkpoint import (
     WRITING_SHARE,
     Checkpoints,
@@ -151,6 +151,12 @@ def test_set_aside_never_overwrites(tmp_path):
     assert kept == {"ckpt.old1.pth": "first", "ckpt.old2.pth": "second", "ckpt.old3.pth": "third"}
 
 
+def test_a_new_run_keeps_the_profile_of_an_earlier_one(tmp_path):
+    (tmp_path / "profile").mkdir()
+    with run_folder(Config(exp_dir=str(tmp_path), log_to_file=False), World()):
+        assert {path.name for path in tmp_path.iterdir()} == {"config.json", "profile.old1"}
+
+
 def test_states_of_another_device_are_skipped_or_adapted_and_those_of_other_parameters_refused():
     accelerator = Accelerator(Config(amp="O0"))
     states = random_states(accelerator)
@@ -219,6 +225,14 @@ def test_only_rank_0_needs_the_run_folder(tiny_data, tmp_path):
     nowhere = tiny_config(tiny_data, "/dev/null/run")
     assert "--exp_dir" in refusal(check_input, nowhere, World())
     check_input(nowhere, World(1, 2))
+
+
+def test_only_rank_0_needs_the_folder_of_an_extraction(tmp_path, monkeypatch):
+    config = Config(only_test=True)
+    assert "--save_file" in refusal(run_extraction, config, tmp_path / "nowhere" / "f.h5")
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert "--data_path" in refusal(run_extraction, config, tmp_path / "nowhere" / "f.h5")  # which is checked next
 
 
 def test_a_run_resumes_from_the_previous_checkpoint_and_adds_to_its_seconds(tiny_data, tmp_path):
