@@ -84,15 +84,17 @@ def read_start_weights(config: Config, train: TrainImages | None) -> Any:
     if config.resume and train is not None:
         last = read_last_good(find_run(config, "--resume true", "leave out --resume true to start anew").parent)
         check_identities(last.content, last.path, train)
-        return check_trunk(last.content, str(last.path))
-    if config.model_weight_file:
-        return check_trunk(read_weight_file(config.model_weight_file), config.model_weight_file)
-    if config.only_test:
-        path = str(find_run(config, "--only_test true", "give --model_weight_file"))
-        return check_trunk(read_weight_file(path), path)
-    if config.pretrained != "none":
-        AlignedReID(None, pretrained=config.pretrained)  # which refuses a file without a trunk
-    return None
+        content, path = last.content, str(last.path)
+    elif config.model_weight_file or config.only_test:
+        path = config.model_weight_file
+        path = path or str(find_run(config, "--only_test true", "give --model_weight_file"))
+        content = read_weight_file(path)
+    else:
+        if config.pretrained != "none":
+            AlignedReID(None, pretrained=config.pretrained)  # which refuses a file without a trunk
+        return None
+    load_trunk(make_trunk(), find_state_dict(content, path), path)  # which refuses another network
+    return content
 
 
 def find_run(config: Config, flag: str, advice: str) -> Path:
@@ -101,12 +103,6 @@ def find_run(config: Config, flag: str, advice: str) -> Path:
     if path.is_file() or path.with_name(PREVIOUS_NAME).is_file():
         return path
     raise InputError(f"{flag} needs {path}, which does not exist: give the --exp_dir of its run, or {advice}")
-
-
-def check_trunk(content: Any, path: str) -> Any:
-    """The content of a weight file. Raises InputError if it does not hold a whole ResNet-50."""
-    load_trunk(make_trunk(), find_state_dict(content, path), path)
-    return content
 
 
 def check_run_dir(folder: Path) -> None:
