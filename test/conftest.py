@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -25,6 +26,14 @@ from aligned_reid.weights import write_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "test" / "golden"
+# Variables of launchers, of Ascend's platform, and of terminals and languages, which must not reach the tests.
+VARIABLES = re.compile(
+    "ASCEND|RANK|WORLD_SIZE|PET_|NNODES|MASTER_|TORCHELASTIC|HCCL|etp_running_flag|TASK_QUEUE|COMBINED|CPU_AFF|"
+    "PYTHON$|TORCH_DEVICE|LC_|LANG|COLUMNS|_COLOR"
+)
+for variable in filter(VARIABLES.search, list(os.environ)):
+    del os.environ[variable]
+os.environ["COLUMNS"] = "100"
 PROGRAM_PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'test'}"}  # for tests' programs, which import this file
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job and its children ignore it
 PATIENCE = 600  # seconds for a process that imports torch, on a machine that is busy with much else
@@ -148,8 +157,10 @@ def finish(monkeypatch, capfd):
     def run(function, *argv):
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         capfd.readouterr()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
         with pytest.raises(SystemExit) as exit_:
             function()
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # launch.py blocks what nohup ignores
         return Finished(exit_.value.code, *capfd.readouterr())
 
     return run

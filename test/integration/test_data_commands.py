@@ -1,6 +1,7 @@
 """Data sets as a user prepares them and trains on them: script/prepare_*.py."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -22,13 +23,13 @@ def photos(tiny_data, tmp_path):
 
 def test_own_photos_are_prepared_and_trained_on(command, train, photos, tmp_path):
     refused = train(f"--data_path={photos}", status=2)
-    assert_refused(refused, f"prepare_photos.py --source {photos} --save_dir ")
+    assert_refused(refused, f"prepare_photos.py --source {shlex.quote(str(photos))} --save_dir ")
     prepared = tmp_path / "photos_prepared"
     done = command("prepare_photos.py", "--source", photos, "--save_dir", prepared, "--test_share=0.25", "--seed=4")
     assert done.status == 0, done.err
     lines = done.out.splitlines()
     assert lines[0].split() == ["trainval", "78", "images,", "13", "identities"]  # 17 with the distractors' "person"
-    assert lines[-1] == f"next: python script/train.py --data_path={prepared}"
+    assert lines[-1] == f"next: python script/train.py --data_path={shlex.quote(str(prepared))}"
     partitions = read_partitions(prepared / "partitions.pkl")
     assert len({name[:8] for name in partitions.test_im_names}) == 4
     train(f"--data_path={prepared}")

@@ -5,11 +5,8 @@ import re
 import shutil
 import subprocess
 
-from conftest import PATIENCE, ROOT, Finished
+from conftest import PATIENCE, ROOT, VARIABLES, Finished
 
-VARIABLES = re.compile(
-    "ASCEND|RANK|PET_|NNODES|NODE_RANK|MASTER_|HCCL|etp_running_flag|TASK_QUEUE|COMBINED|CPU_AFF|PYTHON$|TORCH_DEVICE"
-)
 # Records its arguments and environment, logs as the launcher would, and does what check.sh and run.sh say.
 STAND_IN = r"""#!/usr/bin/env bash
 case " $* " in *" --check=only "*) call=check ;; *) call=run ;; esac

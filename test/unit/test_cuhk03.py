@@ -1,6 +1,7 @@
 """Preparing CUHK03's new protocol, on made-up files of its formats. The real data set was never available."""
 
 import pickle
+import shlex
 import shutil
 from pathlib import Path
 
@@ -166,6 +167,6 @@ def test_the_command_prints_counts_and_the_next_command(command, raw, tmp_path):
     done = command("prepare_cuhk03.py", *flags, "--kind=labeled")
     assert done.status == 0, done.err
     assert [line.split()[:2] for line in done.out.splitlines()[3:5]] == [["query", "2"], ["gallery", "3"]]
-    assert f"--dataset=cuhk03_labeled --data_path={tmp_path / 'new'}" in done.out
+    assert f"--dataset=cuhk03_labeled --data_path={shlex.quote(str(tmp_path / 'new'))}" in done.out
     for wrong in ((), ("--kind=both",)):
         assert_refused(command("prepare_cuhk03.py", *flags, *wrong), "--kind")

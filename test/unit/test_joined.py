@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 
 import pytest
@@ -102,7 +103,7 @@ def test_the_join_is_trained_on_and_each_set_tested(command, tiny_data, other_da
     done = command("prepare_joined.py", "--sources", tiny_data, other_data, "--save_dir", joined)
     assert done.status == 0, done.err
     assert done.out.splitlines()[0].split() == ["trainval", "108", "images,", "18", "identities"]
-    assert f"--data_path={joined}" in done.out and f"--data_path={other_data}" in done.out
+    assert all(f"--data_path={shlex.quote(str(data))}" in done.out for data in (joined, other_data))
 
     def scores(*flags, folder=tmp_path / "test"):
         done = command("train.py", *TINY, f"--exp_dir={folder}", *flags)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shlex
 import struct
 import subprocess
 import sys
@@ -224,7 +225,7 @@ def test_the_script_prints_counts_and_the_next_command(command, raw, tmp_path):
     assert "2 .db" in skipped and "1 hidden" in skipped
     assert lines[0].split() == ["trainval", "4", "images,", "2", "identities"]
     assert [line.split()[:2] for line in lines[3:6]] == [["query", "2"], ["gallery", "3"], ["multi-query", "3"]]
-    assert lines[-1] == f"next: python script/train.py --data_path={save_dir}"
+    assert lines[-1] == f"next: python script/train.py --data_path={shlex.quote(str(save_dir))}"
     none = tmp_path / "none"
     for flags in (("--source", none, "--save_dir", tmp_path / "x"), ("--source", none), ("--sauce", none)):
         assert_refused(command(SCRIPT, *flags))

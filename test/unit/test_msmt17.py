@@ -1,6 +1,7 @@
 """Preparing MSMT17, on made-up folders of versions 1 and 2. The real data set was never available."""
 
 import pickle
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -114,5 +115,5 @@ def test_the_data_set_is_recognized_and_the_command_prints_the_next_one(command,
     done = command("prepare_msmt17.py", "--source", raw, "--save_dir", tmp_path / "msmt17")
     assert done.status == 0, done.err
     assert done.out.splitlines()[0].split()[:2] == ["trainval", "4"]
-    assert f"--dataset=msmt17 --data_path={tmp_path / 'msmt17'}" in done.out
+    assert f"--dataset=msmt17 --data_path={shlex.quote(str(tmp_path / 'msmt17'))}" in done.out
     assert_refused(command("prepare_msmt17.py", "--source", raw / "train", "--save_dir", tmp_path / "x"))

@@ -138,12 +138,12 @@ def test_the_first_signal_stops_the_run_after_its_step(tiny_data, tmp_path, sign
     former = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     handlers = [signal.getsignal(number) for number in signals]
     try:
-        with pytest.raises(RunStopped, match=rf"{signals[0].name} at step 1 of epoch 2.*{tmp_path}/ckpt\.pth") as error:
+        with pytest.raises(RunStopped, match=f"{signals[0].name} at step 1 of epoch 2") as error:
             trainer.train()
         assert [signal.getsignal(number) for number in signals] == handlers
     finally:
         signal.signal(signal.SIGHUP, former)
-    assert error.value.status == 128 + signals[0]
+    assert error.value.status == 128 + signals[0] and str(tmp_path / "ckpt.pth") in str(error.value)
     saved = read_weight_file(tmp_path)
     assert (saved["epoch"], saved["step"]) == (1, 1)
     assert same(saved["model"], weights_of(trainer))
