@@ -31,13 +31,16 @@ VARIABLES = re.compile(
     "ASCEND|RANK|WORLD_SIZE|PET_|NNODES|MASTER_|TORCHELASTIC|HCCL|etp_running_flag|TASK_QUEUE|COMBINED|CPU_AFF|"
     "PYTHON$|TORCH_DEVICE|LC_|LANG|COLUMNS|_COLOR"
 )
-for variable in filter(VARIABLES.search, list(os.environ)):
-    del os.environ[variable]
-os.environ["COLUMNS"] = "100"
 PROGRAM_PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'test'}"}  # for tests' programs, which import this file
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job and its children ignore it
 PATIENCE = 600  # seconds for a process that imports torch, on a machine that is busy with much else
 TINY = ("--pretrained=none", "--resize_h_w=64,32", "--ids_per_batch=4", "--ims_per_id=2", "--workers=0", "--device=cpu")
+
+
+def pytest_configure():  # not for tests' programs, whose launcher sets some of them
+    for variable in filter(VARIABLES.search, list(os.environ)):
+        del os.environ[variable]
+    os.environ["COLUMNS"] = "100"
 
 
 @pytest.fixture(scope="session")
