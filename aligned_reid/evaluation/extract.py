@@ -27,7 +27,7 @@ class FeatureSet(NamedTuple):
     """Features of N images, float32, on the device that computes their distances."""
 
     global_feat: Tensor  # [N, 2048]
-    local_feat: Tensor | None  # [N, H, local_channels]
+    local_feat: Tensor | None = None  # [N, H, local_channels]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> FeatureSet:
         """`function` of each tensor."""

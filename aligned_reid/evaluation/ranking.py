@@ -76,8 +76,16 @@ def rank(
     dist = to_numpy(dist)
     if dist.ndim != 2 or 0 in dist.shape:
         raise InputError(f"rank: needs dist [queries, gallery] with at least one of each, got {list(dist.shape)}")
-    labels = (query_ids, gallery_ids, query_cams, gallery_cams)
-    ranker = BlockRanker(dist.shape, *labels, topk, separate_camera_set, single_gallery_shot, first_match_break, seed)
+    if topk < 1:
+        raise InputError(f"rank: topk must be at least 1, got {topk}")
+    names = ("query_ids", "gallery_ids", "query_cams", "gallery_cams")
+    labels = [to_numpy(values) for values in (query_ids, gallery_ids, query_cams, gallery_cams)]
+    for name, array, expected in zip(names, labels, 2 * dist.shape, strict=True):
+        if array.shape != (expected,):
+            raise InputError(
+                f"rank: dist is {list(dist.shape)}, so {name} must be [{expected}], got {list(array.shape)}"
+            )
+    ranker = BlockRanker(labels, topk, separate_camera_set, single_gallery_shot, first_match_break, seed)
     return ranker.finish([ranker.rank_rows(dist, 0)])
 
 
@@ -86,39 +94,22 @@ class BlockRanker:
 
     def __init__(
         self,
-        shape: tuple[int, ...],
-        query_ids: Any,
-        gallery_ids: Any,
-        query_cams: Any,
-        gallery_cams: Any,
+        labels: Sequence[NDArray[Any]],
         topk: int = 10,
         separate_camera_set: bool = False,
         single_gallery_shot: bool = False,
         first_match_break: bool = True,
         seed: int = 0,
     ) -> None:
-        """shape: (Q, G); the rest as in `rank`, with its errors."""
-        if topk < 1:
-            raise InputError(f"rank: topk must be at least 1, got {topk}")
+        """labels: query_ids, gallery_ids, query_cams, gallery_cams; the rest as in `rank`."""
         self.topk, self.separate_camera_set, self.single_gallery_shot = topk, separate_camera_set, single_gallery_shot
         self.first_match_break, self.seed = first_match_break, seed
-        labels = {"query_ids": query_ids, "gallery_ids": gallery_ids}
-        labels |= {"query_cams": query_cams, "gallery_cams": gallery_cams}
-        arrays = {name: to_numpy(values) for name, values in labels.items()}
-        num_query, num_gallery = shape
-        for name, array in arrays.items():
-            expected = num_query if name.startswith("query") else num_gallery
-            if array.shape != (expected,):
-                raise InputError(
-                    f"rank: dist is {list(shape)}, so {name} must be [{expected}], got {list(array.shape)}"
-                )
         # Persons and cameras as codes from 0.
         ids, cams = (
-            np.unique(np.concatenate([arrays[f"query_{what}"], arrays[f"gallery_{what}"]]), return_inverse=True)[1]
-            for what in ("ids", "cams")
+            np.unique(np.concatenate(pair), return_inverse=True)[1].reshape(-1) for pair in (labels[:2], labels[2:])
         )
-        self.query_ids, self.gallery_ids = np.split(ids.reshape(-1), [num_query])
-        self.query_cams, self.gallery_cams = np.split(cams.reshape(-1), [num_query])
+        self.query_ids, self.gallery_ids = np.split(ids, [len(labels[0])])
+        self.query_cams, self.gallery_cams = np.split(cams, [len(labels[0])])
         self.by_person = np.argsort(self.gallery_ids, kind="stable")  # gallery indices by person, then by index
         self.starts = np.searchsorted(self.gallery_ids[self.by_person], np.arange(ids.max() + 2))  # of each person's
 

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from aligned_reid.data.partitions import GALLERY, QUERY
 from aligned_reid.data.prepare.market1501 import JUNK_ID
 from aligned_reid.device import available_memory
 from aligned_reid.errors import InputError
-from aligned_reid.evaluation.distances import Piece
 from aligned_reid.evaluation.extract import FeatureSet
 from aligned_reid.evaluation.features import FeatureTable, check_partner, read_features
 from aligned_reid.evaluation.kernels import to_tensor
@@ -117,15 +115,13 @@ def ignore_junk(tables: Sequence[FeatureTable], log: Callable[[str], None]) -> l
 
 def join(tables: Sequence[FeatureTable], local: bool) -> tuple[FeatureSet, LabelArrays]:
     """All features in memory, and their labels: the first table's rows and the others' gallery images."""
-    rows = [np.arange(len(tables[0])), *(np.flatnonzero(table.marks == GALLERY) for table in tables[1:])]
-    pairs = list(zip(tables, rows, strict=True))
+    rows = [slice(None), *(np.flatnonzero(table.marks == GALLERY) for table in tables[1:])]
 
-    def joined(name: str) -> torch.Tensor:
-        pieces = [Piece(to_tensor(getattr(table, name)), index) for table, index in pairs]
-        return torch.cat([piece.get(slice(0, piece.num_images)).float() for piece in pieces])
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(table, name)[index] for table, index in zip(tables, rows, strict=True)])
 
-    labels = (np.concatenate([getattr(table, name)[index] for table, index in pairs]) for name in LabelArrays._fields)
-    return FeatureSet(joined("global_feat"), joined("local_feat") if local else None), LabelArrays(*labels)
+    feats = (to_tensor(joined(name)).float() for name in ("global_feat", "local_feat")[: 1 + local])
+    return FeatureSet(*feats), LabelArrays(*map(joined, LabelArrays._fields))
 
 
 def check_queries_fit(table: FeatureTable, query_bytes: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -37,11 +38,11 @@ Indices = NDArray[np.int64]
 
 
 class LargeSet(NamedTuple):
-    """Queries in memory, and a gallery that may lie in several mapped files."""
+    """Queries in memory, and a gallery that may lie in several mapped files. The first four fields are as in `rank`."""
 
     query_ids: Indices
-    query_cams: Indices
     gallery_ids: Indices
+    query_cams: Indices
     gallery_cams: Indices
     global_pieces: list[Piece]  # the queries, then the gallery images of each file
     local_pieces: list[Piece]  # the same; empty if local distances are not evaluated
@@ -51,21 +52,21 @@ class LargeSet(NamedTuple):
     def of(cls, tables: Sequence[FeatureTable], *, normalize_feature: bool, local: bool) -> LargeSet:
         """Queries of the first table, gallery images of all."""
         query = np.flatnonzero(tables[0].marks == QUERY)
-        galleries = [(table, np.flatnonzero(table.marks == GALLERY)) for table in tables]
-        used = [(tables[0], query), *((table, rows) for table, rows in galleries if len(rows))]
+        galleries = [(table, rows) for table in tables if len(rows := np.flatnonzero(table.marks == GALLERY))]
+        used = [(tables[0], query), *galleries]
 
         def pieces(name: str) -> list[Piece]:
             parts = [Piece(to_tensor(getattr(table, name)), rows, normalize_feature) for table, rows in used]
             return [Piece(parts[0].get(slice(0, len(query)))), *parts[1:]]
 
         def labels(name: str) -> Indices:
-            return np.concatenate([getattr(table, name)[rows] for table, rows in used[1:]])
+            return np.concatenate([getattr(table, name)[rows] for table, rows in galleries])
 
         files = [(os.path.realpath(table.source), os.stat(table.source).st_mtime_ns, len(rows)) for table, rows in used]
         return cls(
             tables[0].person_ids[query],
-            tables[0].cameras[query],
             labels("person_ids"),
+            tables[0].cameras[query],
             labels("cameras"),
             pieces("global_feat"),
             pieces("local_feat") if local else [],
@@ -79,17 +80,17 @@ def rank_streamed(data: LargeSet) -> tuple[dict[str, Ranking], dict[str, Counts]
     The second dict has the distances of VERIFIED names, counted for verification. Both equal those of whole matrices.
     Only the distances of one block of queries are in memory.
     """
-    names = ("local", "global_local", "global") if data.local_pieces else ("global",)
 
-    def distances(first: int, last: int) -> Iterable[tuple[str, Float32s]]:
+    def distances(first: int, last: int) -> Iterator[tuple[str, Float32s]]:
         dist = distances_to_gallery(global_distance_matrix, data.global_pieces, first, last)
-        yield "global", dist
         if data.local_pieces:
             local_dist = distances_to_gallery(local_distance_matrix, data.local_pieces, first, last)
             yield "local", local_dist
-            yield "global_local", np.add(local_dist, dist, out=local_dist)
+            local_dist += dist
+            yield "global_local", local_dist
+        yield "global", dist
 
-    return rank_blocks(data, names, distances)
+    return rank_blocks(data, distances)
 
 
 def re_rank_streamed(data: LargeSet, k1: int, k2: int, lambda_value: float, state: Path) -> dict[str, Ranking]:
@@ -103,39 +104,38 @@ def re_rank_streamed(data: LargeSet, k1: int, k2: int, lambda_value: float, stat
     neighbours = find_neighbours(features, length, state=state, key=f"{data.key} {length}")
     re_ranker = ReRanker(features.num_query, neighbours, features.entries, k1, k2, lambda_value)
 
-    def distances(first: int, last: int) -> Iterable[tuple[str, Float32s]]:
+    def distances(first: int, last: int) -> Iterator[tuple[str, Float32s]]:
         dist = features.to_gallery(first, last)
         re_ranker.blend(dist, first)
         yield "global_re_ranked", dist
 
-    rankings, _ = rank_blocks(data, ("global_re_ranked",), distances)
+    rankings, _ = rank_blocks(data, distances)
     state.unlink(missing_ok=True)
     return rankings
 
 
 def rank_blocks(
-    data: LargeSet, names: Sequence[str], distances: Callable[[int, int], Iterable[tuple[str, Float32s]]]
+    data: LargeSet, distances: Callable[[int, int], Iterable[tuple[str, Float32s]]]
 ) -> tuple[dict[str, Ranking], dict[str, Counts]]:
     """Rank all queries, a block of BLOCK_BYTES at a time, and count the distances of VERIFIED names.
 
     distances: of queries first to last, by name.
     """
     num_query, num_gallery = len(data.query_ids), len(data.gallery_ids)
-    ranker = BlockRanker((num_query, num_gallery), data.query_ids, data.gallery_ids, data.query_cams, data.gallery_cams)
+    ranker = BlockRanker(data[:4])
     size = max(1, BLOCK_BYTES // (4 * num_gallery * ROWS_PER_STEP)) * ROWS_PER_STEP
-    parts: dict[str, list[RankedRows]] = {name: [] for name in names}
+    parts: dict[str, list[RankedRows]] = defaultdict(list)
     counts: dict[str, Counts] = {}
-    with tqdm(total=num_query, unit="query", desc=names[-1], disable=None) as bar:
+    with tqdm(total=num_query, unit="query", desc="ranking", disable=None) as bar:
         for first in range(0, num_query, size):
             last = min(first + size, num_query)
             labels = (data.query_ids[first:last], data.gallery_ids, data.query_cams[first:last], data.gallery_cams)
             for name, dist in distances(first, last):
                 parts[name].append(ranker.rank_rows(dist, first))
                 if name in VERIFIED:
-                    block = count_pairs(dist, *labels)
-                    counts[name] = counts[name] + block if name in counts else block
+                    counts[name] = counts.get(name, 0) + count_pairs(dist, *labels)
             bar.update(last - first)
-    return {name: ranker.finish(parts[name]) for name in names}, counts
+    return {name: ranker.finish(rows) for name, rows in parts.items()}, counts
 
 
 def distances_to_gallery(
