@@ -168,7 +168,7 @@ def test_two_processes_write_what_one_does(extract, trained, tiny_flags, tmp_pat
     ("script", "flags", "word"),
     [
         ("evaluate.py", "", "--features"),
-        ("evaluate.py", "--features=", ".h5"),
+        ("evaluate.py", "--features=/", ".h5"),
         ("evaluate.py", "--features=/none.h5", "/none.h5"),
         ("evaluate.py", "--features=empty.npz", "mark 0"),
         ("evaluate.py", "--features=wide.npz --gallery empty.npz", "3 and 2"),

@@ -189,7 +189,7 @@ def test_resnet50_in_a_process_of_its_own(tiny_flags, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "word"),
     [
-        ("--data_path=", "prepare_market1501.py"),
+        ("--data_path=", "empty"),
         ("--resume=maybe", "neither"),
         ("--device=npu", "torch_npu is not installed"),
         ("--device=tpu", "auto, npu, cuda, cpu"),
