@@ -181,8 +181,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def settings_of(content: Any) -> dict[str, Any]:
-    """The settings of the run that wrote a weight file; empty if the file has none."""
-    return content.get("config", {}) if isinstance(content, Mapping) else {}
+    """The settings of the run that wrote a weight file; empty if this library did not write it."""
+    settings = content.get("config") if isinstance(content, Mapping) else None
+    return settings if isinstance(settings, dict) and "ims_per_id" in settings else {}  # others have a config, too
 
 
 def find_verification(content: Any, path: Path) -> Mapping[str, Any]:

@@ -62,9 +62,7 @@ def evaluate_files(
         what = "query (mark 0)" if num_query == 0 else "gallery image (mark 1)"
         raise InputError(f"{first.source} has no {what}; both are needed")
     log(f"{num_query:,} query, {num_gallery:,} gallery images, {'global and local' if local else 'global'} features")
-    # Two query x gallery matrices and, to re-rank local distances, those among queries and among gallery images.
-    among = num_query**2 + num_gallery**2 if local and settings.re_ranked else 0
-    matrices = 4 * (2 * num_query * num_gallery + among)
+    matrices = matrix_bytes(num_query, num_gallery, local and settings.re_ranked)
     feats = [first.global_feat] + ([first.local_feat] if local and first.local_feat is not None else [])
     image_bytes = 4 * sum(feat[0].size for feat in feats)
     copies = FEATURE_COPIES * image_bytes * sum(map(len, tables))
@@ -80,6 +78,12 @@ def evaluate_files(
         "files": {table.source: dict(table.made_by) for table in tables},
         **dataclasses.asdict(settings),
     }
+
+
+def matrix_bytes(num_query: int, num_gallery: int, local_re_ranked: bool) -> int:
+    """The size of two query x gallery matrices and, to re-rank local distances, of those among queries and gallery."""
+    among = num_query**2 + num_gallery**2 if local_re_ranked else 0
+    return 4 * (2 * num_query * num_gallery + among)
 
 
 def read_tables(

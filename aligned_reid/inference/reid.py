@@ -57,7 +57,7 @@ class Comparison:
     same_person: bool | None  # whether distance < threshold
     images: tuple[np.ndarray, np.ndarray]  # uint8 [h, w, 3], RGB, as the model sees them
     measured_on: str = ""  # the data set of the threshold
-    match_rate: float = 0.0  # the share of the pairs of one person that are nearer than the threshold
+    match_rate: float | None = None  # the share of the pairs of one person that are nearer than the threshold
 
     def __str__(self) -> str:
         if self.threshold is None:
@@ -206,7 +206,7 @@ class ReID:
             None if threshold is None else distance < threshold,
             tuple(pair),  # type: ignore[arg-type]  # compute() has raised what is not an image
             self.verification.get("measured_on", "an unnamed data set"),
-            self.operating_point().get("tmr", 0.0),
+            self.operating_point().get("tmr"),
         )
 
     def save_heat_map(self, image: Any, path: str | Path, *, bgr: bool = False) -> None:

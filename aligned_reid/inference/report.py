@@ -29,7 +29,7 @@ from aligned_reid.evaluation.extract import FeatureSet
 from aligned_reid.evaluation.features import read_features
 from aligned_reid.evaluation.kernels import in_threads
 from aligned_reid.evaluation.protocol import TITLES, EvaluationSettings, LabelArrays
-from aligned_reid.evaluation.saved import MATRIX_BYTES, join, read_tables
+from aligned_reid.evaluation.saved import MATRIX_BYTES, join, matrix_bytes, read_tables
 from aligned_reid.evaluation.verification import DECIDING_RATE, verification_curve
 from aligned_reid.files import write_file
 from aligned_reid.inference.charts import cmc_chart, histogram_chart, roc_chart, training_charts
@@ -160,7 +160,7 @@ def check_size(test: Test, re_ranked: bool) -> None:
     num_query, num_gallery = len(test.split.query_ids), len(test.split.gallery_ids)
     if 0 in (num_query, num_gallery):
         raise InputError(f"{test.source} has no {'gallery images' if num_query else 'queries'}; both are needed")
-    matrices = 4 * num_gallery * (2 * num_query + (num_gallery if test.stripes and re_ranked else 0))
+    matrices = matrix_bytes(num_query, num_gallery, re_ranked and test.stripes > 0)
     if matrices > min(MATRIX_BYTES, available_memory()):
         advice = "use --re_ranked false" if re_ranked and test.stripes else "report on fewer queries"
         raise InputError(f"{test.source}: the distances take {matrices / 1e9:,.1f} GB of memory: {advice}")

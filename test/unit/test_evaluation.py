@@ -62,7 +62,7 @@ def test_pooled_queries_are_what_is_ranked():
 
 def settled(settings, **given):
     lines = []
-    config = settle_test(Config.of(**given), {"config": settings}, lines.append)
+    config = settle_test(Config.of(**given), {"config": {"ims_per_id": 4, **settings}}, lines.append)
     return config, lines
 
 
@@ -71,6 +71,11 @@ def test_settings_come_from_the_weights():
     assert (config.resize_h_w, config.bnneck, config.flip_test) == ((128, 64), True, True)
     assert config.base_lr == Config().base_lr
     assert "--resize_h_w=128,64 --bnneck=true --flip_test=true" in lines[0]
+
+
+@pytest.mark.parametrize("settings", [{"resize_h_w": 256}, ["bnneck"], "resnet.yaml", None])
+def test_the_config_of_another_project_is_not_read(settings):
+    assert settle_test(Config(), {"config": settings}, print) == Config()
 
 
 def test_explicit_flags_win_and_another_image_size_is_logged():

@@ -83,11 +83,12 @@ def test_extraction_by_the_graph_equals_torch(model, tiny_data, tmp_path, uint8_
     ],
 )
 def test_metadata_have_thresholds_only_if_they_hold_for_the_graph(tmp_path, distance, size, normalize_feature, holds):
-    content = {"config": {"resize_h_w": [64, 32], "test_distance": distance}, "verification": {"num_same": 1}}
+    settings = {"ims_per_id": 4, "resize_h_w": [64, 32], "test_distance": distance}
+    content = {"config": settings, "verification": {"num_same": 1}}
     metadata = graph_metadata(content, tmp_path, size, normalize_feature=normalize_feature)
     assert ("verification" in metadata) == holds
     changes = {"resize_h_w": list(size)} | ({"normalize_feature": True} if normalize_feature else {})
-    assert metadata["config"] == content["config"] | changes
+    assert metadata["config"] == settings | changes
 
 
 def test_a_graph_that_differs_is_discarded(model, tmp_path, monkeypatch):

@@ -282,7 +282,7 @@ def test_safetensors_restore_tensors_and_settings(tmp_path, model):
     path = tmp_path / "model.safetensors"
     channels_last = dict(model.state_dict())
     channels_last["base.conv1.weight"] = channels_last["base.conv1.weight"].to(memory_format=torch.channels_last)
-    settings = {"l_loss_weight": 1.0, "resize_h_w": [64, 32]}
+    settings = {"ims_per_id": 4, "l_loss_weight": 1.0, "resize_h_w": [64, 32]}
     write_safetensors(path, channels_last, settings, {"set": ["1"]}, {"num_same": 1})
     content = read_weight_file(path)
     assert settings_of(content) == settings
@@ -294,7 +294,8 @@ def test_safetensors_restore_tensors_and_settings(tmp_path, model):
 
 def test_the_verification_of_weights_is_in_their_file_or_beside_it(tmp_path):
     path = tmp_path / "ckpt.pth"
-    own, beside = ({"config": {"bnneck": True}, "verification": {"num_same": 1}}, {"config": {"bnneck": True}})
+    beside = {"config": {"ims_per_id": 4}}
+    own = beside | {"verification": {"num_same": 1}}
     assert find_verification(beside, path) == {}
     (tmp_path / "results.json").write_text('{"verification": {"num_same": 2}}')
     assert find_verification(own, path) == {"num_same": 1}
