@@ -93,7 +93,7 @@ def test_a_comparison_without_threshold_or_local_branch_says_so(tiny_run, photos
     write_safetensors(tiny_run / "model.safetensors", content["model"], Config.of(resize_h_w=(64, 32)).to_dict())
     pair = ReID.from_pretrained(tiny_run, "cpu").compare(photos[0], photos[1])
     assert pair.same_person is None and pair.path is None and pair.local_distance is None
-    assert "no threshold" in str(pair)
+    assert "no threshold" in str(pair) and pair.match_rate is None
     assert "local branch" in refusal(pair.save, "pair.png")
 
 
