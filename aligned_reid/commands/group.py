@@ -43,6 +43,7 @@ def main() -> None:
     from aligned_reid.data.prepare.sources import shown
     from aligned_reid.files import write_file
     from aligned_reid.inference import Gallery
+    from aligned_reid.inference.pages import thumbnail_folder, write_group_page
     from aligned_reid.preflight import check_save_file, make_empty
 
     for flag in ("csv", "html"):
@@ -51,6 +52,8 @@ def main() -> None:
     for flag in ("html", "copy_to"):  # both write images
         if target := getattr(arguments, flag):
             check_outside(target, arguments.folder, f"--{flag}")
+    if arguments.html and not arguments.html.exists():
+        make_empty(thumbnail_folder(arguments.html), "--html")  # whose photos thumbnails could overwrite
     if arguments.copy_to:
         make_empty(arguments.copy_to, "--copy_to")
     bad = BadImages()
@@ -59,8 +62,6 @@ def main() -> None:
     if arguments.csv:
         write_file(arguments.csv, table_of(groups, arguments.csv.absolute().parent))
     if arguments.html:
-        from aligned_reid.inference.pages import write_group_page
-
         write_group_page(arguments.html, groups)
     if arguments.copy_to:
         copy_groups(groups, arguments.folder, arguments.copy_to)

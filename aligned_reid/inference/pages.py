@@ -28,10 +28,15 @@ def write_search_page(path: str | Path, query: Path, hits: Sequence[Hit]) -> Non
     write_page(Path(path), "search.html", query=shown_query, hits=list(zip(hits, photos, strict=True)))
 
 
+def thumbnail_folder(page: Path) -> Path:
+    """The folder beside a page of groups that holds its thumbnails."""
+    return page.with_name(f"{page.stem}_images")
+
+
 def write_group_page(path: str | Path, groups: Sequence[Group]) -> None:
-    """Write a page with the photos of each group. Thumbnails lie in a folder beside it, named after the page."""
+    """Write a page with the photos of each group, and the thumbnails into the page's `thumbnail_folder`."""
     path = Path(path)
-    folder = path.with_name(f"{path.stem}_images")
+    folder = thumbnail_folder(path)
     photos = [photo for group in groups for photo in group.paths]
 
     def write_thumbnail(number: int) -> Photo:
@@ -43,6 +48,7 @@ def write_group_page(path: str | Path, groups: Sequence[Group]) -> None:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        path.touch()  # says whose the thumbnails are, should this be interrupted
         written = iter(in_threads(write_thumbnail, range(len(photos))))
     except OSError as error:
         raise InputError(f"cannot write {error.filename or folder}: {error.strerror}") from error

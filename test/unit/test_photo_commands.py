@@ -81,6 +81,18 @@ def test_group_writes_a_table_and_copies(aligned_reid, photos, tmp_path):
     assert sum(len(group["paths"]) for group in json.loads(again.out)) == 13
 
 
+def test_a_page_of_groups_replaces_its_own_thumbnails_only(aligned_reid, photos, tmp_path):
+    page, own = tmp_path / "groups.html", tmp_path / "groups_images" / "0.jpg"
+    own.parent.mkdir()
+    own.write_bytes(b"a photo")
+    done = aligned_reid("group", photos, f"--html={page}")
+    assert done.status == 2 and "groups_images" in done.err and own.read_bytes() == b"a photo"
+    own.unlink()
+    for _ in range(2):
+        assert aligned_reid("group", photos, f"--html={page}").status == 0
+    assert own.is_file() and page.stat().st_size > 0
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "word"),
     [
