@@ -78,11 +78,9 @@ def run_agent(arguments: Sequence[str], options: dict[str, Any], folder: str) ->
     except ChildFailedError as error:
         return explain(error.failures)
     except multiprocessing.SignalException as error:
-        files = sorted(Path(folder).rglob("error.json"))
-        reason = json.loads(files[-1].read_text())["message"]["message"] if files else ""
-        if reason.startswith(KeyboardInterrupt.__name__):  # before the rank's training, which reports more
-            reason = f"interrupted by {signal.Signals(error.sigval).name}"
-        return 128 + error.sigval, reason
+        files = sorted(Path(folder).rglob("error.json"))  # of ranks that had begun to train
+        reason = f"interrupted by {signal.Signals(error.sigval).name}"
+        return 128 + error.sigval, json.loads(files[-1].read_text())["message"]["message"] if files else reason
     except (RuntimeError, OSError, ValueError) as error:
         return 1, f"the ranks could not start: {error}"
     finally:

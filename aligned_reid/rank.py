@@ -58,7 +58,7 @@ def main(log_dir: str, first_device: str, mistake: str, *command: str) -> None:
         if mistake and status == 2:  # first: ranks that lose this one end in errors soon, and the agent stops all
             line = f"rank {os.environ['RANK']} ended with status 2: {type(cause).__name__}: {cause}"
             Path(mistake).write_text(line, errors="backslashreplace")
-        if mistake and status:
+        if mistake and status and not isinstance(cause, KeyboardInterrupt):
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
             get_error_handler().record_exception(cause)

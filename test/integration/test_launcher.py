@@ -219,7 +219,7 @@ def test_a_signal_before_the_training_is_named(launcher, tmp_path):
     )
     wait_for(lambda: read_log(tmp_path, 0) == read_log(tmp_path, 1) == "ready\n")
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM
     assert "SIGTERM" in err and "KeyboardInterrupt" not in err
 
