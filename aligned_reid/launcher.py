@@ -63,7 +63,6 @@ def run_agent(arguments: Sequence[str], options: dict[str, Any], folder: str) ->
     """Run Python as ranks, `options` being LaunchConfig's; returns the exit status and the reason of a failure."""
     import torch
     from torch.distributed.elastic import multiprocessing
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logs = getattr(multiprocessing, "DefaultLogsSpecs", None)  # new in torch 2.3
@@ -75,7 +74,7 @@ def run_agent(arguments: Sequence[str], options: dict[str, Any], folder: str) ->
     logging.disable(logging.WARNING if config.max_restarts else logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)(*arguments)
-    except ChildFailedError as error:
+    except multiprocessing.errors.ChildFailedError as error:
         return explain(error.failures)
     except multiprocessing.SignalException as error:
         files = sorted(Path(folder).rglob("error.json"))  # of ranks that had begun to train
@@ -91,17 +90,18 @@ def run_agent(arguments: Sequence[str], options: dict[str, Any], folder: str) ->
 def explain(failures: Mapping[int, Any]) -> tuple[int, str]:
     """The exit status and the reason of the first failure. failures: torch's ProcessFailure of each failed rank."""
 
-    def moment(rank: int) -> int:
-        """Seconds. A killed rank may be noticed after the ranks that lost it; then the agent sends those SIGTERM."""
-        code = failures[rank].exitcode
-        return failures[rank].timestamp + (2 if code in (-signal.SIGTERM, 128 + signal.SIGTERM) else -2 * (code < 0))
+    def moment(rank: int) -> float:
+        """Seconds: of a rank's last words, else when it was noticed, which may be after the ranks that lost it."""
+        code, file = failures[rank].exitcode, Path(failures[rank].error_file)
+        stopped = code in (-signal.SIGTERM, 128 + signal.SIGTERM)  # by the agent, after a failure
+        return file.stat().st_mtime if file.is_file() else failures[rank].timestamp + (2 if stopped else -2)
 
     rank = min(failures, key=moment)
     status, message = failures[rank].exitcode, failures[rank].error_file_data["message"]
-    if status < 0:
+    if status < 0 and not isinstance(message, dict):  # it left no last words
         return 128 - status, f"rank {rank} was killed by {failures[rank].signal_name()}"
-    reason = message["message"] if isinstance(message, dict) else "see its log"  # there may be no error file
-    return status, f"rank {rank} ended with status {status}: {reason}"
+    reason = message["message"] if isinstance(message, dict) else "see its log"
+    return max(status, 1), f"rank {rank} ended with status {max(status, 1)}: {reason}"
 
 
 def free_port() -> int:

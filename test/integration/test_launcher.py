@@ -123,6 +123,17 @@ def test_a_mistake_is_reported_rather_than_its_victims(run):
     assert status == 2 and "rank 1" in err
 
 
+def test_the_first_error_is_reported_rather_than_its_victim(run):
+    """Both fail before the agent looks, and in one second."""
+    cause = "atexit.register(lambda: until('victim')); raise RuntimeError('out of stripes')"
+    victim = "until(Path(os.environ['TORCHELASTIC_ERROR_FILE']).parents[1] / '1' / 'error.json')\n"
+    victim += "atexit.register(Path('victim').touch); raise ConnectionError('peer is gone')"
+    program = "import atexit, torch.distributed.elastic.multiprocessing.errors\n"
+    program += "def until(path):\n    while not os.path.exists(path): time.sleep(0.01)\n"
+    status, _, err = run(f"{program}if RANK == '1':\n    {cause}\n{victim}")
+    assert status == 1 and "rank 1" in err and "out of stripes" in err
+
+
 def test_a_port_in_use(run):
     with socket.socket() as listener:
         listener.bind(("", 0))
