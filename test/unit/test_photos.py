@@ -343,7 +343,13 @@ def test_similar_names_are_refused(tmp_path, pair):
 
 @pytest.mark.parametrize(
     ("start", "separator", "encoding"),
-    [("sep=;\r\n", ";", "utf-8"), ("\n \n", ",", "utf-8-sig"), ("", "\t", "utf-16"), (";;\n", ";", "utf-8")],
+    [
+        ("sep=;\r\n", ";", "utf-8"),
+        ('\n"SEP=|"\n', "|", "utf-8"),
+        ("\n \n", ",", "utf-8-sig"),
+        ("", "\t", "utf-16"),
+        (";;\n", ";", "utf-8"),
+    ],
 )
 def test_tables_saved_by_spreadsheets_are_read(table, tmp_path, start, separator, encoding):
     text = table.read_text(encoding="utf-8").replace("/", "\\").replace(",", separator)

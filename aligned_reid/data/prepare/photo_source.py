@@ -267,11 +267,12 @@ def _read_rows(source: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         content = source.read_bytes()
         is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # "Unicode text" of spreadsheets
         text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
-        separator = max(",;\t", key=text.lstrip().partition("\n")[0].count)
+        first = text.lstrip().partition("\n")[0].strip('" \r')
+        named = len(first) == 5 and first.lower().startswith("sep=")
+        separator = first[4] if named else max(",;\t", key=first.count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         rows = [(reader.line_num, row) for row in reader if "".join(row).strip()]
-        if rows and rows[0][1][0].lower().startswith("sep="):
-            rows = rows[1:]
+        rows = rows[1:] if named else rows
         header = [name.strip().lower() for name in rows[0][1]] if rows else []
         return header, rows[1:]
     except OSError as error:
