@@ -139,7 +139,7 @@ def append_rows(path: Path, digest: str, rows: Rows) -> None:
         "state": np.array(rows.states, np.int64),
         "global": rows.feat,
     }
-    # A chunk of each column may begin, and HDF5 adds records of its own.
+    # HDF5 allocates whole chunks, and stores some data of its own.
     check_room(path, 2**20 + sum(values.nbytes for values in columns.values()) + ROWS_PER_CHUNK * rows.feat[0].nbytes)
     with h5py.File(path, "a") as file:
         if DONE not in file.attrs:
